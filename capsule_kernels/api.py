@@ -1,0 +1,134 @@
+"""The public function: :func:`fused_routing`."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .autograd import FusedRouting
+from .dispatch import select_backend
+from .ops import OPERATORS
+from .reference import reference_routing
+from .validation import check_arguments
+
+
+@overload
+def fused_routing(
+    u: Tensor,
+    weight: Tensor,
+    num_iterations: int = 3,
+    *,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    weight_sharing: int = 1,
+    routing_gradient: str = "full",
+    return_coupling: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def fused_routing(
+    u: Tensor,
+    weight: Tensor,
+    num_iterations: int = 3,
+    *,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    weight_sharing: int = 1,
+    routing_gradient: str = "full",
+    return_coupling: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
+
+
+def fused_routing(
+    u: Tensor,
+    weight: Tensor,
+    num_iterations: int = 3,
+    *,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    weight_sharing: int = 1,
+    routing_gradient: str = "full",
+    return_coupling: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Dynamic routing between capsules, fused: the predictions ``u_hat`` are never stored.
+
+    Procedure 1 of Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules" (2017)::
+
+        u_hat_ij = W_ij u_i                              (equation 2)
+        b = logits (0 unless given)
+        repeat num_iterations times:
+            c_i = softmax over j of b_i                  (equation 3)
+            s_j = sum_i c_ij u_hat_ij + bias_j           (equation 2)
+            v_j = |s_j|^2 / (1 + |s_j|^2) * s_j / |s_j|  (equation 1)
+            b_ij += u_hat_ij . v_j
+
+    Args:
+        u: input capsules, [B, I, K]; float64, float32, bfloat16 or float16, any strides.
+            B may be 0.
+        weight: transformation matrices W, [I // weight_sharing, J, D, K], dtype and device of u.
+        num_iterations: routing iterations R >= 1; the paper uses 3.
+        logits: log priors that capsule i couples to capsule j, [I, J]; zeros if None.
+        bias: added to s in every iteration, [J, D] (the authors' code learns one).
+        leaky: put one more logit, fixed at 0, into the softmax: "none of the above". The coupling
+            coefficients of a capsule then sum to less than 1.
+        weight_sharing: how many consecutive input capsules share one weight (capsules of one type).
+        routing_gradient: "full" differentiates through every iteration; "last" treats the
+            agreements as constants, so that only the last iteration is differentiated.
+        return_coupling: also return c of the last iteration, [B, I, J], not differentiable.
+        backend: "auto" chooses by device, "reference" | "cpu" | "triton" | "cuda" is used or
+            raises the reason why it can't be; see :func:`capsule_kernels.backends`.
+
+    Returns:
+        Output capsules v, [B, J, D], in the dtype of u; with ``return_coupling`` the pair (v, c).
+        Accumulation is in float32, or float64 for float64 inputs.
+
+    Under ``torch.autocast`` the inputs are cast as for a matrix product.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for can't be used; the message says why.
+    """
+    check_arguments(
+        u, weight, num_iterations, logits, bias, leaky, weight_sharing, routing_gradient, return_coupling
+    )
+    chosen = select_backend(backend, u, weight, num_iterations)
+    if chosen == "reference":
+        return reference_routing(
+            u,
+            weight,
+            num_iterations,
+            logits=logits,
+            bias=bias,
+            leaky=leaky,
+            weight_sharing=weight_sharing,
+            routing_gradient=routing_gradient,
+            return_coupling=return_coupling,
+        )
+    differentiable = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (u, weight, logits, bias)
+    )
+    if differentiable:
+        v, coupling = FusedRouting.apply(
+            u,
+            weight,
+            logits,
+            bias,
+            chosen,
+            num_iterations,
+            leaky,
+            weight_sharing,
+            routing_gradient,
+            return_coupling,
+        )
+    else:
+        v, _, coupling = OPERATORS[chosen].forward(
+            u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
+        )
+    return (v, coupling) if return_coupling else v

@@ -1,0 +1,13 @@
+"""Triton kernels (none yet)."""
+
+import torch
+
+SERVES = "CUDA and HIP tensors"
+
+
+def unavailable() -> str | None:
+    return "its kernels are not written yet"
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    return None

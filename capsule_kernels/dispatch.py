@@ -1,0 +1,82 @@
+"""Which backend runs: decided here and nowhere else.
+
+A backend is a module of ``capsule_kernels.backends`` with two functions, both free of side effects:
+
+``unavailable() -> str | None``
+    Why it can't be used on this machine at all; None where it can.
+``unsupported(device, dtype, shape) -> str | None``
+    Why it can't run this call; None where it can.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import cpu, cuda, triton
+
+KERNELS = {"cpu": cpu, "triton": triton, "cuda": cuda}
+BACKENDS = ("reference", *KERNELS)
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can be used on this machine, and why not (or what it serves)."""
+
+    usable: bool
+    reason: str
+
+
+class RoutingShape(NamedTuple):
+    """The sizes of a call, SPEC letters; B is left out: no choice depends on the batch."""
+
+    I: int  # noqa: E741
+    J: int
+    K: int
+    D: int
+    R: int
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name: usable here or not, and what it serves or why it is not."""
+    statuses = {"reference": BackendStatus(True, "plain PyTorch on any device; stores u_hat")}
+    for name, module in KERNELS.items():
+        reason = module.unavailable()
+        statuses[name] = BackendStatus(reason is None, reason or module.SERVES)
+    return statuses
+
+
+def select_backend(backend: str, u: Tensor, weight: Tensor, num_iterations: int) -> str:
+    """The backend that will run this call; a backend asked for by name runs or raises.
+
+    Raises ``ValueError`` for an unknown name, ``RuntimeError`` with the reason for a backend
+    that is not usable here or can't run this call.
+    """
+    if backend not in ("auto", *BACKENDS):
+        names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
+        raise ValueError(f"fused_routing: backend must be one of {names}, got {backend!r}")
+    if backend == "reference":
+        return backend
+    _, J, D, K = weight.shape
+    shape = RoutingShape(u.shape[1], J, K, D, num_iterations)
+    if backend == "auto":
+        for name in automatic_order(u.device):
+            if reason_against(name, u.device, u.dtype, shape) is None:
+                return name
+        return "reference"
+    reason = reason_against(backend, u.device, u.dtype, shape)
+    if reason is not None:
+        raise RuntimeError(f"fused_routing: backend '{backend}' can't be used: {reason}")
+    return backend
+
+
+def automatic_order(device: torch.device) -> tuple[str, ...]:
+    """Backends that ``backend="auto"`` tries on a device, best first; the oracle comes last."""
+    return {"cpu": ("cpu",), "cuda": ("triton",)}.get(device.type, ())
+
+
+def reason_against(
+    name: str, device: torch.device, dtype: torch.dtype, shape: RoutingShape
+) -> str | None:
+    """Why the kernels of backend ``name`` can't run this call, or None."""
+    module = KERNELS[name]
+    return module.unavailable() or module.unsupported(device, dtype, shape)

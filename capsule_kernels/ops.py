@@ -1,0 +1,118 @@
+"""The operators beneath :class:`FusedRouting`: schemas, shapes, and where their kernels live.
+
+Two operators, one overload for each backend: ``capsule_kernels::routing_forward.<backend>`` and
+``capsule_kernels::routing_backward.<backend>``. An overload names its backend, so a backend that
+was chosen is the one that runs, in eager mode and in a captured graph alike.
+
+The kernels of ``cpu`` and ``cuda`` are registered by the C++ extension (``TORCH_LIBRARY_IMPL`` in
+``csrc/``); those of ``triton`` here, imported when first called. All operators accept any strides
+and return new contiguous tensors.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FORWARD_SCHEMA = (
+    "(Tensor u, Tensor weight, Tensor? logits, Tensor? bias, int num_iterations, bool leaky, "
+    "int weight_sharing, bool return_coupling) -> (Tensor v, Tensor s, Tensor coupling)"
+)
+"""``v`` [B, J, D] in the dtype of u; ``s`` [R, B, J, D], the total inputs of every iteration, bias
+included, in float32 (float64 for float64); ``coupling`` [B, I, J] in the dtype of u, or [0]."""
+
+BACKWARD_SCHEMA = (
+    "(Tensor grad_v, Tensor u, Tensor weight, Tensor? logits, Tensor s, bool leaky, "
+    "int weight_sharing, bool full_gradient, bool[4] output_mask) "
+    "-> (Tensor grad_u, Tensor grad_weight, Tensor grad_logits, Tensor grad_bias)"
+)
+"""Gradients in the shapes and the dtype of u, weight, logits [I, J], bias [J, D]; [0] where
+``output_mask`` is false. ``full_gradient`` is ``routing_gradient == "full"``."""
+
+KERNEL_BACKENDS = ("cpu", "triton", "cuda")
+
+library = torch.library.Library("capsule_kernels", "DEF")  # noqa: TOR901: lives as long as the module
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype kernels compute in and ``s`` is stored in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward_shapes(
+    u: Tensor,
+    weight: Tensor,
+    logits: Tensor | None,
+    bias: Tensor | None,
+    num_iterations: int,
+    leaky: bool,
+    weight_sharing: int,
+    return_coupling: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty outputs of ``routing_forward``: its fake implementation, and what backends fill."""
+    B, I, _ = u.shape
+    _, J, D, _ = weight.shape
+    return (
+        u.new_empty(B, J, D),
+        u.new_empty(num_iterations, B, J, D, dtype=accumulation_dtype(u.dtype)),
+        u.new_empty((B, I, J) if return_coupling else (0,)),
+    )
+
+
+def backward_shapes(
+    grad_v: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    logits: Tensor | None,
+    s: Tensor,
+    leaky: bool,
+    weight_sharing: int,
+    full_gradient: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty outputs of ``routing_backward``: its fake implementation, and what backends fill."""
+    _, I, _ = u.shape
+    _, J, D, _ = weight.shape
+    shapes = (u.shape, weight.shape, (I, J), (J, D))
+    grad_u, grad_weight, grad_logits, grad_bias = (
+        u.new_empty(shape if wanted else (0,))
+        for shape, wanted in zip(shapes, output_mask, strict=True)
+    )
+    return grad_u, grad_weight, grad_logits, grad_bias
+
+
+def _triton_forward(*args):
+    from .backends import triton
+
+    return triton.routing_forward(*args)
+
+
+def _triton_backward(*args):
+    from .backends import triton
+
+    return triton.routing_backward(*args)
+
+
+for _backend in KERNEL_BACKENDS:
+    library.define(f"routing_forward.{_backend}{FORWARD_SCHEMA}")
+    library.define(f"routing_backward.{_backend}{BACKWARD_SCHEMA}")
+    torch.library.register_fake(f"capsule_kernels::routing_forward.{_backend}", forward_shapes)
+    torch.library.register_fake(f"capsule_kernels::routing_backward.{_backend}", backward_shapes)
+
+for _key in ("CPU", "CUDA"):  # CPU tensors run under Triton's interpreter
+    library.impl("routing_forward.triton", _triton_forward, _key)
+    library.impl("routing_backward.triton", _triton_backward, _key)
+
+
+class Operators(NamedTuple):
+    forward: torch._ops.OpOverload
+    backward: torch._ops.OpOverload
+
+
+OPERATORS = {
+    backend: Operators(
+        getattr(torch.ops.capsule_kernels.routing_forward, backend),
+        getattr(torch.ops.capsule_kernels.routing_backward, backend),
+    )
+    for backend in KERNEL_BACKENDS
+}

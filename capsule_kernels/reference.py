@@ -1,0 +1,65 @@
+"""The oracle: dynamic routing in plain PyTorch, as the paper writes it.
+
+Everything else in this package is checked against this file. It stores the prediction
+vectors ``u_hat`` [B, I, J, D], as every textbook implementation does.
+"""
+
+import torch
+from torch import Tensor
+
+
+def squash(s: Tensor) -> Tensor:
+    """Shrink ``s`` [..., D] to a length below 1, direction kept (Sabour et al. 2017, equation 1).
+
+    ``v = |s|^2 / (1 + |s|^2) * s / |s|``, written ``s / (|s| + 1 / |s|)`` so that no square of a
+    length is formed. ``squash(0) = 0``, and the gradient there is exactly 0.
+    """
+    # Lengths are taken of s / max|s|: squares of large or tiny components stay in range.
+    scale = s.detach().abs().amax(-1, keepdim=True)
+    nonzero = scale > 0
+    scale = scale.where(nonzero, 1)
+    unit_sum = (s / scale).square().sum(-1, keepdim=True)
+    length = scale * unit_sum.where(nonzero, 1).sqrt()
+    return (s / (length + 1 / length)).where(nonzero, 0 * s)
+
+
+def reference_routing(
+    u: Tensor,
+    weight: Tensor,
+    num_iterations: int = 3,
+    *,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    weight_sharing: int = 1,
+    routing_gradient: str = "full",
+    return_coupling: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dynamic routing (Sabour et al. 2017, procedure 1): same arguments as :func:`fused_routing`.
+
+    Computes in float32 or wider and returns ``v`` [B, J, D] in the dtype of ``u``.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    W = weight.to(dtype).repeat_interleave(weight_sharing, dim=0)  # [I, J, D, K]
+    u_hat = torch.einsum("ijdk,bik->bijd", W, u.to(dtype))
+    B, I, J, _ = u_hat.shape
+    b = u_hat.new_zeros(B, I, J) if logits is None else logits.to(dtype).expand(B, I, J)
+
+    for iteration in range(1, num_iterations + 1):
+        c = leaky_softmax(b) if leaky else b.softmax(dim=-1)
+        s = torch.einsum("bij,bijd->bjd", c, u_hat)
+        if bias is not None:
+            s = s + bias.to(dtype)
+        v = squash(s)
+        if iteration < num_iterations:
+            agreement = torch.einsum("bijd,bjd->bij", u_hat, v)
+            b = b + (agreement if routing_gradient == "full" else agreement.detach())
+
+    if return_coupling:
+        return v.to(u.dtype), c.detach().to(u.dtype)
+    return v.to(u.dtype)
+
+
+def leaky_softmax(b: Tensor) -> Tensor:
+    """Softmax over J and one more logit fixed at 0, whose share is dropped: "none of the above"."""
+    return torch.cat([torch.zeros_like(b[..., :1]), b], dim=-1).softmax(dim=-1)[..., 1:]

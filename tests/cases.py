@@ -1,0 +1,115 @@
+"""Inputs for routing tests, and one function that checks a backend on them against the oracle."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsule_kernels import fused_routing, reference_routing
+
+from .tolerance import assert_as_good_as_reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the op: sizes in SPEC letters and options."""
+
+    B: int = 3
+    I: int = 7
+    J: int = 5
+    K: int = 8
+    D: int = 16
+    R: int = 3
+    weight_sharing: int = 1
+    logits: bool = False
+    bias: bool = False
+    leaky: bool = False
+    routing_gradient: str = "full"
+    scale: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        sizes = f"B{self.B}-I{self.I}-J{self.J}-K{self.K}-D{self.D}-R{self.R}"
+        flags = [name for name in ("logits", "bias", "leaky") if getattr(self, name)]
+        if self.weight_sharing > 1:
+            flags.append(f"shared{self.weight_sharing}")
+        if self.routing_gradient != "full":
+            flags.append(self.routing_gradient)
+        return "-".join([sizes, *flags])
+
+
+SHAPES = [
+    Case(B=1), Case(B=3), Case(B=127, I=9), Case(I=1), Case(I=153), Case(J=1), Case(J=2), Case(J=33),
+    Case(K=3), Case(K=6, D=8), Case(D=1), Case(D=7), Case(D=10), Case(D=24), Case(D=32), Case(D=64),
+    Case(R=1), Case(R=2), Case(R=10), Case(B=16, I=72, J=10), Case(B=33, I=40, J=10),
+]  # fmt: skip
+"""The awkward sizes of SPEC section 4, scaled down."""
+
+OPTIONS = [
+    Case(logits=True), Case(bias=True), Case(leaky=True), Case(I=12, weight_sharing=4),
+    Case(routing_gradient="last"), Case(R=1, logits=True), Case(R=1, routing_gradient="last"),
+    Case(B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=9),
+    Case(B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=36, routing_gradient="last"),
+]  # fmt: skip
+
+
+def make_inputs(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+    """Random u, weight, logits, bias of a case: leaves that require gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
+        x = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.to(device=device, dtype=dtype).requires_grad_()
+
+    # Weights keep |u_hat| near 1 and the sum over i moderate: couplings that differ visibly.
+    rows = case.I // case.weight_sharing
+    return {
+        "u": leaf(case.B, case.I, case.K, scale=case.scale),
+        "weight": leaf(rows, case.J, case.D, case.K, scale=(case.K * case.D) ** -0.5 * 2),
+        "logits": leaf(case.I, case.J) if case.logits else None,
+        "bias": leaf(case.J, case.D, scale=0.1) if case.bias else None,
+    }
+
+
+def copies(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Fresh leaves with the values of ``inputs`` in another dtype."""
+    return {
+        name: None if x is None else x.detach().to(dtype).requires_grad_()
+        for name, x in inputs.items()
+    }
+
+
+def run(function: Any, case: Case, inputs: dict[str, Any], **options: Any) -> dict[str, Tensor]:
+    """v, c and the gradients of a random loss of v."""
+    v, coupling = function(
+        inputs["u"],
+        inputs["weight"],
+        case.R,
+        logits=inputs["logits"],
+        bias=inputs["bias"],
+        leaky=case.leaky,
+        weight_sharing=case.weight_sharing,
+        routing_gradient=case.routing_gradient,
+        return_coupling=True,
+        **options,
+    )
+    generator = torch.Generator().manual_seed(1)
+    grad_v = torch.randn(v.shape, generator=generator, dtype=torch.float64)
+    # Rounded to the dtype under test before all else, so that every run sees the same gradient.
+    grad_v = grad_v.to(torch.bfloat16).to(device=v.device, dtype=v.dtype)
+    results = {"v": v.detach(), "coupling": coupling}
+    names = [name for name, x in inputs.items() if x is not None and x.requires_grad]
+    gradients = torch.autograd.grad(v, [inputs[name] for name in names], grad_v)
+    return results | {f"grad_{name}": g for name, g in zip(names, gradients, strict=True)}
+
+
+def check_case(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", seed: int = 0) -> None:
+    """Outputs, couplings and every gradient of a backend, by the tolerance rule."""
+    inputs = make_inputs(case, dtype, device, seed)
+    found = run(fused_routing, case, inputs, backend=backend)
+    reference = run(reference_routing, case, copies(inputs, dtype))
+    exact = run(reference_routing, case, copies(inputs, torch.float64))
+    assert found.keys() == exact.keys()
+    for name in exact:
+        assert_as_good_as_reference(f"{case}: {name}", found[name], reference[name], exact[name])
