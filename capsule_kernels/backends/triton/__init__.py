@@ -1,0 +1,70 @@
+"""Triton kernels: CUDA from compute capability 8.0 and HIP; CPU tensors under the interpreter.
+
+Importing this package does not import Triton; the first call does.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from .config import tile_of
+
+SERVES = "CUDA (compute capability 8.0 and up) and HIP tensors, every dtype"
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # what Triton itself reads when imported
+
+
+def unavailable() -> str | None:
+    if not INSTALLED:
+        return "Triton is not installed; `pip install triton` installs it"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return (
+            "no CUDA or HIP device is visible; TRITON_INTERPRET=1, set before Python starts, runs "
+            "the kernels on CPU tensors, very slowly"
+        )
+    return None
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    _, J, K, D, _ = shape
+    if tile_of(J, K, D) is None:
+        return (
+            f"its tiles hold one input capsule's weights for at least one output capsule, and "
+            f"K = {K} with D = {D} is too much for them; backend='reference' takes any size"
+        )
+    if device.type == "cpu":
+        return (
+            None
+            if INTERPRETED
+            else (
+                "it takes CUDA or HIP tensors, got tensors on cpu; move them to the GPU, or set "
+                "TRITON_INTERPRET=1 before Python starts to interpret the kernels"
+            )
+        )
+    if device.type != "cuda":
+        return f"it takes CUDA or HIP tensors, got tensors on {device}"
+    if torch.version.hip is None:
+        properties = torch.cuda.get_device_properties(device)
+        if properties.major < 8:
+            return (
+                f"it needs compute capability 8.0 or higher, {properties.name} has "
+                f"{properties.major}.{properties.minor}; use backend='reference'"
+            )
+    return None
+
+
+def routing_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """``capsule_kernels::routing_forward`` (arguments and results: ``ops.FORWARD_SCHEMA``)."""
+    from .launch import routing_forward
+
+    return routing_forward(*arguments)
+
+
+def routing_backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``capsule_kernels::routing_backward`` (arguments and results: ``ops.BACKWARD_SCHEMA``)."""
+    from .launch import routing_backward
+
+    return routing_backward(*arguments)

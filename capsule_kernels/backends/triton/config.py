@@ -1,0 +1,99 @@
+"""Launch configurations and offset widths: pure functions of sizes, tested without a GPU."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+MATRIX_ROWS = 16
+"""Rows of the matrix instructions' tile, and the shortest contraction that tl.dot takes."""
+
+MAX_TILE = 512
+"""Largest number of (j, d) columns of a tile; u_hat, V and s of one each live in registers."""
+
+MAX_WEIGHTS = 16384
+"""Most elements of the weights of one input capsule in a tile, (j, d) times k."""
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def ceil_div(n: int, divisor: int) -> int:
+    return -(-n // divisor)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program holds at a time: samples, output capsules and their padded dimensions."""
+
+    BLOCK_B: int
+    BLOCK_J: int
+    BLOCK_D: int
+    BLOCK_K: int
+
+    def constants(self) -> dict[str, int]:
+        return vars(self)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How one sweep over (b, i) is cut into programs."""
+
+    tile: Tile
+    tiles_B: int
+    tiles_J: int
+    groups: int
+    capsules: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether a program sees all of J: then it takes the softmax by itself."""
+        return self.tiles_J == 1
+
+
+def tile_of(J: int, K: int, D: int) -> Tile | None:
+    """The tile for a shape, or None where not even one output capsule fits into one."""
+    BLOCK_D = power_of_two(D)
+    BLOCK_K = max(MATRIX_ROWS, power_of_two(K))
+    columns = min(MAX_TILE, MAX_WEIGHTS // BLOCK_K)
+    if columns < max(BLOCK_D, MATRIX_ROWS):
+        return None
+    BLOCK_J = min(power_of_two(J), columns // BLOCK_D)
+    return Tile(MATRIX_ROWS, max(BLOCK_J, MATRIX_ROWS // BLOCK_D), BLOCK_D, BLOCK_K)
+
+
+@lru_cache(maxsize=1024)
+def sweep(B: int, I: int, J: int, K: int, D: int, processors: int) -> Sweep:
+    """The cut of a sweep for a machine with ``processors`` multiprocessors.
+
+    Every group costs its programs a partial sum to store, and the programs of the next sweep one
+    more to read; too few groups leave multiprocessors idle. Cost in the time of one capsule's
+    step: the steps of the longest multiprocessor plus half a step for each partial sum.
+    """
+    tile = tile_of(J, K, D)
+    assert tile is not None, "unsupported() lets no such shape pass"
+    tiles_B, tiles_J = ceil_div(B, tile.BLOCK_B), ceil_div(J, tile.BLOCK_J)
+
+    def cost(groups: int) -> float:
+        waves = ceil_div(tiles_B * tiles_J * groups, processors)
+        return waves * ceil_div(I, groups) + groups / 2
+
+    groups = min(range(1, min(I, 2 * processors) + 1), key=cost)
+    capsules = ceil_div(I, groups)
+    columns = tile.BLOCK_J * tile.BLOCK_D
+    return Sweep(
+        tile=tile,
+        tiles_B=tiles_B,
+        tiles_J=tiles_J,
+        groups=ceil_div(I, capsules),
+        capsules=capsules,
+        num_warps=8 if columns > 256 else 4 if columns > 64 else 2,
+        num_stages=2,
+    )
+
+
+def needs_int64(*element_counts: int) -> bool:
+    """Whether any tensor has elements beyond the reach of 32-bit offsets (masked ones included)."""
+    return max(element_counts) > 2**31 - 2**22
