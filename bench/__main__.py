@@ -1,0 +1,147 @@
+"""``python -m bench``: the table of goals; with a subcommand, one kind of measurement.
+
+Whatever was measured is printed, and written where asked, even after Ctrl-C.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import machine
+from .records import Record, save
+from .routing import Settings
+from .tables import describe_record, tables
+
+COMMANDS = {
+    "goals": "every goal with what was measured for it (the default)",
+    "routing": "time of the routing layer: all shapes, B from 1 to 2048",
+    "training": "a training step of the CapsNet and its parts",
+    "memory": "peak memory of forward+backward, and what is saved for the backward",
+    "scaling": "time against B, I, J, R and threads, with fitted exponents",
+    "accuracy": "error against float64, each backend and dtype",
+    "aot": "resources of the GPU kernels, compiled ahead of time without a GPU",
+}
+"""Subcommands, each the module of its name: ``add_arguments(parser)`` and
+``measure(options, settings, ceilings)``, a generator of records; aot has ``run(options)``."""
+
+INTERRUPTED = 130
+WIDTH = 130
+"""Columns of the tables where the output is no terminal."""
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def common_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to measure (default: a GPU if there is one)",
+    )
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--iterations", type=positive, default=3, help="routing iterations R (3)")
+    parser.add_argument(
+        "--precision",
+        choices=("ieee", "tf32"),
+        default="ieee",
+        help="true float32 products (default), or TF32 where the hardware has it",
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds over all variants (5)")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, batches and rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into FOLDER")
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["goals", *arguments]
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    common = common_arguments()
+    for name, text in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=text, description=text, parents=[] if name == "aot" else [common]
+        )
+        if name == arguments[0]:
+            importlib.import_module(f".{name}", __package__).add_arguments(subparser)
+    options = parser.parse_args(arguments)
+    if options.command != "aot":
+        if options.device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda: torch sees no GPU here")
+        for option, path in (("--json", options.json), ("--plots", options.plots)):
+            if path is not None and not path.absolute().parent.is_dir():
+                parser.error(f"{option} {path}: there is no folder {path.absolute().parent}")
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, then print and write what was measured."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
+    settings = Settings(
+        options.device,
+        options.precision,
+        R=options.iterations,
+        rounds=min(options.rounds, 3) if options.quick else options.rounds,
+    )
+    screen = Console(stderr=True, soft_wrap=True)
+    records: list[Record] = []
+    status = 0
+    machine_line = machine.describe(options.device)
+    screen.print(machine.line(machine_line))
+    ceilings = machine.ceilings(options.device)
+    module = importlib.import_module(f".{options.command}", __package__)
+    try:
+        with screen.status("measuring"):
+            for record in module.measure(options, settings, ceilings):
+                records.append(record)
+                screen.print(describe_record(record), highlight=False)
+    except KeyboardInterrupt:
+        screen.print("interrupted: here is what was measured")
+        status = INTERRUPTED
+    show(records, machine_line, ceilings, options.markdown)
+    if options.json:
+        save(options.json, machine_line, ceilings, records)
+    if options.plots:
+        from .plots import draw
+
+        draw(records, ceilings, options.plots)
+    return status
+
+
+def show(records: list[Record], machine_line: Record, ceilings: Record, markdown: bool) -> None:
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    lines = [machine.line(machine_line), machine.ceilings_line(ceilings)]
+    if markdown:
+        print("\n\n".join(lines))
+        for table in tables(records, ceilings):
+            print(f"\n**{table.title}**\n\n{table.markdown()}")
+        return
+    for line in lines:
+        console.print(line, highlight=False)
+    for table in tables(records, ceilings):
+        console.print(table.rich())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    if options.command == "aot":
+        return importlib.import_module(".aot", __package__).run(options)
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

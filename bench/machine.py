@@ -1,0 +1,120 @@
+"""The machine at hand: what it is, what software runs on it, and how fast it is at best."""
+
+import datetime
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .timing import interleave, make_timer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else processor_name()
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints for this checkout; None where there is no git or no checkout."""
+    try:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def commit() -> str:
+    """The commit that is checked out, "-dirty" after it if tracked files differ from it."""
+    head = git("rev-parse", "--short=10", "HEAD")
+    if head is None:
+        return "unknown"
+    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Machine, versions, commit and settings that decide about speed."""
+    return {
+        "device": device,
+        "name": device_name(device),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton_version(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+    }
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """Measured limits: float32 matrix product [FLOP/s] (TF32 too on GPUs) and copy [bytes/s]."""
+    n = 8192 if device == "cuda" else 2048
+    a, b, out = (torch.randn(n, n, device=device) for _ in range(3))
+    # A copy must not fit into any cache.
+    source = torch.randn(2**28 if device == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    timer = make_timer(device)
+    calls = {
+        "gemm": lambda: torch.mm(a, b, out=out),
+        "copy": lambda: target.copy_(source),
+    }
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        times = interleave({name: timer.sampler([call]) for name, call in calls.items()}, "")
+        found = {
+            "gemm": 2 * n**3 / times["gemm"].median,
+            "copy": 2 * 4 * source.numel() / times["copy"].median,
+        }
+        if device == "cuda":
+            torch.set_float32_matmul_precision("high")
+            tf32 = interleave({"tf32": timer.sampler([calls["gemm"]])}, "")["tf32"]
+            found["tf32"] = 2 * n**3 / tf32.median
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return found
+
+
+def line(machine: dict[str, Any]) -> str:
+    """Machine, versions and commit in one line."""
+    versions = ", ".join(
+        f"{name} {machine[name]}"
+        for name in ("python", "torch", "cuda", "triton")
+        if machine[name] is not None
+    )
+    return (
+        f"{machine['name']}, {machine['threads']} threads, {machine['instructions']}; {versions}; "
+        f"commit {machine['commit']}; {machine['date']} UTC"
+    )
+
+
+def ceilings_line(ceilings: dict[str, float]) -> str:
+    """The measured limits in one line."""
+    products = [f"float32 matrix product {ceilings['gemm'] / 1e9:.0f} GFLOP/s"]
+    if "tf32" in ceilings:
+        products.append(f"TF32 {ceilings['tf32'] / 1e9:.0f} GFLOP/s")
+    return ", ".join([*products, f"copy {ceilings['copy'] / 1e9:.1f} GB/s (read + written)"])

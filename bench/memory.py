@@ -1,0 +1,142 @@
+"""Extra memory of forward+backward: the peak beyond inputs, outputs and gradients.
+
+Measured in a fresh process for each implementation. On a CPU it is the process's peak resident set
+(Linux ``VmHWM``) above the resident set before the call, which sees every allocation that is
+touched, whoever makes it; pages make it exact to about a MiB. On a GPU it is torch's peak of
+allocated bytes, in which the fused backends' workspaces are, too.
+"""
+
+import argparse
+import ctypes
+import multiprocessing
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .peers import Implementation, Routing, ours, outputs_and_gradients, peers
+from .records import Record, reason_of
+from .routing import Settings
+from .shapes import MANY_CLASSES, MNIST, Inputs, Shape, make_inputs
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def measure_memory(
+    shape: Shape, B: int, implementations: Iterable[Implementation], settings: Settings
+) -> Iterator[Record]:
+    """One record for each implementation; a failure is its record's status."""
+    for implementation in implementations:
+        record: Record = {
+            "table": "memory",
+            "case": shape.name,
+            "B": B,
+            "I": shape.I,
+            "R": settings.R,
+            "implementation": implementation.name,
+            "family": implementation.family,
+            "prediction_bytes": shape.prediction_bytes(B),
+        }
+        reason = implementation.reason_to_skip(shape, B, settings.device)
+        if reason is None:
+            try:
+                extra, saved = in_fresh_process(probe, implementation.name, shape, B, settings)
+                record |= {"extra_bytes": extra, "saved_bytes": saved}
+            except Exception as error:
+                reason = reason_of(error)
+        yield record | {"status": reason or "ok"}
+
+
+def in_fresh_process(function: Callable, *arguments: object) -> tuple[int, int]:
+    # Blocks of 64 KiB and more go straight back to the system when freed: nothing is hidden in
+    # blocks that an earlier call left in the allocator.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as executor:
+            return executor.submit(function, *arguments).result()
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+
+
+def probe(name: str, shape: Shape, B: int, settings: Settings) -> tuple[int, int]:
+    """Extra bytes at the peak of forward+backward, and bytes saved between the two."""
+    candidates = ours(settings.device) + peers(("default", "max-autotune"))
+    routing = next(x for x in candidates if x.name == name).make()
+    inputs = make_inputs(shape, B, settings.device, settings.dtype)
+    outputs_and_gradients(routing, inputs, settings.R)  # compiles, starts threads
+    extra = extra_bytes(lambda: outputs_and_gradients(routing, inputs, settings.R), settings.device)
+    return extra, saved_bytes(routing, inputs, settings.R)
+
+
+def extra_bytes(call: Callable[[], Iterable[Tensor]], device: str) -> int:
+    """Peak memory of a call beyond what was there before and what it returns."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        returned = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        if not CLEAR.exists():
+            raise OSError("the peak resident set needs Linux's /proc")
+        ctypes.CDLL(None).malloc_trim(0)
+        CLEAR.write_text("5")  # resets VmHWM
+        before = resident("VmRSS")
+        returned = call()
+        peak = resident("VmHWM")
+    return max(0, peak - before - sum(x.nbytes for x in returned))
+
+
+def resident(field: str) -> int:
+    """A field of ``/proc/self/status`` in bytes."""
+    match = re.search(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+    if match is None:
+        raise OSError(f"{STATUS} has no field {field}")
+    return int(match[1]) * 1024
+
+
+def saved_bytes(routing: Routing, inputs: Inputs, R: int) -> int:
+    """Bytes that autograd keeps from the forward to the backward, the inputs left out."""
+    seen = {inputs.u.untyped_storage().data_ptr(), inputs.weight.untyped_storage().data_ptr()}
+    total = 0
+
+    def pack(x: Tensor) -> Tensor:
+        nonlocal total
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        routing(inputs.u, inputs.weight, R)
+    return total
+
+
+BATCHES = (1, 4, 16, 64, 128, 256)
+QUICK_BATCHES = (16, 128)
+TIMES_I = (1, 2, 4, 8)
+"""Multiples of MNIST's I: the extra memory of a fused implementation should not follow them."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-peers", action="store_true", help="only the fused backends")
+
+
+def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
+    """MNIST over the batch; the fused backends over I, and at the shape with many classes."""
+    fused = ours(settings.device)
+    for B in QUICK_BATCHES if options.quick else BATCHES:
+        everyone = fused if options.no_peers else [*fused, *peers()]
+        yield from measure_memory(MNIST, B, everyone, settings)
+    for times in TIMES_I:
+        shape = replace(MNIST, name=f"MNIST, I = {times * MNIST.I}", I=times * MNIST.I)
+        yield from measure_memory(shape, 32, fused, settings)
+    yield from measure_memory(MANY_CLASSES, 32, fused, settings)

@@ -1,0 +1,178 @@
+"""What the fused op is compared with: the ways others write routing, and ``torch.compile`` of them.
+
+Each is written here for the comparison, stores the predictions ``u_hat`` [B, I, J, D], and is
+checked against the oracle before it is measured.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from capsule_kernels import backends, fused_routing
+
+from .shapes import GIB, Inputs, Shape
+
+Routing = Callable[[Tensor, Tensor, int], Tensor]
+"""u [B, I, K], weight [I, J, D, K], num_iterations -> v [B, J, D]."""
+
+
+def squash(s: Tensor) -> Tensor:
+    """The squashing of the paper in its cheapest form (no care for zero or huge lengths)."""
+    squared_length = s.square().sum(-1, keepdim=True)
+    return s * (squared_length.sqrt() / (1 + squared_length))
+
+
+def einsum_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
+    """A clean einsum implementation: u_hat, s and the agreement by ``torch.einsum``."""
+    u_hat = torch.einsum("ijdk,bik->bijd", weight, u)
+    b = u_hat.new_zeros(u_hat.shape[:3])
+    for _ in range(num_iterations - 1):
+        v = squash(torch.einsum("bij,bijd->bjd", b.softmax(-1), u_hat))
+        b = b + torch.einsum("bijd,bjd->bij", u_hat, v)
+    return squash(torch.einsum("bij,bijd->bjd", b.softmax(-1), u_hat))
+
+
+def multiply_sum_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
+    """s and the agreement by a broadcast product and a sum, which compilers fuse best."""
+    u_hat = torch.einsum("ijdk,bik->bijd", weight, u)
+    b = u_hat.new_zeros(u_hat.shape[:3])
+    for _ in range(num_iterations - 1):
+        v = squash((b.softmax(-1)[..., None] * u_hat).sum(1))
+        b = b + (u_hat * v[:, None]).sum(-1)
+    return squash((b.softmax(-1)[..., None] * u_hat).sum(1))
+
+
+def tiled_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
+    """The form popular repositories use: W and u tiled over batch and capsules, then ``matmul``."""
+    B, I, _ = u.shape
+    J = weight.shape[1]
+    W_tiled = weight[None].repeat(B, 1, 1, 1, 1)  # [B, I, J, D, K]
+    u_tiled = u[:, :, None, :, None].repeat(1, 1, J, 1, 1)  # [B, I, J, K, 1]
+    u_hat = (W_tiled @ u_tiled).squeeze(-1)
+    b = u_hat.new_zeros(B, I, J)
+    for _ in range(num_iterations - 1):
+        v = squash((b.softmax(-1)[..., None] * u_hat).sum(1, keepdim=True))
+        b = b + (u_hat * v).sum(-1)
+    return squash((b.softmax(-1)[..., None] * u_hat).sum(1))
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to compute routing: ours, or a peer's.
+
+    ``family`` is "ours", "eager" or "compiled". ``stored`` says roughly how many buffers of the
+    size of ``u_hat`` forward and backward hold at their peak: only to skip what would run the
+    machine out of memory. ``missing`` is the reason why it can't be used here at all.
+    """
+
+    name: str
+    family: str
+    make: Callable[[], Routing]
+    stored: float = 0.0
+    missing: str | None = None
+
+    def reason_to_skip(self, shape: Shape, B: int, device: str) -> str | None:
+        """Why this can't run here now, or None."""
+        if self.missing:
+            return self.missing
+        needed, free = self.stored * shape.prediction_bytes(B), free_memory(device)
+        if needed <= 0.8 * free:
+            return None
+        return f"too little memory: needs about {needed / GIB:.0f} of {free / GIB:.0f} GiB free"
+
+
+def fused(backend: str) -> Routing:
+    return lambda u, weight, R: fused_routing(u, weight, R, backend=backend)
+
+
+def compiled(routing: Routing, mode: str) -> Routing:
+    """Compiled for one shape; CUDA graphs are left to the timer, which replays every peer."""
+    return torch.compile(
+        routing, dynamic=False, mode=mode.replace("max-autotune", "max-autotune-no-cudagraphs")
+    )
+
+
+BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+"""The fused backends that run on a device."""
+EAGER: dict[str, tuple[Routing, float]] = {
+    "einsum": (einsum_routing, 6.0),
+    "multiply-sum": (multiply_sum_routing, 8.0),
+    "tiled W": (tiled_routing, 24.0),  # W tiled and its gradient hold K buffers each
+}
+COMPILED = ("einsum", "multiply-sum")
+
+
+def ours(device: str) -> list[Implementation]:
+    """Every fused backend of the device."""
+    statuses = backends()
+    return [
+        Implementation(
+            f"ours ({name})",
+            "ours",
+            partial(fused, name),
+            missing=None if statuses[name].usable else statuses[name].reason,
+        )
+        for name in BACKENDS[device]
+    ]
+
+
+def peers(modes: Iterable[str] = ("default",)) -> list[Implementation]:
+    """Eager peers, then ``torch.compile`` of the stronger ones in each mode."""
+    eager = [
+        Implementation(f"eager {name}", "eager", lambda routing=routing: routing, stored)  # type: ignore[misc]
+        for name, (routing, stored) in EAGER.items()
+    ]
+    return eager + [
+        Implementation(
+            f"compiled {name}" + ("" if mode == "default" else f" ({mode})"),
+            "compiled",
+            partial(compiled, EAGER[name][0], mode),
+            EAGER[name][1],
+        )
+        for mode in modes
+        for name in COMPILED
+    ]
+
+
+def oracle(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
+    return fused_routing(u, weight, num_iterations, backend="reference")
+
+
+def check_equal(routing: Routing, inputs: Inputs, R: int) -> None:
+    """Raise ``ValueError`` unless v and its gradients agree with the oracle's.
+
+    A guard against comparing different functions, not a test of accuracy: it allows a hundred
+    times the rounding of the dtype (TF32's, where that is allowed), relative to the largest value.
+    """
+    found = outputs_and_gradients(routing, inputs, R)
+    expected = outputs_and_gradients(oracle, inputs, R)
+    eps = torch.finfo(inputs.u.dtype).eps
+    if inputs.u.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        eps = max(eps, 2**-11)
+    for name, x, reference in zip(("v", "grad_u", "grad_weight"), found, expected, strict=True):
+        error = float((x - reference).abs().max() / reference.abs().max())
+        if not error <= 100 * eps:
+            raise ValueError(
+                f"{name} differs from the oracle's by {error:.1e} of its largest value "
+                f"(u {list(inputs.u.shape)}, weight {list(inputs.weight.shape)})"
+            )
+
+
+def outputs_and_gradients(routing: Routing, inputs: Inputs, R: int) -> tuple[Tensor, ...]:
+    v = routing(inputs.u, inputs.weight, R)
+    return v.detach(), *torch.autograd.grad(v, (inputs.u, inputs.weight), inputs.grad_v)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+    except OSError:  # no Linux: nothing is skipped
+        return 2**62
+    return int(fields["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,43 @@
+"""Measurements as flat records, collected in a report that is JSON on disk."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+"""One measurement. ``table`` names its kind; ``status`` is "ok" or the reason why figures lack."""
+
+
+def reason_of(error: BaseException) -> str:
+    """An exception in one line, without the advice that PyTorch's compilers add."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
+
+
+def select(records: Iterable[Record], **fields: Any) -> list[Record]:
+    """The records that have these values in these fields."""
+    return [
+        record
+        for record in records
+        if all(record.get(name.rstrip("_")) == value for name, value in fields.items())
+    ]
+
+
+def save(path: Path, machine: Record, ceilings: Record, records: list[Record]) -> None:
+    """Write a report in one step, so that a reader never meets half of one."""
+    content = {"machine": machine, "ceilings": ceilings, "records": records}
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+def load(path: Path) -> tuple[Record, Record, list[Record]]:
+    """Machine, ceilings and records of a report; ``ValueError`` names a file that is none."""
+    try:
+        content = json.loads(path.read_text())
+        return content["machine"], content["ceilings"], content["records"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a report of python -m bench ({error})") from None

@@ -1,0 +1,161 @@
+"""Time of the routing layer: forward and forward+backward, ours and the peers', interleaved."""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from .peers import Implementation, Routing, check_equal, ours, outputs_and_gradients, peers
+from .records import Record, reason_of
+from .shapes import MNIST, SHAPES, Inputs, Shape, make_inputs
+from .timing import interleave, make_timer
+
+PASSES = ("forward", "forward+backward")
+MAX_INPUT_SETS = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all measurements of a run have in common."""
+
+    device: str = "cpu"
+    precision: str = "ieee"  # or "tf32": what torch's float32 matmul precision was set to
+    dtype: torch.dtype = torch.float32
+    R: int = 3
+    rounds: int = 5
+    slice_seconds: float = 0.05
+
+
+def run_forward(routing: Routing, inputs: Inputs, R: int) -> object:
+    with torch.no_grad():
+        return routing(inputs.u, inputs.weight, R)
+
+
+RUN: dict[str, Callable[[Routing, Inputs, int], object]] = {
+    "forward": run_forward,
+    "forward+backward": outputs_and_gradients,
+}
+
+
+def input_sets(shape: Shape, B: int, settings: Settings) -> list[Inputs]:
+    """On a GPU so many that together they exceed twice the L2; one on a CPU."""
+    count = 1
+    if settings.device == "cuda":
+        L2 = torch.cuda.get_device_properties(0).L2_cache_size
+        count = min(MAX_INPUT_SETS, 1 + 2 * L2 // shape.bytes(B, backward=False))
+    return [make_inputs(shape, B, settings.device, settings.dtype, seed) for seed in range(count)]
+
+
+def measure_routing(
+    shape: Shape,
+    B: int,
+    implementations: Iterable[Implementation],
+    settings: Settings,
+    passes: Sequence[str] = PASSES,
+) -> Iterator[Record]:
+    """One record for each implementation and pass; a failure is its record's status."""
+    torch._dynamo.reset()  # each shape compiles anew, and no recompile limit is ever met
+    sets = input_sets(shape, B, settings)
+    timer = make_timer(settings.device)
+    implementations = list(implementations)
+    status: dict[str, str] = {}
+    routings: dict[str, Routing] = {}
+    for implementation in implementations:
+        name = implementation.name
+        reason = implementation.reason_to_skip(shape, B, settings.device)
+        if reason is None:
+            try:
+                routings[name] = implementation.make()
+                check_equal(routings[name], sets[0], settings.R)
+            except Exception as error:
+                reason = reason_of(error)
+        if reason is not None:
+            status[name] = reason
+    for direction in passes:
+        samplers = {}
+        for name in routings:
+            calls = [partial(RUN[direction], routings[name], x, settings.R) for x in sets]
+            try:
+                calls[0]()  # compiles
+                samplers[name] = timer.sampler(calls)
+            except Exception as error:
+                status[name] = reason_of(error)
+        timings = interleave(samplers, timer.how, settings.rounds, settings.slice_seconds)
+        backward = direction == "forward+backward"
+        for implementation in implementations:
+            name = implementation.name
+            record: Record = {
+                "table": "routing",
+                "case": shape.name,
+                "B": B,
+                "I": shape.I,
+                "J": shape.J,
+                "K": shape.K,
+                "D": shape.D,
+                "R": settings.R,
+                "dtype": str(settings.dtype).removeprefix("torch."),
+                "precision": settings.precision,
+                "pass": direction,
+                "implementation": name,
+                "family": implementation.family,
+                "operations": shape.operations(B, settings.R, backward),
+                "bytes": shape.bytes(B, backward, settings.dtype.itemsize),
+                "status": status.get(name, "ok"),
+            }
+            if name in timings:
+                record |= {
+                    "seconds": timings[name].median,
+                    "spread": timings[name].spread,
+                    "samples": timings[name].samples,
+                    "timed_by": timings[name].how,
+                }
+            yield record
+        for name in set(routings) - set(timings):
+            del routings[name]
+
+
+BATCHES = (1, 4, 16, 64, 128, 512, 2048)
+QUICK_BATCHES = (1, 16, 128)
+FEW_BATCHES = (32, 128)
+"""For the shapes other than MNIST, whose peers take seconds a call on a CPU."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape",
+        action="append",
+        choices=[shape.name for shape in SHAPES],
+        help="only this shape (may be repeated)",
+    )
+    parser.add_argument(
+        "--batch", action="append", type=int, metavar="B", help="only this batch (may be repeated)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float64", "float32", "bfloat16", "float16"), default="float32"
+    )
+    parser.add_argument(
+        "--max-autotune",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile(mode='max-autotune') as well (default: on a GPU)",
+    )
+    parser.add_argument("--no-peers", action="store_true", help="only the fused backends")
+
+
+def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
+    """MNIST at every batch, the other shapes at a few; what the options ask for instead."""
+    settings = replace(settings, dtype=getattr(torch, options.dtype))
+    on_gpu = settings.device == "cuda"
+    autotune = on_gpu if options.max_autotune is None else options.max_autotune
+    implementations = ours(settings.device)
+    if not options.no_peers:
+        implementations += peers(("default", "max-autotune") if autotune else ("default",))
+    if options.shape:
+        shapes = [shape for shape in SHAPES if shape.name in options.shape]
+    else:
+        shapes = [MNIST] if options.quick else list(SHAPES)
+    for shape in shapes:
+        batches = QUICK_BATCHES if options.quick else BATCHES if shape == MNIST else FEW_BATCHES
+        for B in options.batch or batches:
+            yield from measure_routing(shape, B, implementations, settings)

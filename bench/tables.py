@@ -1,0 +1,223 @@
+"""Tables of measurements, for the terminal and for documents: pure functions of records."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from .records import Record, select
+
+
+@dataclass
+class Table:
+    """A title, headers, and rows of finished text."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> str:
+        """A mark for a cell; the text itself stands once, below the table."""
+        if text not in self.notes:
+            self.notes.append(text)
+        return f"[{self.notes.index(text) + 1}]"
+
+    def note_lines(self) -> list[str]:
+        return [f"[{number}] {text}" for number, text in enumerate(self.notes, start=1)]
+
+    def rich(self) -> RichTable:
+        table = RichTable(
+            title=self.title,
+            title_justify="left",
+            caption="\n".join(map(escape, self.note_lines())) or None,
+            caption_justify="left",
+        )
+        for number, header in enumerate(self.headers):
+            table.add_column(header, justify="right" if number else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        return table
+
+    def markdown(self) -> str:
+        """The table without its title, its notes below."""
+        rule = ["---"] + ["---:"] * (len(self.headers) - 1)
+        lines = [f"| {' | '.join(row)} |" for row in (self.headers, rule, *self.rows)]
+        return "\n".join(lines) + "".join(f"\n\n{line}" for line in self.note_lines())
+
+
+def duration(seconds: float) -> str:
+    """Three digits in the unit that fits."""
+    scale, unit = next(
+        (pair for pair in ((1, "s"), (1e3, "ms")) if seconds * pair[0] >= 1), (1e6, "µs")
+    )
+    value = seconds * scale
+    return f"{value:.{max(0, 3 - len(str(int(value))))}f} {unit}"
+
+
+def size(count: float) -> str:
+    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= scale:
+            return f"{count / scale:.{1 if count / scale < 100 else 0}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.{1 if value < 100 else 0}f}x"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def describe_record(record: Record) -> str:
+    """A record in a line, to watch a measurement go on."""
+    names = ("table", "case", "B", "pass", "part", "implementation", "what", "axis", "quantity")
+    where = " ".join(str(record[name]) for name in names if name in record)
+    if record.get("status", "ok") != "ok":
+        return f"{where}: {record['status']}"
+    for name, text in (("seconds", duration), ("extra_bytes", size), ("measured", str)):
+        if name in record:
+            return f"{where}: {text(record[name])}"
+    return where
+
+
+def rate_of_products(record: Record, ceilings: Record) -> float:
+    """The machine's own float32 matrix product [FLOP/s], TF32 where the record was allowed it."""
+    return ceilings["tf32" if record.get("precision") == "tf32" else "gemm"]
+
+
+def floor_seconds(record: Record, ceilings: Record) -> float:
+    """No implementation is faster: operations at the product's rate, bytes at the copy's rate."""
+    return max(
+        record["operations"] / rate_of_products(record, ceilings),
+        record["bytes"] / ceilings["copy"],
+    )
+
+
+def fastest(records: Iterable[Record], **fields: object) -> Record | None:
+    """The fastest of the records that have these values and a time."""
+    timed = [record for record in select(records, **fields) if "seconds" in record]
+    return min(timed, key=lambda record: record["seconds"], default=None)
+
+
+def groups(records: Iterable[Record], *names: str) -> list[tuple[Record, list[Record]]]:
+    """Records that agree in the named fields, in the order of their first appearance."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record.get(name) for name in names), []).append(record)
+    return [(dict(zip(names, values, strict=True)), group) for values, group in found.items()]
+
+
+def summary_table(records: list[Record], ceilings: Record) -> Table:
+    """Each shape and pass in a line: the fastest eager peer, the fastest compiled one, ours."""
+    table = Table(
+        "Routing layer, fastest of each kind",
+        ["shape", "B", "pass", "eager", "compiled", "ours", "of eager", "of compiled", "of gemm"],
+    )
+    for key, group in groups(
+        select(records, table="routing"), "case", "B", "pass", "dtype", "precision"
+    ):
+        best = {family: fastest(group, family=family) for family in ("eager", "compiled", "ours")}
+        ours = best["ours"]
+        cells = [duration(best[f]["seconds"]) if best[f] else "-" for f in best]  # type: ignore[index]
+        for family in ("eager", "compiled"):
+            peer = best[family]
+            cells.append(ratio(peer["seconds"] / ours["seconds"]) if peer and ours else "-")
+        if ours:
+            rate = ours["operations"] / ours["seconds"]
+            cells.append(percent(rate / rate_of_products(ours, ceilings)))
+        else:
+            cells.append("-")
+        precision = "" if key["precision"] in (None, "ieee") else f", {key['precision']}"
+        dtype = "" if key["dtype"] == "float32" else f", {key['dtype']}"
+        table.rows.append([f"{key['case']}{dtype}{precision}", str(key["B"]), key["pass"], *cells])
+    return table
+
+
+def routing_table(records: list[Record], ceilings: Record) -> Table:
+    """Every implementation in a line."""
+    table = Table(
+        "Routing layer, every implementation",
+        ["implementation", "shape", "B", "pass", "median", "spread", "ours is", "of floor"],
+    )
+    for _, group in groups(records, "case", "B", "pass", "dtype", "precision"):
+        ours = fastest(group, family="ours")
+        for record in group:
+            where = [record["implementation"], record["case"], str(record["B"]), record["pass"]]
+            if "seconds" not in record:
+                table.rows.append([*where, table.note(record["status"]), "", "", ""])
+                continue
+            faster = ratio(record["seconds"] / ours["seconds"]) if ours else "-"
+            share = percent(floor_seconds(record, ceilings) / record["seconds"])
+            spread = percent(record["spread"] / record["seconds"])
+            table.rows.append([*where, duration(record["seconds"]), spread, faster, share])
+    return table
+
+
+def memory_table(records: list[Record], _ceilings: Record) -> Table:
+    table = Table(
+        "Memory of forward+backward beyond inputs, outputs and gradients",
+        ["implementation", "shape", "B", "extra", "saved for backward", "u_hat would be"],
+    )
+    for record in records:
+        where = [record["implementation"], record["case"], str(record["B"])]
+        cells = (
+            [size(record["extra_bytes"]), size(record["saved_bytes"])]
+            if "extra_bytes" in record
+            else [table.note(record["status"]), ""]
+        )
+        table.rows.append([*where, *cells, size(record["prediction_bytes"])])
+    return table
+
+
+def training_table(records: list[Record], _ceilings: Record) -> Table:
+    table = Table(
+        "A training step of the CapsNet and its parts",
+        ["model", "part", "B", "median", "spread", "images/s", "of the step"],
+    )
+    steps = {r["implementation"]: r for r in select(records, part="whole step") if "seconds" in r}
+    for record in records:
+        where = [record["implementation"], record["part"], str(record["B"])]
+        if "seconds" not in record:
+            table.rows.append([*where, table.note(record["status"]), "", "", ""])
+            continue
+        step = steps.get(record["implementation"])
+        table.rows.append(
+            [
+                *where,
+                duration(record["seconds"]),
+                percent(record["spread"] / record["seconds"]),
+                f"{record['B'] / record['seconds']:.0f}",
+                percent(record["seconds"] / step["seconds"]) if step else "-",
+            ]
+        )
+    return table
+
+
+def goals_table(records: list[Record], _ceilings: Record) -> Table:
+    table = Table("Goals", ["what", "goal", "measured", "met"])
+    for record in records:
+        measured = record["measured"] if "value" in record else table.note(record["measured"])
+        table.rows.append([record["what"], record["goal"], measured, record["verdict"]])
+    return table
+
+
+TABLES: dict[str, list[Callable[[list[Record], Record], Table]]] = {
+    "routing": [routing_table, summary_table],
+    "training": [training_table],
+    "memory": [memory_table],
+    "goals": [goals_table],
+}
+"""The tables of each kind of record."""
+
+
+def tables(records: list[Record], ceilings: Record) -> list[Table]:
+    """All tables that the records fill."""
+    return [
+        make(kind_records, ceilings)
+        for kind, makers in TABLES.items()
+        if (kind_records := select(records, table=kind))
+        for make in makers
+    ]

@@ -1,0 +1,112 @@
+"""Timing: variants interleaved in one process, every sample kept, medians and spread reported."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Call = Callable[[], object]
+Sampler = Callable[[], float]
+"""Runs its calls once and returns the seconds that one of them took."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median of the samples and their inter-quartile range."""
+
+    median: float
+    spread: float
+    samples: int
+    how: str
+
+    @classmethod
+    def of(cls, samples: Sequence[float], how: str) -> "Timing":
+        quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+        return cls(statistics.median(samples), quartiles[2] - quartiles[0], len(samples), how)
+
+
+class Timer(Protocol):
+    """How calls are timed on a device."""
+
+    how: str
+
+    def sampler(self, calls: Sequence[Call]) -> Sampler:
+        """A sampler of the calls, which do the same work on different tensors."""
+
+
+class CpuTimer:
+    """The clock around one call; the calls take turns."""
+
+    how = "clock"
+
+    def sampler(self, calls: Sequence[Call]) -> Sampler:
+        turn = 0
+
+        def sample() -> float:
+            nonlocal turn
+            call = calls[turn % len(calls)]
+            turn += 1
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return sample
+
+
+class CudaTimer:
+    """Events around the replay of one CUDA graph that holds all calls.
+
+    The calls should work on tensors that together exceed the L2. Replay takes Python and launch
+    overhead out of every variant alike.
+    """
+
+    how = "graph replay"
+
+    def sampler(self, calls: Sequence[Call]) -> Sampler:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                calls[0]()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+
+        def sample() -> float:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3 / len(calls)
+
+        return sample
+
+
+def make_timer(device: str) -> Timer:
+    return CudaTimer() if device == "cuda" else CpuTimer()
+
+
+def interleave(
+    samplers: Mapping[str, Sampler], how: str, rounds: int = 5, slice_seconds: float = 0.05
+) -> dict[str, Timing]:
+    """Sample every variant in turn, ``rounds`` times round.
+
+    In its turn a variant is sampled until ``slice_seconds`` are over (once at least, 50 times at
+    most), so that fast variants get more samples than slow ones, and all see the same noise.
+    """
+    for sample in samplers.values():
+        sample()
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(rounds):
+        for name, sample in samplers.items():
+            stop = time.perf_counter() + slice_seconds
+            for _ in range(50):
+                samples[name].append(sample())
+                if time.perf_counter() >= stop:
+                    break
+    return {name: Timing.of(values, how) for name, values in samples.items()}

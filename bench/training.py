@@ -1,0 +1,139 @@
+"""Time of a training step of the MNIST CapsNet, ours and others', and of its parts."""
+
+import argparse
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from capsule_kernels import reference_routing
+from model.capsnet import CapsNet
+from model.config import Architecture
+from model.losses import lengths, margin_loss, multi_hot, reconstruction_loss
+
+from .popular import PopularCapsNet
+from .records import Record, reason_of
+from .routing import Settings
+from .timing import interleave, make_timer
+
+RECONSTRUCTION_WEIGHT = 0.0005
+MAX_ROUNDS = 3
+"""Steps last seconds on a CPU: a few samples of each are steady enough."""
+FUSED, ORACLE, POPULAR = "fused", "oracle", "popular"
+Network = CapsNet | PopularCapsNet
+MODELS: dict[str, Callable[[], Network]] = {
+    FUSED: lambda: CapsNet(Architecture(), backend="auto"),
+    ORACLE: lambda: CapsNet(Architecture(), backend="reference"),
+    POPULAR: PopularCapsNet,
+}
+"""The CapsNet on the fused op, the same on the oracle, and a popular implementation's."""
+
+
+class Step:
+    """A model with its optimiser and a fixed batch: a training step, and its parts alone."""
+
+    def __init__(self, model: Network, B: int, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.model = model.to(device)
+        self.images = torch.rand(B, 1, 28, 28, generator=generator).to(device)
+        self.labels = torch.randint(10, (B, 1), generator=generator).to(device)
+        self.targets = multi_hot(self.labels, 10)
+        # capturable: so that a CUDA graph can hold the whole step
+        self.optimiser = torch.optim.Adam(model.parameters(), capturable=device == "cuda")
+        with torch.no_grad():
+            self.u = model.encode(self.images)
+            self.v = model.digits(self.u)
+
+    def loss(self) -> Tensor:
+        v, reconstructions = self.model(self.images, self.labels)
+        assert reconstructions is not None  # both models have a decoder
+        error = reconstruction_loss(reconstructions.flatten(1), self.images.flatten(1))
+        return margin_loss(lengths(v), self.targets) + RECONSTRUCTION_WEIGHT * error
+
+    def whole(self) -> None:
+        self.optimiser.zero_grad()
+        self.loss().backward()
+        self.optimiser.step()
+
+    def convolutions(self) -> None:
+        """Forward and backward of the two convolutions (and the squash after them)."""
+        parameters = [*self.model.conv1.parameters(), *self.model.primary.parameters()]
+        u = self.model.encode(self.images)
+        torch.autograd.grad(u, parameters, torch.ones_like(u))
+
+    def routing(self) -> None:
+        """Forward and backward of the routing layer."""
+        u = self.u.requires_grad_()
+        v = self.model.digits(u)
+        torch.autograd.grad(v, (u, self.model.digits.weight), self.v)
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        return {
+            "whole step": self.whole,
+            "convolutions": self.convolutions,
+            "routing layer": self.routing,
+        }
+
+
+def check_popular(model: PopularCapsNet) -> None:
+    """Raise ``ValueError`` unless its capsule layer agrees with the oracle on the same capsules."""
+    u = torch.randn(2, 1152, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        v = model.digits(u)
+        expected = reference_routing(u, model.digits.weight.transpose(0, 1))
+    error = float((v - expected).abs().max() / expected.abs().max())
+    if not error < 1e-4:
+        raise ValueError(f"its capsule layer differs from the oracle's by {error:.1e}")
+
+
+def measure_steps(
+    B: int, settings: Settings, parts_of: Collection[str] = tuple(MODELS)
+) -> Iterator[Record]:
+    """Whole steps of all models, interleaved; then the parts of some."""
+    steps: dict[str, Step] = {}
+    failures: dict[str, str] = {}
+    for name in MODELS:
+        try:
+            model = MODELS[name]()
+            if isinstance(model, PopularCapsNet):
+                check_popular(model)
+            steps[name] = Step(model, B, settings.device)
+        except Exception as error:
+            failures[name] = reason_of(error)
+    timer = make_timer(settings.device)
+    for part in ("whole step", "convolutions", "routing layer"):
+        models = [name for name in MODELS if part == "whole step" or name in parts_of]
+        samplers = {}
+        for name in models:
+            if name not in steps:
+                continue
+            try:
+                samplers[name] = timer.sampler([steps[name].parts()[part]])
+            except Exception as error:
+                failures[name] = reason_of(error)
+        timings = interleave(samplers, timer.how, min(settings.rounds, MAX_ROUNDS))
+        for name in models:
+            record: Record = {
+                "table": "training",
+                "implementation": name,
+                "part": part,
+                "B": B,
+                "precision": settings.precision,
+                "status": failures.get(name, "ok"),
+            }
+            if name in timings:
+                record |= {
+                    "seconds": timings[name].median,
+                    "spread": timings[name].spread,
+                    "samples": timings[name].samples,
+                    "timed_by": timings[name].how,
+                }
+            yield record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=int, help="samples a step (128; 16 with --quick)")
+
+
+def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
+    yield from measure_steps(options.batch_size or (16 if options.quick else 128), settings)
