@@ -35,7 +35,7 @@ class PopularCapsules(nn.Module):
 
 
 class PopularCapsNet(nn.Module):
-    """The MNIST network; capsules [B, 10, 16] and reconstructions [B, 784] of [B, 1, 28, 28]."""
+    """The MNIST network; lengths [B, 10] and reconstructions [B, 784] of [B, 1, 28, 28]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class PopularCapsNet(nn.Module):
             nn.Sigmoid(),
         )
 
-    def encode(self, images: Tensor) -> Tensor:
+    def primary_capsules(self, images: Tensor) -> Tensor:
         x = self.primary(F.relu(self.conv1(images)))
         return squash(x.view(x.shape[0], -1, 8))
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """``labels`` [B, 1]: the class whose capsule is decoded."""
-        v = self.digits(self.encode(images))
+        v = self.digits(self.primary_capsules(images))
         mask = F.one_hot(labels[:, 0], 10).to(v.dtype)
-        return v, self.decoder((v * mask[..., None]).flatten(1))
+        return v.norm(dim=-1), self.decoder((v * mask[..., None]).flatten(1))

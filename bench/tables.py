@@ -71,16 +71,24 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
+WHERE = ("table", "case", "axis", "size", "B", "pass", "part", "dtype", "quantity", "what")
+FIGURES: dict[str, Callable[[float], str]] = {
+    "seconds": duration,
+    "extra_bytes": size,
+    "exponent": "{:.2f}".format,
+    "error": "{:.1e}".format,
+    "measured": str,
+}
+
+
 def describe_record(record: Record) -> str:
     """A record in a line, to watch a measurement go on."""
-    names = ("table", "case", "B", "pass", "part", "implementation", "what", "axis", "quantity")
-    where = " ".join(str(record[name]) for name in names if name in record)
+    fields = [*WHERE, "implementation"]
+    where = " ".join(str(record[name]) for name in fields if name in record)
     if record.get("status", "ok") != "ok":
         return f"{where}: {record['status']}"
-    for name, text in (("seconds", duration), ("extra_bytes", size), ("measured", str)):
-        if name in record:
-            return f"{where}: {text(record[name])}"
-    return where
+    figure = next((text(record[name]) for name, text in FIGURES.items() if name in record), "")
+    return f"{where}: {figure}"
 
 
 def rate_of_products(record: Record, ceilings: Record) -> float:
@@ -196,6 +204,46 @@ def training_table(records: list[Record], _ceilings: Record) -> Table:
     return table
 
 
+def scaling_table(records: list[Record], _ceilings: Record) -> Table:
+    """Times over one axis in a line."""
+    table = Table("Time against size", ["implementation", "axis", "pass", "size: median"])
+    for key, group in groups(records, "implementation", "axis", "pass"):
+        cells = [
+            f"{r['size']}: {duration(r['seconds']) if 'seconds' in r else table.note(r['status'])}"
+            for r in group
+        ]
+        table.rows.append([*key.values(), ", ".join(cells)])
+    return table
+
+
+def exponents_table(records: list[Record], _ceilings: Record) -> Table:
+    table = Table(
+        "Fitted exponents of time against size", ["implementation", "axis", "pass", "exponent"]
+    )
+    for record in records:
+        axis = f"{record['axis']} from {record['from']} to {record['to']}"
+        row = [record["implementation"], axis, record["pass"], f"{record['exponent']:.2f}"]
+        table.rows.append(row)
+    return table
+
+
+def accuracy_table(records: list[Record], _ceilings: Record) -> Table:
+    table = Table(
+        "Largest error against float64, relative to the largest value",
+        ["implementation", "dtype", "of", "error", "the oracle's own", "ratio"],
+    )
+    for record in records:
+        own = record["oracle_error"]
+        where = [record["implementation"], record["dtype"], record["quantity"]]
+        if "error" in record:
+            quotient = f"{record['error'] / own:.2f}" if own else "-"
+            cells = [f"{record['error']:.1e}", f"{own:.1e}", quotient]
+        else:
+            cells = [table.note(record["status"]), f"{own:.1e}", ""]
+        table.rows.append([*where, *cells])
+    return table
+
+
 def goals_table(records: list[Record], _ceilings: Record) -> Table:
     table = Table("Goals", ["what", "goal", "measured", "met"])
     for record in records:
@@ -208,6 +256,9 @@ TABLES: dict[str, list[Callable[[list[Record], Record], Table]]] = {
     "routing": [routing_table, summary_table],
     "training": [training_table],
     "memory": [memory_table],
+    "scaling": [scaling_table],
+    "exponents": [exponents_table],
+    "accuracy": [accuracy_table],
     "goals": [goals_table],
 }
 """The tables of each kind of record."""

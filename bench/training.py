@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
-from capsule_kernels import reference_routing
 from model.capsnet import CapsNet
 from model.config import Architecture
-from model.losses import lengths, margin_loss, multi_hot, reconstruction_loss
+from model.losses import margin_loss, multi_hot, reconstruction_loss
 
+from .peers import oracle
 from .popular import PopularCapsNet
 from .records import Record, reason_of
 from .routing import Settings
@@ -41,14 +41,14 @@ class Step:
         # capturable: so that a CUDA graph can hold the whole step
         self.optimiser = torch.optim.Adam(model.parameters(), capturable=device == "cuda")
         with torch.no_grad():
-            self.u = model.encode(self.images)
+            self.u = model.primary_capsules(self.images)
             self.v = model.digits(self.u)
 
     def loss(self) -> Tensor:
-        v, reconstructions = self.model(self.images, self.labels)
+        scores, reconstructions = self.model(self.images, self.labels)
         assert reconstructions is not None  # both models have a decoder
         error = reconstruction_loss(reconstructions.flatten(1), self.images.flatten(1))
-        return margin_loss(lengths(v), self.targets) + RECONSTRUCTION_WEIGHT * error
+        return margin_loss(scores, self.targets) + RECONSTRUCTION_WEIGHT * error
 
     def whole(self) -> None:
         self.optimiser.zero_grad()
@@ -58,7 +58,7 @@ class Step:
     def convolutions(self) -> None:
         """Forward and backward of the two convolutions (and the squash after them)."""
         parameters = [*self.model.conv1.parameters(), *self.model.primary.parameters()]
-        u = self.model.encode(self.images)
+        u = self.model.primary_capsules(self.images)
         torch.autograd.grad(u, parameters, torch.ones_like(u))
 
     def routing(self) -> None:
@@ -80,7 +80,7 @@ def check_popular(model: PopularCapsNet) -> None:
     u = torch.randn(2, 1152, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         v = model.digits(u)
-        expected = reference_routing(u, model.digits.weight.transpose(0, 1))
+        expected = oracle(u, model.digits.weight.transpose(0, 1), model.digits.num_iterations)
     error = float((v - expected).abs().max() / expected.abs().max())
     if not error < 1e-4:
         raise ValueError(f"its capsule layer differs from the oracle's by {error:.1e}")

@@ -1,0 +1,99 @@
+"""How the time of the fused op grows: against B, I, J, R and threads, with fitted exponents.
+
+The exponent p of "time ~ size^p" is the slope of a line through (log size, log time). 1 means that
+the cost grows linearly; sizes start where the fixed cost of a call no longer counts.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from .peers import Implementation, ours
+from .records import Record
+from .routing import Settings, measure_routing
+from .shapes import Shape
+
+BASE = Shape("scaling", I=1152, J=10)
+BASE_B = {"cpu": 64, "cuda": 512}
+RANGES: dict[str, dict[str, tuple[int, ...]]] = {
+    "cpu": {"B": (32, 64, 128, 320), "I": (288, 576, 1152, 2880), "J": (4, 10, 20, 40)},
+    "cuda": {"B": (256, 512, 1024, 2560), "I": (576, 1152, 2304, 5760), "J": (4, 10, 20, 40)},
+}
+"""A decade of each size."""
+ITERATIONS = (1, 2, 3, 5, 10)
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """Least-squares slope of log seconds against log size."""
+    x, y = [math.log(s) for s in sizes], [math.log(t) for t in seconds]
+    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - x_mean) ** 2 for a in x)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--axis", action="append", choices=("B", "I", "J", "R", "threads"), help="only this axis"
+    )
+
+
+def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
+    """A record for each point, then one with the exponent, for each axis and pass."""
+    fused = ours(settings.device)
+    axes = options.axis or ["B", "I", "J", "R", *(["threads"] if settings.device == "cpu" else [])]
+    for axis in axes:
+        points = []
+        for size in sizes_of(axis, settings.device):
+            for point in measure_point(axis, size, fused, settings):
+                points.append(point)
+                yield point
+        yield from fits(points)
+
+
+def sizes_of(axis: str, device: str) -> tuple[int, ...]:
+    if axis == "R":
+        return ITERATIONS
+    if axis == "threads":
+        processors = len(os.sched_getaffinity(0))
+        return tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= processors)
+    return RANGES[device][axis]
+
+
+def measure_point(
+    axis: str, size: int, fused: list[Implementation], settings: Settings
+) -> Iterator[Record]:
+    B = size if axis == "B" else BASE_B[settings.device]
+    shape = replace(BASE, I=size if axis == "I" else BASE.I, J=size if axis == "J" else BASE.J)
+    threads = torch.get_num_threads()
+    try:
+        if axis == "threads":
+            torch.set_num_threads(size)
+        R = size if axis == "R" else settings.R
+        for record in measure_routing(shape, B, fused, replace(settings, R=R)):
+            yield record | {"table": "scaling", "axis": axis, "size": size}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fits(points: list[Record]) -> Iterator[Record]:
+    """The exponent of each implementation and pass over the points of one axis."""
+    timed = [point for point in points if "seconds" in point]
+    for name in dict.fromkeys(point["implementation"] for point in timed):
+        for direction in dict.fromkeys(point["pass"] for point in timed):
+            line = [p for p in timed if p["implementation"] == name and p["pass"] == direction]
+            if len(line) > 1:
+                yield {
+                    "table": "exponents",
+                    "implementation": name,
+                    "family": "ours",
+                    "axis": line[0]["axis"],
+                    "pass": direction,
+                    "from": line[0]["size"],
+                    "to": line[-1]["size"],
+                    "exponent": exponent([p["size"] for p in line], [p["seconds"] for p in line]),
+                    "status": "ok",
+                }
