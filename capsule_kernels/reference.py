@@ -16,7 +16,7 @@ def squash(s: Tensor) -> Tensor:
     """
     # Lengths are taken of s / max|s|: squares of large or tiny components stay in range.
     scale = s.detach().abs().amax(-1, keepdim=True)
-    nonzero = scale > 0
+    nonzero = scale != 0
     scale = scale.where(nonzero, 1)
     unit_sum = (s / scale).square().sum(-1, keepdim=True)
     length = scale * unit_sum.where(nonzero, 1).sqrt()

@@ -1,0 +1,47 @@
+// What is no operator: facts about this build and this processor, for Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/driver.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict kernel_plan(int64_t B, int64_t I, int64_t J, int64_t K, int64_t D, int64_t R,
+                     int64_t weight_sharing) {
+  const capsule::Problem<float> problem{B,       I,       J,       K, D, R, weight_sharing, false,
+                                        nullptr, nullptr, nullptr};
+  const auto& kernels = capsule::kernels<float>();
+  const auto part = capsule::make_partition(problem, kernels.lanes);
+  py::dict plan;
+  plan["lanes"] = part.capsule_lanes ? "capsules" : "samples";
+  plan["samples_per_block"] = part.block;
+  plan["sweep_tasks"] = part.tasks();
+  plan["capsules_per_chunk"] = part.chunk;
+  plan["final_tasks"] = capsule::final_tasks(problem, part);
+  plan["scratch_bytes_per_thread"] = kernels.scratch(problem, part) * sizeof(float);
+  plan["partial_sum_bytes"] = part.slots * part.padded * problem.N() * int64_t(sizeof(float));
+  return plan;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of capsule_kernels; importing registers them with torch.";
+  m.attr("has_cuda") =
+#ifdef CAPSULE_CUDA
+      true;
+#else
+      false;
+#endif
+  m.def("instruction_set", capsule::instruction_set, "The instruction set the CPU kernels use.");
+  m.def("usable_instruction_sets", capsule::usable_instruction_sets,
+        "Instruction sets of this build that this processor has, widest first.");
+  m.def("set_instruction_set", capsule::set_instruction_set, py::arg("name"),
+        "Use another of usable_instruction_sets(), for tests and comparisons.");
+  m.def("kernel_plan", kernel_plan, py::arg("B"), py::arg("I"), py::arg("J"), py::arg("K"),
+        py::arg("D"), py::arg("R") = 3, py::arg("weight_sharing") = 1,
+        "How the CPU kernels cut a float32 problem into tasks.");
+}

@@ -1,0 +1,253 @@
+// Kernels for batches too small to fill a vector with samples: lanes are consecutive input
+// capsules, one sample at a time. Weights are transposed on the way through the first-level cache.
+//
+// Lanes past the last capsule hold u = 0: their u_hat is 0 and they add nothing.
+#pragma once
+
+#include "routing.h"
+#include "softmax.h"
+
+namespace capsule::CAPSULE_ISA {
+
+template <typename T>
+struct CapsuleLanes {
+  using V = Vec<T>;
+  static constexpr int lanes = kLanes<T>;
+  static constexpr int tile = 8;
+
+  // out[f][lanes] = W of each lane's capsule, elements [begin, begin + count) of its [N][K].
+  static CAPSULE_INLINE void pack_weights(const Problem<T>& p, index i0, index begin, index count,
+                                          T* out) {
+    const index NK = p.N() * p.K;
+    auto row = [&](index r) {
+      const index i = i0 + r < p.I ? i0 + r : p.I - 1;
+      return p.weight + i / p.weight_sharing * NK + begin;
+    };
+    gather_rows(row, count, out, lanes);
+  }
+
+  // out[b][K][lanes] for all samples of [b0, b1).
+  static CAPSULE_INLINE void pack_capsules(const Problem<T>& p, index b0, index b1, index i0,
+                                           index valid, T* out) {
+    for (index b = b0; b < b1; ++b) {
+      T* u = out + (b - b0) * p.K * lanes;
+      auto row = [&](index r) { return p.u + (b * p.I + (r < valid ? i0 + r : i0)) * p.K; };
+      gather_rows(row, p.K, u, lanes);
+      for (index k = 0; k < p.K && valid < lanes; ++k)
+        for (index r = valid; r < lanes; ++r) u[k * lanes + r] = 0;
+    }
+  }
+
+  // x[j] = log priors of each lane's capsule; what logits start from.
+  static CAPSULE_INLINE void start_logits(const Problem<T>& p, index i0, T* x) {
+    if (!p.logits) {
+      for (index o = 0; o < p.J * lanes; ++o) x[o] = 0;
+      return;
+    }
+    auto row = [&](index r) { return p.logits + (i0 + r < p.I ? i0 + r : p.I - 1) * p.J; };
+    gather_rows(row, p.J, x, lanes);
+  }
+
+  // acc[m] = sum_k W[m][k] u[k], every operand a vector of capsules.
+  template <int n>
+  static CAPSULE_INLINE void predict(const T* W, index K, const T* u, V (&acc)[n]) {
+#pragma GCC unroll 16
+    for (int m = 0; m < n; ++m) acc[m] = V{};
+    for (index k = 0; k < K; ++k) {
+      const V x = load(u + k * lanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < n; ++m) acc[m] += load(W + (m * K + k) * lanes) * x;
+    }
+  }
+
+  static index sweep_scratch(const Problem<T>& p, const Partition& part) {
+    const index samples = part.group < p.B ? part.group : p.B;
+    return (samples * (p.K + 2 * p.N() + 2 * p.J) + p.D * p.K) * lanes;
+  }
+
+  // Input capsules [i0, i1), samples [b0, b1): partial[b][n] = sum over i.
+  template <int fixed_K, bool is_backward>
+  static void sweep(const Problem<T>& p, const Sweep<T>& sweep, index b0, index b1, index i0,
+                    index i1, T* partial, T* scratch) {
+    const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), samples = b1 - b0;
+    T* u = scratch;                          // [samples][K]
+    T* sums = u + samples * K * lanes;       // [samples][N]
+    T* u_hat = sums + samples * N * lanes;   // [samples][N]
+    T* c = u_hat + samples * N * lanes;      // [samples][J]
+    T* dl = c + samples * J * lanes;         // [samples][J]
+    T* W = dl + samples * J * lanes;         // [D][K]
+    const T* coefficient = is_backward ? dl : c;
+    for (index x = 0; x < samples * N * lanes; ++x) sums[x] = 0;
+
+    for (index i = i0; i < i1; i += lanes) {
+      const index valid = i1 - i < lanes ? i1 - i : lanes;
+      pack_capsules(p, b0, b1, i, valid, u);
+      for (index b = 0; b < samples; ++b) {
+        start_logits(p, i, c + b * J * lanes);
+        if (!sweep.V) softmax(c + b * J * lanes, J, lanes, static_cast<const T*>(nullptr), p.leaky);
+      }
+      for (index j = 0; j < J; ++j) {
+        pack_weights(p, i, j * D * K, D * K, W);
+        for (index b = 0; b < samples; ++b) {
+          const T* V_row = sweep.V ? sweep.V + (b0 + b) * N : nullptr;
+          const T* ds_row = is_backward ? sweep.ds + (b0 + b) * N : nullptr;
+          V logit = load(c + (b * J + j) * lanes), dc{};
+          for_tiles<tile>(D, [&](auto size, index d) {
+            constexpr int n = size;
+            V acc[n];
+            predict<n>(W + d * K * lanes, K, u + b * K * lanes, acc);
+#pragma GCC unroll 16
+            for (int m = 0; m < n; ++m) {
+              const index o = j * D + d + m;
+              store(u_hat + (b * N + o) * lanes, acc[m]);
+              if (V_row) logit += acc[m] * V_row[o];
+              if constexpr (is_backward) dc += acc[m] * ds_row[o];
+            }
+          });
+          if (V_row) store(c + (b * J + j) * lanes, logit);
+          if constexpr (is_backward) store(dl + (b * J + j) * lanes, dc);
+        }
+      }
+      for (index b = 0; b < samples; ++b) {
+        T* c_b = c + b * J * lanes;
+        if (sweep.V) softmax(c_b, J, lanes, static_cast<const T*>(nullptr), p.leaky);
+        if constexpr (is_backward) softmax_gradient(c_b, dl + b * J * lanes, J, lanes);
+        if (sweep.coupling)
+          scatter_rows(c_b, lanes, J, valid, [&](index r) {
+            return sweep.coupling + ((b0 + b) * p.I + i + r) * J;
+          });
+        for (index j = 0; j < J; ++j) {
+          const V factor = load(coefficient + (b * J + j) * lanes);
+          for (index o = (b * N + j * D) * lanes; o < (b * N + (j + 1) * D) * lanes; o += lanes)
+            store(sums + o, load(sums + o) + factor * load(u_hat + o));
+        }
+      }
+    }
+    for (index x = 0; x < samples * N; ++x)
+      partial[b0 * N + x] = sum_lanes<T>(load(sums + x * lanes));
+  }
+
+  struct Final {
+    T *u, *W, *dW, *c, *dl, *du_hat, *du, *dlogits, *end;
+    Final(const Problem<T>& p, T* scratch) {
+      const index N = p.N(), K = p.K, J = p.J;
+      u = scratch;                          // [B][K]
+      W = u + p.B * K * lanes;              // [N][K]
+      dW = W + N * K * lanes;               // [N][K]
+      c = dW + N * K * lanes;               // [R][J]
+      dl = c + p.R * J * lanes;             // [R][J]
+      du_hat = dl + p.R * J * lanes;        // [N]
+      du = du_hat + N * lanes;              // [K]
+      dlogits = du + K * lanes;             // [J]
+      end = dlogits + J * lanes;
+    }
+  };
+
+  static index final_scratch(const Problem<T>& p) {
+    return Final(p, nullptr).end - static_cast<T*>(nullptr);
+  }
+
+  // The last sweep for input capsules [i0, i1), all samples. With weight_sharing > 1 they share one
+  // weight, and dW is summed over them; otherwise each has its own.
+  template <int fixed_K>
+  static void final(const Problem<T>& p, const FinalSweep<T>& sweep, index i0, index i1,
+                    T* grad_weight, T* memory) {
+    const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
+    const index first_t = sweep.full ? 1 : R, blocked_size = p.B * N;
+    const bool prior_gradient = sweep.grad_logits != nullptr, shared = p.weight_sharing > 1;
+    const Final scratch(p, memory);
+    auto V_at = [&](index t, index b) { return sweep.V + (t - 2) * blocked_size + b * N; };
+    auto ds_at = [&](index t, index b) { return sweep.ds + (t - 1) * blocked_size + b * N; };
+    auto needs_dl = [&](index t) { return prior_gradient || (sweep.full && t > 1); };
+    auto clear = [](T* x, index count) {
+      for (index o = 0; o < count * lanes; ++o) x[o] = 0;
+    };
+
+    if (shared) clear(scratch.dW, N * K);
+    for (index i = i0; i < i1; i += lanes) {
+      const index valid = i1 - i < lanes ? i1 - i : lanes;
+      pack_capsules(p, 0, p.B, i, valid, scratch.u);
+      pack_weights(p, i, 0, N * K, scratch.W);
+      if (!shared) clear(scratch.dW, N * K);
+      if (prior_gradient) clear(scratch.dlogits, J);
+
+      for (index b = 0; b < p.B; ++b) {
+        const T* u = scratch.u + b * K * lanes;
+        for (index t = first_t; t <= R; ++t) start_logits(p, i, scratch.c + (t - 1) * J * lanes);
+        clear(scratch.dl, R * J);
+        for (index j = 0; j < J; ++j)
+          for_tiles<tile>(D, [&](auto size, index d) {
+            constexpr int n = size;
+            const index o = j * D + d;
+            V acc[n];
+            predict<n>(scratch.W + o * K * lanes, K, u, acc);
+            for (index t = first_t; t <= R; ++t) {
+              const index row = ((t - 1) * J + j) * lanes;
+              if (t > 1) dot<n>(acc, V_at(t, b) + o, scratch.c + row);
+              if (needs_dl(t)) dot<n>(acc, ds_at(t, b) + o, scratch.dl + row);
+            }
+          });
+        for (index t = first_t; t <= R; ++t) {
+          T* c = scratch.c + (t - 1) * J * lanes;
+          T* dl = scratch.dl + (t - 1) * J * lanes;
+          softmax(c, J, lanes, static_cast<const T*>(nullptr), p.leaky);
+          if (!needs_dl(t)) continue;
+          softmax_gradient(c, dl, J, lanes);
+          if (prior_gradient)
+            for (index o = 0; o < J * lanes; o += lanes)
+              store(scratch.dlogits + o, load(scratch.dlogits + o) + load(dl + o));
+        }
+        for (index j = 0; j < J; ++j)
+          for (index o = j * D; o < (j + 1) * D; ++o) {
+            V sum{};
+            for (index t = first_t; t <= R; ++t) {
+              const index row = ((t - 1) * J + j) * lanes;
+              sum += load(scratch.c + row) * ds_at(t, b)[o];
+              if (sweep.full && t > 1) sum += load(scratch.dl + row) * V_at(t, b)[o];
+            }
+            store(scratch.du_hat + o * lanes, sum);
+          }
+        if (sweep.grad_u) {
+          clear(scratch.du, K);
+          for (index o = 0; o < N; ++o) {
+            const V x = load(scratch.du_hat + o * lanes);
+            for (index k = 0; k < K; ++k) {
+              T* du = scratch.du + k * lanes;
+              store(du, load(du) + load(scratch.W + (o * K + k) * lanes) * x);
+            }
+          }
+          scatter_rows(scratch.du, lanes, K, valid,
+                       [&](index r) { return sweep.grad_u + (b * p.I + i + r) * K; });
+        }
+        if (grad_weight)
+          for (index o = 0; o < N; ++o) {
+            const V x = load(scratch.du_hat + o * lanes);
+            for (index k = 0; k < K; ++k) {
+              T* dW = scratch.dW + (o * K + k) * lanes;
+              store(dW, load(dW) + x * load(u + k * lanes));
+            }
+          }
+      }
+      if (prior_gradient)
+        scatter_rows(scratch.dlogits, lanes, J, valid,
+                     [&](index r) { return sweep.grad_logits + (i + r) * J; });
+      if (grad_weight && !shared)
+        scatter_rows(scratch.dW, lanes, N * K, valid,
+                     [&](index r) { return grad_weight + (i - i0 + r) * N * K; });
+    }
+    if (grad_weight && shared)
+      for (index x = 0; x < N * K; ++x)
+        grad_weight[x] = sum_lanes<T>(load(scratch.dW + x * lanes));
+  }
+
+  // sum += acc . x, x the same for every capsule
+  template <int n>
+  static CAPSULE_INLINE void dot(const V (&acc)[n], const T* x, T* sum) {
+    V total = load(sum);
+#pragma GCC unroll 16
+    for (int m = 0; m < n; ++m) total += acc[m] * x[m];
+    store(sum, total);
+  }
+};
+
+}  // namespace capsule::CAPSULE_ISA

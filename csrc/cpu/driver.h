@@ -1,0 +1,211 @@
+// The order of sweeps, for any instruction set and any scheduler. Knows nothing of torch:
+// `parallel(count, grain, body)` runs body(begin, end) over [0, count), at least `grain` at a time;
+// `allocate(n)` returns n elements that live as long as the call.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "routing.h"
+
+namespace capsule {
+
+inline index ceil_div(index a, index b) { return (a + b - 1) / b; }
+
+template <typename T>
+Partition make_partition(const Problem<T>& p, index lanes) {
+  // First-level and second-level cache sizes that every processor of the last ten years has.
+  constexpr index weight_bytes = 128 << 10, final_weight_bytes = 64 << 10;
+  constexpr index most_slots = 16, blocks_per_task = 4, final_tasks = 32;
+  const index bytes = p.N() * p.K * index(sizeof(T));
+
+  Partition part{};
+  part.lanes = lanes;
+  part.capsule_lanes = p.B <= lanes / 2;
+  part.block = part.capsule_lanes ? 1 : 2 * lanes;
+  part.padded = part.capsule_lanes ? p.B : ceil_div(p.B, lanes) * lanes;
+  part.blocks = ceil_div(part.padded, part.block);
+  part.group = part.capsule_lanes ? part.blocks : std::min(part.blocks, blocks_per_task);
+  part.groups = ceil_div(part.blocks, part.group);
+
+  const index unit = part.capsule_lanes ? lanes : 1;
+  const index slots = std::min(most_slots, ceil_div(p.I, std::max(unit, index(8))));
+  part.slot_capsules = ceil_div(ceil_div(p.I, slots), unit) * unit;
+  part.slots = ceil_div(p.I, part.slot_capsules);
+  part.chunk = std::clamp(weight_bytes / bytes, index(1), part.slot_capsules);
+
+  part.final_chunk = part.capsule_lanes ? lanes : std::clamp(final_weight_bytes / bytes, index(1), p.I);
+  if (p.weight_sharing > 1) {
+    part.final_chunk = std::min(part.final_chunk, p.weight_sharing);
+    part.splits = std::clamp(ceil_div(final_tasks, p.I / p.weight_sharing), index(1),
+                             ceil_div(p.weight_sharing, unit));
+    // No split may be empty: its rows of dW would stay unwritten.
+    part.splits = ceil_div(p.weight_sharing, ceil_div(p.weight_sharing, part.splits));
+  } else {
+    part.splits = 1;
+  }
+  return part;
+}
+
+template <typename T>
+index final_tasks(const Problem<T>& p, const Partition& part) {
+  return p.weight_sharing > 1 ? p.I / p.weight_sharing * part.splits : ceil_div(p.I, part.final_chunk);
+}
+
+// Where element n of sample b lies in a blocked array.
+struct BlockedIndex {
+  index block, padded, N;
+  BlockedIndex(const Partition& part, index N) : block(part.block), padded(part.padded), N(N) {}
+  index operator()(index b, index n) const {
+    const index first = b / block * block, width = std::min(block, padded - first);
+    return first * N + n * width + b - first;
+  }
+};
+
+template <typename T, typename Parallel, typename Allocate>
+class Driver {
+ public:
+  Driver(const Problem<T>& p, const Kernels<T>& kernels, Parallel parallel, Allocate allocate)
+      : p_(p),
+        kernels_(kernels),
+        part_(make_partition(p, kernels.lanes)),
+        scratch_(index(kernels.scratch(p, part_))),
+        blocked_(part_.padded * p.N()),
+        parallel_(parallel),
+        allocate_(allocate) {}
+
+  // s [R, B, J, D], v [B, J, D], coupling [B, I, J] or null.
+  void forward(const T* bias, T* s, T* v, T* coupling) {
+    T* V = allocate_(p_.R > 1 ? blocked_ : 0);
+    T* partial = allocate_(part_.slots * blocked_);
+    for (index t = 1; t <= p_.R; ++t) {
+      Sweep<T> sweep{};
+      sweep.V = t > 1 ? V : nullptr;
+      sweep.partial = partial;
+      sweep.coupling = t == p_.R && t > 1 ? coupling : nullptr;
+      run(part_.tasks(), 1, [&](index task, T* scratch) {
+        kernels_.forward(p_, part_, sweep, task, scratch);
+      });
+      Squash<T> squash{};
+      squash.partial = partial;
+      squash.bias = bias;
+      squash.s = s + (t - 1) * p_.B * p_.N();
+      squash.V_previous = sweep.V;
+      squash.V = t < p_.R ? V : nullptr;
+      squash.v = t == p_.R ? v : nullptr;
+      run(part_.blocks, squash_grain(), [&](index block, T* scratch) {
+        kernels_.squash_forward(p_, part_, squash, block, scratch);
+      });
+    }
+    if (coupling && p_.R == 1) prior_coupling(coupling);
+  }
+
+  // grad_v [B, J, D]; s as the forward left it; gradients as in FinalSweep, grad_bias [J, D] or null.
+  void backward(const T* grad_v, const T* s, bool full, T* grad_u, T* grad_weight, T* grad_logits,
+                T* grad_bias) {
+    const index R = p_.R, N = p_.N();
+    T* V = allocate_((R - 1) * blocked_);
+    T* ds = allocate_(R * blocked_);
+    T* G = allocate_(blocked_);
+    T* partial = allocate_(full && R > 1 ? part_.slots * blocked_ : 0);
+    std::fill(G, G + blocked_, T(0));
+    const BlockedIndex at(part_, N);
+    for (index b = 0; b < p_.B; ++b)
+      for (index n = 0; n < N; ++n) G[at(b, n)] = grad_v[b * N + n];
+
+    for (index t = 1; t <= R; ++t) {
+      Squash<T> squash{};
+      squash.s = const_cast<T*>(s) + (t - 1) * p_.B * N;
+      squash.V_previous = t > 1 ? V + (t - 2) * blocked_ : nullptr;
+      squash.V = t < R ? V + (t - 1) * blocked_ : nullptr;
+      squash.G = G;
+      squash.ds = t == R ? ds + (R - 1) * blocked_ : nullptr;
+      run(part_.blocks, squash_grain(), [&](index block, T* scratch) {
+        kernels_.squash_backward(p_, part_, squash, block, scratch);
+      });
+    }
+    // From here on G is the gradient with respect to v^t through later agreements.
+    std::fill(G, G + blocked_, T(0));
+    for (index t = R; full && t > 1; --t) {
+      Sweep<T> sweep{};
+      sweep.V = V + (t - 2) * blocked_;
+      sweep.ds = ds + (t - 1) * blocked_;
+      sweep.partial = partial;
+      run(part_.tasks(), 1, [&](index task, T* scratch) {
+        kernels_.backward(p_, part_, sweep, task, scratch);
+      });
+      Squash<T> squash{};
+      squash.partial = partial;
+      squash.s = const_cast<T*>(s) + (t - 2) * p_.B * N;
+      squash.G = G;
+      squash.ds = ds + (t - 2) * blocked_;
+      run(part_.blocks, squash_grain(), [&](index block, T* scratch) {
+        kernels_.squash_backward(p_, part_, squash, block, scratch);
+      });
+    }
+
+    if (grad_bias)
+      for (index n = 0; n < N; ++n) {
+        double sum = 0;
+        for (index t = full ? 1 : R; t <= R; ++t)
+          for (index b = 0; b < p_.B; ++b) sum += ds[(t - 1) * blocked_ + at(b, n)];
+        grad_bias[n] = T(sum);
+      }
+    if (grad_u || grad_weight || grad_logits) {
+      const index tasks = final_tasks(p_, part_), row = N * p_.K;
+      T* rows = part_.splits > 1 && grad_weight ? allocate_(tasks * row) : grad_weight;
+      const FinalSweep<T> final{full, V, ds, grad_u, rows, grad_logits};
+      run(tasks, 1, [&](index task, T* scratch) {
+        kernels_.final(p_, part_, final, task, scratch);
+      });
+      if (rows != grad_weight)
+        for (index w = 0; w < p_.I / p_.weight_sharing; ++w)
+          for (index x = 0; x < row; ++x) {
+            T sum = rows[w * part_.splits * row + x];
+            for (index split = 1; split < part_.splits; ++split)
+              sum += rows[(w * part_.splits + split) * row + x];
+            grad_weight[w * row + x] = sum;
+          }
+    }
+  }
+
+  const Partition& partition() const { return part_; }
+
+ private:
+  template <typename Body>
+  void run(index tasks, index grain, Body body) {
+    parallel_(tasks, grain, scratch_, [&](index begin, index end, T* scratch) {
+      for (index task = begin; task < end; ++task) body(task, scratch);
+    });
+  }
+
+  // Blocks worth a thread of their own: waking one costs about as much as this many additions.
+  index squash_grain() const {
+    return std::max(index(1), 32768 / (part_.slots * p_.N() * part_.block));
+  }
+
+  void prior_coupling(T* coupling) {
+    // One iteration: every sample has the couplings of the prior.
+    const index J = p_.J;
+    for (index i = 0; i < p_.I; ++i) {
+      T* c = coupling + i * J;
+      T highest = p_.leaky ? T(0) : -std::numeric_limits<T>::infinity(), total = 0;
+      auto logit = [&](index j) { return p_.logits ? p_.logits[i * J + j] : T(0); };
+      for (index j = 0; j < J; ++j) highest = logit(j) > highest ? logit(j) : highest;
+      for (index j = 0; j < J; ++j) total += c[j] = std::exp(logit(j) - highest);
+      if (p_.leaky) total += std::exp(-highest);
+      for (index j = 0; j < J; ++j) c[j] /= total;
+    }
+    for (index b = 1; b < p_.B; ++b) std::copy(coupling, coupling + p_.I * J, coupling + b * p_.I * J);
+  }
+
+  const Problem<T> p_;
+  const Kernels<T>& kernels_;
+  const Partition part_;
+  const index scratch_, blocked_;
+  Parallel parallel_;
+  Allocate allocate_;
+};
+
+}  // namespace capsule

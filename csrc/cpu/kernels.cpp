@@ -1,0 +1,153 @@
+// The kernel table of one instruction set. Compiled once for each, see setup.py.
+#include "capsule_lanes.h"
+#include "sample_lanes.h"
+#include "squash.h"
+
+namespace capsule::CAPSULE_ISA {
+namespace {
+
+template <typename T>
+size_t scratch_size(const Problem<T>& p, const Partition& part) {
+  auto larger = [](index a, index b) { return a > b ? a : b; };
+  const index squash = p.N() * kLanes<T>;
+  if (part.capsule_lanes)
+    return larger(squash, larger(CapsuleLanes<T>::sweep_scratch(p, part),
+                                 CapsuleLanes<T>::final_scratch(p)));
+  return larger(squash, larger(SampleLanes<T, 2>::sweep_scratch(p, part.chunk),
+                               SampleLanes<T, 2>::final_scratch(p, part.final_chunk)));
+}
+
+// Whether the block that begins at a sample is two vectors wide, or a last one of one.
+template <typename T>
+CAPSULE_INLINE bool is_wide(const Partition& part, index first_sample) {
+  return part.padded - first_sample >= 2 * kLanes<T>;
+}
+
+template <typename T, bool is_backward>
+void routing_sweep(const Problem<T>& p, const Partition& part, const Sweep<T>& sweep, index task,
+                   T* scratch) {
+  const index slot = task / part.groups, group = task % part.groups, N = p.N();
+  const index i_begin = slot * part.slot_capsules;
+  index i_end = i_begin + part.slot_capsules;
+  if (i_end > p.I) i_end = p.I;
+  T* partial = sweep.partial + slot * part.padded * N;
+  const index b0 = group * part.group * part.block;
+  index b1 = b0 + part.group * part.block;
+  if (part.capsule_lanes) {
+    if (b1 > p.B) b1 = p.B;
+    p.K == 8 ? CapsuleLanes<T>::template sweep<8, is_backward>(p, sweep, b0, b1, i_begin, i_end,
+                                                               partial, scratch)
+             : CapsuleLanes<T>::template sweep<0, is_backward>(p, sweep, b0, b1, i_begin, i_end,
+                                                               partial, scratch);
+    return;
+  }
+  if (b1 > part.padded) b1 = part.padded;
+  for (index x = b0 * N; x < b1 * N; ++x) partial[x] = 0;
+  for (index i0 = i_begin; i0 < i_end; i0 += part.chunk) {
+    const index i1 = i0 + part.chunk < i_end ? i0 + part.chunk : i_end;
+    for (index b = b0; b < b1; b += part.block) {
+      T* out = partial + b * N;
+      if (is_wide<T>(part, b))
+        SampleLanes<T, 2>::template sweep_block<is_backward>(p, sweep, b, i0, i1, out, scratch);
+      else
+        SampleLanes<T, 1>::template sweep_block<is_backward>(p, sweep, b, i0, i1, out, scratch);
+    }
+  }
+}
+
+template <typename T>
+void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>& sweep, index task,
+                 T* scratch) {
+  const index N = p.N(), K = p.K, sharing = p.weight_sharing;
+  // A task owns the capsules [begin, end) and the rows of dW from `row` on: chunks of capsules with
+  // a weight each, or a share of the capsules of one weight.
+  index begin = task * part.final_chunk, end = begin + part.final_chunk, row = begin;
+  if (sharing > 1) {
+    const index weight = task / part.splits, split = task % part.splits;
+    const index share = (sharing + part.splits - 1) / part.splits;
+    const index limit = (weight + 1) * sharing;
+    begin = weight * sharing + split * share;
+    end = begin + share < limit ? begin + share : limit;
+    row = task;
+  } else if (end > p.I) {
+    end = p.I;
+  }
+  T* grad_weight = sweep.grad_weight ? sweep.grad_weight + row * N * K : nullptr;
+
+  if (part.capsule_lanes) {
+    K == 8 ? CapsuleLanes<T>::template final<8>(p, sweep, begin, end, grad_weight, scratch)
+           : CapsuleLanes<T>::template final<0>(p, sweep, begin, end, grad_weight, scratch);
+    return;
+  }
+
+  const index Kp = SampleLanes<T, 2>::padded_K(K);
+  auto write_weights = [&](const T* dW, T* out, index rows) {
+    for (index o = 0; o < rows; ++o)
+      for (index k = 0; k < K; ++k) out[o * K + k] = dW[o * Kp + k];
+  };
+  auto run_blocks = [&](index i0, index i1, bool first, bool last) {
+    // The same layout for wide and narrow blocks: both see the wide block's pointers.
+    const typename SampleLanes<T, 2>::Final wide(p, part.final_chunk, scratch);
+    typename SampleLanes<T, 1>::Final narrow(p, part.final_chunk, scratch);
+    narrow.dW = wide.dW;
+    narrow.dlogits = wide.dlogits;
+    if (first)
+      for (T* x = wide.dW; x < wide.dlogits; ++x) *x = 0;
+    for (T* x = wide.dlogits; x < wide.end; ++x) *x = 0;
+    for (index b = 0; b < part.padded; b += part.block) {
+      const index size = part.padded * N;
+      if (is_wide<T>(part, b))
+        K == 8 ? SampleLanes<T, 2>::template final_block<8>(p, sweep, size, b, i0, i1, wide)
+               : SampleLanes<T, 2>::template final_block<0>(p, sweep, size, b, i0, i1, wide);
+      else
+        K == 8 ? SampleLanes<T, 1>::template final_block<8>(p, sweep, size, b, i0, i1, narrow)
+               : SampleLanes<T, 1>::template final_block<0>(p, sweep, size, b, i0, i1, narrow);
+    }
+    if (sweep.grad_logits)
+      for (index i = i0; i < i1; ++i)
+        for (index j = 0; j < p.J; ++j)
+          sweep.grad_logits[i * p.J + j] =
+              sum_lanes<T>(load(wide.dlogits + ((i - i0) * p.J + j) * kLanes<T>));
+    if (last && grad_weight)
+      write_weights(wide.dW, grad_weight + (sharing > 1 ? 0 : (i0 - begin) * N * K),
+                    sharing > 1 ? N : (i1 - i0) * N);
+  };
+  for (index i0 = begin; i0 < end; i0 += part.final_chunk) {
+    const index i1 = i0 + part.final_chunk < end ? i0 + part.final_chunk : end;
+    run_blocks(i0, i1, sharing == 1 || i0 == begin, sharing == 1 || i1 == end);
+  }
+}
+
+template <typename T, bool is_backward>
+void squash_block(const Problem<T>& p, const Partition& part, const Squash<T>& q, index task,
+                  T* scratch) {
+  if (part.capsule_lanes) {
+    if constexpr (is_backward)
+      SquashBlock<T, T>::backward(p, part, q, task * p.N(), 1, task, scratch);
+    else
+      SquashBlock<T, T>::forward(p, part, q, task * p.N(), 1, task, scratch);
+    return;
+  }
+  const index b0 = task * part.block;
+  const index width = is_wide<T>(part, b0) ? 2 * kLanes<T> : kLanes<T>;
+  for (index column = 0; column < width; column += kLanes<T>) {
+    const index block = b0 * p.N() + column;
+    if constexpr (is_backward)
+      SquashBlock<T, Vec<T>>::backward(p, part, q, block, width, b0 + column, scratch);
+    else
+      SquashBlock<T, Vec<T>>::forward(p, part, q, block, width, b0 + column, scratch);
+  }
+}
+
+template <typename T>
+constexpr Kernels<T> table{
+    kLanes<T>,      scratch_size<T>,        routing_sweep<T, false>, routing_sweep<T, true>,
+    final_sweep<T>, squash_block<T, false>, squash_block<T, true>,
+};
+
+}  // namespace
+
+const Kernels<float>& kernels_f32() { return table<float>; }
+const Kernels<double>& kernels_f64() { return table<double>; }
+
+}  // namespace capsule::CAPSULE_ISA

@@ -1,0 +1,99 @@
+// What the driver (driver.h) and the kernels of each instruction set share. Letters as in the
+// paper: B samples, I input capsules, J output capsules, K and D their dimensions, R iterations,
+// N = J * D.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace capsule {
+
+using index = int64_t;
+
+template <typename T>
+struct Problem {
+  index B, I, J, K, D, R;
+  index weight_sharing;  // consecutive input capsules that share one weight
+  bool leaky;
+  const T* u;       // [B, I, K]
+  const T* weight;  // [I / weight_sharing, J, D, K]
+  const T* logits;  // [I, J] log priors, or null
+
+  index N() const { return J * D; }
+};
+
+// How a sweep over all (b, i) is cut into tasks: by the shape alone, never by the number of
+// threads, so that sums are added in the same order on any machine.
+//
+// Samples are cut into blocks: vector lanes are the samples of a block ("sample lanes"), or, when
+// samples are too few to fill a vector, a block is one sample and lanes are consecutive input
+// capsules ("capsule lanes").
+struct Partition {
+  bool capsule_lanes;
+  index lanes;          // of one vector
+  index block;          // samples in a full block: 2 * lanes, or 1 with capsule lanes
+  index blocks;         // in the batch; the last may hold `lanes` samples only
+  index group;          // blocks that one task of a routing sweep takes
+  index groups;         // ceil(blocks / group)
+  index slots;          // partial sums over i, added in order of the slot
+  index slot_capsules;  // input capsules of a slot (the last may have fewer)
+  index chunk;          // input capsules whose weights stay in cache over a task's blocks
+  index final_chunk;    // the same for the last sweep of the backward
+  index splits;         // tasks of the last sweep for each shared weight; their dW are added in order
+  index padded;         // samples, rounded up to whole vectors
+
+  index tasks() const { return slots * groups; }
+};
+
+// One routing sweep: partial[slot] += sum over the slot's i of coefficient_ij u_hat_ij, where the
+// coefficient is c_ij (forward) or dl_ij (backward).
+//
+// "Blocked" arrays hold a batch of [N] vectors block by block, lanes innermost: the block that
+// begins at sample b0 and is w wide starts at b0 * N and is [N][w]. With capsule lanes: [B][N].
+template <typename T>
+struct Sweep {
+  const T* V;     // blocked: V^(t-1) = v^1 + ... + v^(t-1); null in the first iteration
+  const T* ds;    // blocked: ds^t; null in the forward
+  T* partial;     // [slots] of blocked
+  T* coupling;    // [B, I, J]: where to write c, or null
+};
+
+// The last sweep of the backward: everything of u_hat's gradient at once.
+template <typename T>
+struct FinalSweep {
+  bool full;       // all iterations, or only iteration R
+  const T* V;      // [R - 1] of blocked: V^1 .. V^(R-1)
+  const T* ds;     // [R] of blocked
+  T* grad_u;       // [B, I, K] or null
+  T* grad_weight;  // [I / weight_sharing * splits, J, D, K] or null
+  T* grad_logits;  // [I, J] or null
+};
+
+// Between sweeps. Forward: s^t = sum of partials + bias, V^t = V^(t-1) + squash(s^t).
+// Backward: G^(t-1) = G^t + sum of partials, ds^(t-1) = J_squash(s^(t-1))^T G^(t-1).
+template <typename T>
+struct Squash {
+  const T* partial;     // [slots] of blocked, or null (backward: nothing to add yet)
+  const T* bias;        // [J, D] or null
+  T* s;                 // [B, J, D]: written in the forward, read in the backward
+  const T* V_previous;  // blocked V^(t-1), or null for zero
+  T* V;                 // blocked V^t, or null where it is not needed
+  T* v;                 // [B, J, D]: v^t of the last iteration, or null
+  T* G;                 // blocked, backward: updated in place
+  T* ds;                // blocked, backward
+};
+
+template <typename T>
+struct Kernels {
+  int lanes;
+  size_t (*scratch)(const Problem<T>&, const Partition&);  // elements of T one task needs
+  void (*forward)(const Problem<T>&, const Partition&, const Sweep<T>&, index task, T* scratch);
+  void (*backward)(const Problem<T>&, const Partition&, const Sweep<T>&, index task, T* scratch);
+  void (*final)(const Problem<T>&, const Partition&, const FinalSweep<T>&, index task, T* scratch);
+  void (*squash_forward)(const Problem<T>&, const Partition&, const Squash<T>&, index block,
+                         T* scratch);
+  void (*squash_backward)(const Problem<T>&, const Partition&, const Squash<T>&, index block,
+                          T* scratch);
+};
+
+}  // namespace capsule

@@ -1,0 +1,206 @@
+// SIMD vectors as the compiler's own vector extension (GCC, Clang): one source for every
+// instruction set. The width comes from the build: CAPSULE_VECTOR_BYTES.
+//
+// Everything here lives in a namespace named after the instruction set, so that the same templates
+// compiled with different flags never meet at link time.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#ifndef CAPSULE_ISA
+#error "compile with -DCAPSULE_ISA=<name> -DCAPSULE_VECTOR_BYTES=<16|32|64>"
+#endif
+
+#define CAPSULE_INLINE inline __attribute__((always_inline))
+
+namespace capsule::CAPSULE_ISA {
+
+using index = int64_t;
+
+template <typename T, int lanes>
+struct VecOf {
+  typedef T type __attribute__((vector_size(lanes * sizeof(T))));
+};
+
+template <typename T>
+inline constexpr int kLanes = CAPSULE_VECTOR_BYTES / sizeof(T);
+
+template <typename T, int lanes = kLanes<T>>
+using Vec = typename VecOf<T, lanes>::type;
+
+template <typename T>
+struct SignedOf;
+template <>
+struct SignedOf<float> {
+  using type = int32_t;
+};
+template <>
+struct SignedOf<double> {
+  using type = int64_t;
+};
+
+template <typename T, int lanes = kLanes<T>>
+CAPSULE_INLINE Vec<T, lanes> load(const T* p) {
+  Vec<T, lanes> x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+template <typename T, typename V>
+CAPSULE_INLINE void store(T* p, const V& x) {
+  __builtin_memcpy(p, &x, sizeof(x));
+}
+
+template <typename T>
+CAPSULE_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+template <typename V>
+CAPSULE_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+CAPSULE_INLINE T sum_lanes(Vec<T> x) {
+  T total = 0;
+  for (int l = 0; l < kLanes<T>; ++l) total += x[l];
+  return total;
+}
+
+template <typename T, int most>
+struct InverseFactorials {
+  T of[most + 1];
+  constexpr InverseFactorials() : of{} {
+    double factorial = 1;
+    for (int k = 0; k <= most; ++k) {
+      of[k] = T(1 / factorial);
+      factorial *= k + 1;
+    }
+  }
+};
+
+// exp(x) for x <= 0, to about one unit in the last place; below the smallest normal number exactly
+// 0, so that a log prior of -inf decouples; NaN stays NaN.
+//
+// x = n ln 2 + r, |r| <= ln 2 / 2, exp(x) = 2^n exp(r), exp(r) by its Taylor series: the first term
+// left out is below half a unit in the last place (float: r^8 / 8!, double: r^14 / 14!).
+template <typename T>
+CAPSULE_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
+  using Int = typename SignedOf<T>::type;
+  constexpr bool is_float = sizeof(T) == 4;
+  constexpr T lowest = is_float ? T(-87.3) : T(-708.3);
+  constexpr T log2_e = T(1.4426950408889634074);
+  // ln 2 in two parts; products of the first with any n in range are exact.
+  constexpr T ln2_high = is_float ? T(0.693145751953125) : T(0.69314718036912381649);
+  constexpr T ln2_low = is_float ? T(1.42860682030941723e-6) : T(1.90821492927058770e-10);
+  // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves it in the low mantissa bits.
+  constexpr T rounder = is_float ? T(12582912) : T(6755399441055744);
+  constexpr int mantissa_bits = is_float ? 23 : 52;
+  constexpr Int exponent_bias = is_float ? 127 : 1023;
+  constexpr int terms = is_float ? 7 : 13;
+
+  const Vec<T> clamped = x < lowest ? broadcast(lowest) : x;
+  const Vec<T> shifted = clamped * log2_e + rounder;
+  const Vec<T> n = shifted - rounder;
+  const Vec<T> r = (clamped - n * ln2_high) - n * ln2_low;
+  constexpr InverseFactorials<T, terms> inverse_factorial;
+  Vec<T> series = broadcast(inverse_factorial.of[terms]);
+#pragma GCC unroll 16
+  for (int k = terms - 1; k >= 0; --k) series = series * r + inverse_factorial.of[k];
+  const Vec<Int, kLanes<T>> bits = reinterpret_cast<Vec<Int, kLanes<T>>>(shifted);
+  const Vec<T> power = reinterpret_cast<Vec<T>>((bits + exponent_bias) << mantissa_bits);
+  return x < lowest ? Vec<T>{} : series * power;
+}
+
+template <typename T>
+CAPSULE_INLINE Vec<T> square_root(Vec<T> x) {
+  for (int l = 0; l < kLanes<T>; ++l) x[l] = __builtin_sqrt(x[l]);
+  return x;
+}
+
+// Lane l of the result: a[l] where keep(l), else the shuffled partner, for one butterfly stage.
+template <typename T, int stage, bool high, int... l>
+CAPSULE_INLINE Vec<T> butterfly(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
+  constexpr int lanes = kLanes<T>;
+#define CAPSULE_SOURCE (high ? ((l & stage) ? lanes + l : l + stage) : ((l & stage) ? lanes + l - stage : l))
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, CAPSULE_SOURCE...);
+#else
+  using Int = typename SignedOf<T>::type;
+  return __builtin_shuffle(a, b, Vec<Int, lanes>{CAPSULE_SOURCE...});
+#endif
+#undef CAPSULE_SOURCE
+}
+
+template <typename T, int stage>
+CAPSULE_INLINE void transpose_stages(Vec<T> (&rows)[kLanes<T>]) {
+  using Lanes = std::make_integer_sequence<int, kLanes<T>>;
+  if constexpr (stage < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kLanes<T>; ++r) {
+      if (r & stage) continue;
+      const Vec<T> a = rows[r], b = rows[r + stage];
+      rows[r] = butterfly<T, stage, false>(a, b, Lanes{});
+      rows[r + stage] = butterfly<T, stage, true>(a, b, Lanes{});
+    }
+    transpose_stages<T, 2 * stage>(rows);
+  }
+}
+
+// Rows become columns: rows[r][l] -> rows[l][r], in log2(lanes) stages that swap blocks.
+template <typename T>
+CAPSULE_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  transpose_stages<T, 1>(rows);
+}
+
+// out[f][r] = rows[r][f] for f < count, r < lanes: lanes rows of memory become lane vectors.
+// `row(r)` is the address of row r; `stride` is the distance of two results, in elements.
+template <typename T, typename Row>
+CAPSULE_INLINE void gather_rows(Row row, index count, T* out, index stride) {
+  constexpr int lanes = kLanes<T>;
+  index f = 0;
+  for (; f + lanes <= count; f += lanes) {
+    Vec<T> block[lanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) block[r] = load(row(r) + f);
+    transpose<T>(block);
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) store(out + (f + r) * stride, block[r]);
+  }
+  for (; f < count; ++f)
+    for (int r = 0; r < lanes; ++r) out[f * stride + r] = row(r)[f];
+}
+
+// The way back, to the first `valid` rows: rows[r][f] = in[f][r].
+template <typename T, typename Row>
+CAPSULE_INLINE void scatter_rows(const T* in, index stride, index count, index valid, Row row) {
+  constexpr int lanes = kLanes<T>;
+  index f = 0;
+  for (; f + lanes <= count; f += lanes) {
+    Vec<T> block[lanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) block[r] = load(in + (f + r) * stride);
+    transpose<T>(block);
+    if (valid >= lanes) {
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) store(row(r) + f, block[r]);
+    } else {
+      for (index r = 0; r < valid; ++r) store(row(r) + f, block[r]);
+    }
+  }
+  for (; f < count; ++f)
+    for (index r = 0; r < valid && r < lanes; ++r) row(r)[f] = in[f * stride + r];
+}
+
+// f(std::integral_constant<int, n>, start) over [0, count) in tiles of `most`, then most / 2, ... 1.
+template <int most, typename F>
+CAPSULE_INLINE void for_tiles(index count, F f, index start = 0) {
+  for (; start + most <= count; start += most) f(std::integral_constant<int, most>{}, start);
+  if constexpr (most > 1) {
+    if (start < count) for_tiles<most / 2>(count, f, start);
+  }
+}
+
+}  // namespace capsule::CAPSULE_ISA

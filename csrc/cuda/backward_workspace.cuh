@@ -1,0 +1,34 @@
+// The arrays of the backward's workspace; tiles as in tile.cuh, counted in float4s.
+#pragma once
+
+#include "execution.cuh"
+#include "routing.h"
+
+namespace capsule_kernels::cuda {
+
+struct BackwardWorkspace {
+  std::size_t tile_size, state_size;
+  float4* partial;        // [G_i][tiles][tile], sums of a group of capsules
+  float4* G;              // [tiles][tile], dL/dV of the iterations done
+  float4* V;              // [R - 1][tiles][tile], V^1..V^(R-1)
+  float4* ds;             // [R][tiles][tile], ds^1..ds^R
+  float* partial_weight;  // [splits, I, J, D, K]
+  float* partial_logits;  // [splits, I, J]
+
+  __device__ __forceinline__ BackwardWorkspace(const BackwardArguments& arguments,
+                                               const BackwardPlan& plan) {
+    const Shape& shape = arguments.shape;
+    const Padded padded(shape);
+    tile_size = padded.tile_floats() / 4;
+    state_size = padded.tiles * tile_size;
+    partial = reinterpret_cast<float4*>(arguments.workspace);
+    G = partial + plan.sweep.capsule_groups * state_size;
+    V = G + state_size;
+    ds = V + (shape.R - 1) * state_size;
+    partial_weight = reinterpret_cast<float*>(ds + shape.R * state_size);
+    partial_logits = partial_weight + std::size_t(plan.gradients.splits) * shape.I * shape.J *
+                                          shape.D * shape.K;
+  }
+};
+
+}  // namespace capsule_kernels::cuda

@@ -1,0 +1,192 @@
+// How a call is laid over the device: pure functions of the sizes and of the device's figures.
+//
+// A forward is one cooperative launch of G_i x G_b blocks. Block (g_i, g_b) owns a slice of the
+// input capsules, whose W stays in its shared memory through all iterations, and a share of the
+// samples, in tiles of 16. Between iterations the blocks exchange only s and V.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#ifdef __CUDACC__
+#define CAPSULE_KERNELS_BOTH __host__ __device__  // what kernels call too
+#else
+#define CAPSULE_KERNELS_BOTH
+#endif
+
+namespace capsule_kernels::cuda {
+
+struct Shape {
+  int B, I, J, K, D, R;
+  int weight_sharing;
+};
+
+// The figures of a device that decide a plan.
+struct Device {
+  int sm_count;
+  int shared_per_block;  // bytes, what a block may opt in to
+};
+
+constexpr int kTileSamples = 16;  // samples of a tile: the rows of one mma
+constexpr int kTileDims = 8;      // columns of one mma
+constexpr int kMaxFragments = 20;  // mma results of a tile [16, J * D] that fit in registers
+constexpr int kFragmentBytes = kTileSamples * kTileDims * 4;
+constexpr int kWarpSize = 32;
+constexpr int kSweepWarps = 8;
+constexpr int kGradientWarps = 8;  // at most; fewer where that fills the device better
+
+CAPSULE_KERNELS_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+CAPSULE_KERNELS_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// Columns of mma results that one output capsule takes: 1, 2 or 4; 0 where D is too large.
+CAPSULE_KERNELS_BOTH constexpr int fragments_per_capsule(int D) { return D <= 8 ? 1 : D <= 16 ? 2 : D <= 32 ? 4 : 0; }
+
+constexpr bool tile_fits_registers(int J, int D) {
+  return D <= 32 && J * fragments_per_capsule(D) <= kMaxFragments;
+}
+
+// The padded sizes of a call.
+struct Padded {
+  int D, K;       // multiples of 8
+  int fragments;  // of a tile [16, J * D]
+  int tiles;      // of 16 samples
+  int weight_elements;  // of one W_i on chip
+
+  CAPSULE_KERNELS_BOTH explicit Padded(const Shape& shape)
+      : D(fragments_per_capsule(shape.D) * kTileDims),
+        K(round_up(shape.K, kTileDims)),
+        fragments(shape.J * fragments_per_capsule(shape.D)),
+        tiles(ceil_div(shape.B, kTileSamples)),
+        weight_elements(shape.J * D * K) {}
+
+  CAPSULE_KERNELS_BOTH std::size_t tile_floats() const { return std::size_t(fragments) * kTileSamples * kTileDims; }
+};
+
+// The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip.
+struct SweepPlan {
+  int blocks = 0;
+  int capsule_groups = 0;  // G_i
+  int sample_groups = 0;   // G_b
+  int tiles_per_pass = 0;  // tiles a block works on side by side; its other warps split the capsules
+  int capsules = 0;        // of a group, at most
+  int weight_bytes = 0;    // of the slice of W on chip
+  int shared_bytes = 0;
+};
+
+inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& device) {
+  const Padded padded(shape);
+  SweepPlan best;
+  double best_cost = 0;
+  for (int tiles_per_pass : {1, 2}) {
+    if (tiles_per_pass > padded.tiles) break;
+    const int passes = ceil_div(padded.tiles, tiles_per_pass);
+    const int lanes = kSweepWarps / tiles_per_pass;
+    // The exchange holds in turn the staged state tiles (two a tile), the sums of half of the warps,
+    // and those of all but one warp for one output capsule.
+    const int exchange_bytes =
+        std::max(kSweepWarps / 2 * padded.fragments,
+                 (kSweepWarps - 1) * fragments_per_capsule(shape.D)) * kFragmentBytes;
+    for (int sample_groups = 1; sample_groups <= std::min(passes, device.sm_count);
+         ++sample_groups) {
+      SweepPlan plan;
+      plan.sample_groups = sample_groups;
+      plan.tiles_per_pass = tiles_per_pass;
+      plan.capsules = ceil_div(shape.I, std::min(shape.I, device.sm_count / sample_groups));
+      plan.capsule_groups = ceil_div(shape.I, plan.capsules);
+      plan.blocks = plan.capsule_groups * sample_groups;
+      // The rows of W that this many consecutive capsules touch, at most.
+      const int rows =
+          (plan.capsules + shape.weight_sharing - 2) / shape.weight_sharing + 1;
+      const double weight_bytes = double(rows) * padded.weight_elements * scalar_bytes;
+      if (weight_bytes + exchange_bytes > device.shared_per_block) continue;
+      plan.weight_bytes = round_up(int(weight_bytes), 16);
+      plan.shared_bytes = plan.weight_bytes + exchange_bytes;
+      // In cycles, roughly: a capsule of a tile takes a warp 40 a fragment when 8 warps share the
+      // SM; the exchange is written once and read once at 3000 bytes a cycle.
+      const double sweep = 40.0 * padded.fragments * ceil_div(passes, sample_groups) *
+                           ceil_div(plan.capsules, lanes);
+      const double exchange =
+          2.0 * plan.capsule_groups * padded.tiles * padded.fragments * kFragmentBytes / 3000;
+      if (best.blocks == 0 || sweep + exchange < best_cost) {
+        best = plan;
+        best_cost = sweep + exchange;
+      }
+    }
+  }
+  return best;
+}
+
+struct ForwardPlan {
+  SweepPlan sweep;
+  std::size_t workspace_floats = 0;
+};
+
+// Workspace: partial sums [G_i][tiles][tile], then V [tiles][tile].
+inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Device& device) {
+  const Padded padded(shape);
+  ForwardPlan plan;
+  plan.sweep = plan_sweep(shape, scalar_bytes, device);
+  plan.workspace_floats =
+      std::size_t(plan.sweep.capsule_groups + 1) * padded.tiles * padded.tile_floats();
+  return plan;
+}
+
+// The last sweep of the backward: a warp an input capsule, `splits` shares of the samples.
+struct GradientPlan {
+  int warps = 0;  // of a block; 0 where shared memory does not hold even one
+  int splits = 0;
+  int shared_bytes = 0;
+  bool partial_sums = false;  // dW and dprior go through the workspace
+};
+
+inline GradientPlan plan_gradients(const Shape& shape, int scalar_bytes, const Device& device) {
+  const Padded padded(shape);
+  // Shared by the block: V and ds of a tile. By warp: W_i, dW_i and a transposition buffer.
+  const double staged = 2.0 * padded.fragments * kFragmentBytes;
+  const double per_warp = double(padded.weight_elements) * scalar_bytes +
+                          double(round_up(padded.fragments, 2)) * kTileDims * padded.K * 4 +
+                          2 * kFragmentBytes;
+  GradientPlan best;
+  double best_cost = 0;
+  for (int warps = kGradientWarps; warps >= 1; --warps) {
+    if (staged + warps * per_warp > device.shared_per_block) continue;
+    const int groups = ceil_div(shape.I, warps);
+    // Splitting the samples costs sums through memory: only as far as it fills the device.
+    const int splits = std::max(1, std::min(padded.tiles, device.sm_count / groups));
+    const double waves = ceil_div(groups * splits, device.sm_count);
+    // A block with few warps leaves the SM idle: a tile takes at least half as long as with 8.
+    const double cost = waves * ceil_div(padded.tiles, splits) * (kGradientWarps + warps);
+    if (best.warps == 0 || cost < best_cost) {
+      best.warps = warps;
+      best.splits = splits;
+      best.shared_bytes = round_up(int(staged + warps * per_warp), 16);
+      best_cost = cost;
+    }
+  }
+  best.partial_sums = best.splits > 1 || shape.weight_sharing > 1;
+  return best;
+}
+
+struct BackwardPlan {
+  SweepPlan sweep;
+  GradientPlan gradients;
+  std::size_t workspace_floats = 0;
+};
+
+// Workspace: partial sums of G [G_i][tiles][tile], G [tiles][tile], V^1..V^(R-1) and ds^1..ds^R
+// [tiles][tile] each, then partial sums of dW [splits, I, J, D, K] and of dprior [splits, I, J].
+inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const Device& device) {
+  const Padded padded(shape);
+  BackwardPlan plan;
+  plan.sweep = plan_sweep(shape, scalar_bytes, device);
+  plan.gradients = plan_gradients(shape, scalar_bytes, device);
+  plan.workspace_floats = std::size_t(plan.sweep.capsule_groups + 2 * shape.R) * padded.tiles *
+                          padded.tile_floats();
+  if (plan.gradients.partial_sums) {
+    plan.workspace_floats += std::size_t(plan.gradients.splits) * shape.I * shape.J *
+                             (std::size_t(shape.D) * shape.K + 1);
+  }
+  return plan;
+}
+
+}  // namespace capsule_kernels::cuda

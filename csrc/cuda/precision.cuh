@@ -1,0 +1,83 @@
+// Matrix products on tensor cores, by how much accuracy their operands keep.
+//
+// A policy turns float operands into what the tensor cores take and multiplies them. The shapes
+// and the lanes that hold each element are those of `mma_tf32`.
+#pragma once
+
+#include "execution.cuh"
+
+namespace capsule_kernels::cuda {
+
+__device__ __forceinline__ unsigned bits_of(float x) {
+  union {
+    float value;
+    unsigned bits;
+  } u{x};
+  return u.bits;
+}
+
+__device__ __forceinline__ float float_of(unsigned bits) {
+  union {
+    unsigned bits;
+    float value;
+  } u{bits};
+  return u.value;
+}
+
+// One product of operands rounded to TF32 (11 significant bits).
+struct Tf32 {
+  template <int N>
+  struct Operand {
+    unsigned bits[N];
+  };
+
+  // `T`: the type the values were stored in; 16-bit values are TF32 values already.
+  template <class T, int N>
+  static __device__ __forceinline__ Operand<N> operand(const float (&x)[N]) {
+    Operand<N> result;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      unsigned bits = bits_of(x[n]);
+      // To nearest, ties away from zero; the hardware drops the rest. NaN must not carry over.
+      if (sizeof(T) > 2 && (bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;
+      result.bits[n] = bits;
+    }
+    return result;
+  }
+
+  static __device__ __forceinline__ void mma(float (&c)[4], const Operand<4>& a,
+                                             const Operand<2>& b) {
+    mma_tf32(c, a.bits, b.bits);
+  }
+};
+
+// Float32 accuracy from three products: x = high + low with both of them TF32 values, up to
+// 2^-23 |x|; the product low * low, 2^-24 of the whole, is left out.
+struct SplitTf32 {
+  template <int N>
+  struct Operand {
+    unsigned high[N], low[N];
+  };
+
+  template <class T, int N>
+  static __device__ __forceinline__ Operand<N> operand(const float (&x)[N]) {
+    Operand<N> result;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      // A NaN may be lost in the rounding of `high`, but not in `low`.
+      result.high[n] = (bits_of(x[n]) + 0x1000u) & 0xffffe000u;
+      result.low[n] = bits_of(x[n] - float_of(result.high[n]));
+    }
+    return result;
+  }
+
+  static __device__ __forceinline__ void mma(float (&c)[4], const Operand<4>& a,
+                                             const Operand<2>& b) {
+    // Small terms first: they would be lost beside the large one.
+    mma_tf32(c, a.low, b.high);
+    mma_tf32(c, a.high, b.low);
+    mma_tf32(c, a.high, b.high);
+  }
+};
+
+}  // namespace capsule_kernels::cuda

@@ -1,0 +1,305 @@
+// Backward, second launch: the last sweep, all iterations together. A warp owns an input capsule
+// and a share of the samples; nothing is exchanged but, where capsules share a weight or the samples
+// are split, partial sums of dW and dprior, which a third small launch adds in a fixed order.
+#pragma once
+
+#include "backward_workspace.cuh"
+#include "sweep.cuh"
+
+namespace capsule_kernels::cuda {
+
+// What one warp keeps on chip.
+template <class T>
+struct CapsuleStore {
+  T* weight;           // W_i [J, D, K], padded
+  float4* dW;          // [fragments / 2][K / 8][32], results of mma [16, 8] over (j, d) and k
+  float* transposed;   // [2][16][8], two fragments of du_hat
+
+  __device__ __forceinline__ CapsuleStore(void* memory, const Padded& padded) {
+    dW = static_cast<float4*>(memory);
+    transposed = reinterpret_cast<float*>(dW + size_of_dW(padded));
+    weight = reinterpret_cast<T*>(transposed + 2 * kTileSamples * kTileDims);
+  }
+  static __device__ __forceinline__ int size_of_dW(const Padded& padded) {
+    return (padded.fragments + 1) / 2 * (padded.K / kTileDims) * kWarpSize;
+  }
+  static __device__ __forceinline__ std::size_t bytes(const Padded& padded) {
+    return size_of_dW(padded) * sizeof(float4) + 2 * kFragmentBytes +
+           padded.weight_elements * sizeof(T);
+  }
+};
+
+// du_i = sum_jd du_hat W: the fragments of du_hat enter as they are, columns 2q and 2q + 1 in slots
+// q and q + 4 of the contraction, and W follows that order.
+template <class P, class T, int DT>
+__device__ __forceinline__ void write_grad_u(T* grad_u, const typename Tile<DT>::Values& du_hat,
+                                             const T* weight, int tile, int i, const Shape& shape,
+                                             const Padded& padded, const Lane& lane) {
+  for (int k0 = 0; k0 < padded.K; k0 += kTileDims) {
+    float du[4] = {};
+#pragma unroll
+    for (int n = 0; n < Tile<DT>::kFragments; ++n) {
+      if (n / DT < shape.J) {
+        const float a[4] = {du_hat[n][0], du_hat[n][2], du_hat[n][1], du_hat[n][3]};
+        const T* w = weight + (n * kTileDims + 2 * lane.q) * padded.K + k0 + lane.g;
+        const float b[2] = {to_float(w[0]), to_float(w[padded.K])};
+        P::mma(du, P::template operand<float>(a), P::template operand<T>(b));
+      }
+    }
+    for (int e = 0; e < 4; ++e) {
+      const int b = tile * kTileSamples + lane.g + (e < 2 ? 0 : 8);
+      const int k = k0 + 2 * lane.q + e % 2;
+      if (b < shape.B && k < shape.K) {
+        store(grad_u + (std::size_t(b) * shape.I + i) * shape.K + k, du[e]);
+      }
+    }
+  }
+}
+
+// dW_i += sum_b du_hat u^T over the samples of a tile. The contraction runs over samples, so that
+// du_hat has to be transposed between lanes: two fragments, 16 rows of dW, at a time.
+template <class P, class T, int DT>
+__device__ __forceinline__ void add_grad_weight(const CapsuleStore<T>& own,
+                                                const typename Tile<DT>::Values& du_hat,
+                                                const T* u, int tile, int i, const Shape& shape,
+                                                const Padded& padded, const Lane& lane) {
+  constexpr int kFragments = Tile<DT>::kFragments;
+#pragma unroll
+  for (int pair = 0; pair < kFragments / 2; ++pair) {
+    if (2 * pair < padded.fragments) {
+      __syncwarp();  // the previous pair is read
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto& x = du_hat[2 * pair + half];
+        const bool inside = 2 * pair + half < padded.fragments;
+        float* to = own.transposed + half * kTileSamples * kTileDims + lane.g * kTileDims;
+        for (int e = 0; e < 4; ++e) {
+          to[(e < 2 ? 0 : 8 * kTileDims) + 2 * lane.q + e % 2] = inside ? x[e] : 0.0f;
+        }
+      }
+      __syncwarp();
+      for (int k0 = 0; k0 < padded.K; k0 += kTileDims) {
+        float4& total = own.dW[(pair * (padded.K / kTileDims) + k0 / kTileDims) * kWarpSize +
+                               lane.index];
+        float dW[4] = {};
+#pragma unroll
+        for (int b0 = 0; b0 < kTileSamples; b0 += kTileDims) {
+          const float* x = own.transposed + (b0 + lane.q) * kTileDims + lane.g;
+          constexpr int kHalf = kTileSamples * kTileDims;
+          const float a[4] = {x[0], x[kHalf], x[4 * kTileDims], x[kHalf + 4 * kTileDims]};
+          const int b = tile * kTileSamples + b0 + lane.q, k = k0 + lane.g;
+          const T* low = u_row(u, b, i, shape);
+          const T* high = u_row(u, b + 4, i, shape);
+          const float u_pair[2] = {low != nullptr && k < shape.K ? to_float(low[k]) : 0.0f,
+                                   high != nullptr && k < shape.K ? to_float(high[k]) : 0.0f};
+          P::mma(dW, P::template operand<float>(a), P::template operand<T>(u_pair));
+        }
+        total = make_float4(total.x + dW[0], total.y + dW[1], total.z + dW[2], total.w + dW[3]);
+      }
+    }
+  }
+}
+
+// Copies the sums of a capsule, `to` [J, D, K], out of the order of the fragments.
+template <int DT, class U, class T>
+__device__ __forceinline__ void write_grad_weight(U* to, const CapsuleStore<T>& own,
+                                                  const Shape& shape, const Padded& padded,
+                                                  const Lane& lane) {
+  const int k_tiles = padded.K / kTileDims;
+  for (int f = 0; f < (padded.fragments + 1) / 2 * k_tiles; ++f) {
+    const float4 x = own.dW[f * kWarpSize + lane.index];
+    const float values[4] = {x.x, x.y, x.z, x.w};
+    for (int e = 0; e < 4; ++e) {
+      const int fragment = f / k_tiles * 2 + (e < 2 ? 0 : 1);
+      const int j = fragment / DT, d = fragment % DT * kTileDims + lane.g;
+      const int k = f % k_tiles * kTileDims + 2 * lane.q + e % 2;
+      if (j < shape.J && d < shape.D && k < shape.K) {
+        store(to + (std::size_t(j) * shape.D + d) * shape.K + k, values[e]);
+      }
+    }
+  }
+}
+
+// dbias_j = sum over b and t of ds^t_j; a block takes whole columns (j, d), its threads the samples.
+template <class T, int DT>
+__device__ __forceinline__ void write_grad_bias(T* grad_bias, const BackwardWorkspace& w,
+                                                const Shape& shape, const Padded& padded,
+                                                int first_t, float* sums) {
+  for (int column = blockIdx.x; column < shape.J * shape.D; column += gridDim.x) {
+    const int j = column / shape.D, d = column % shape.D;
+    const int fragment = j * DT + d / kTileDims;
+    float sum = 0;
+    for (int b = threadIdx.x; b < shape.B; b += blockDim.x) {
+      const int row = b % kTileSamples;
+      const int lane = row % 8 * 4 + d % kTileDims / 2, e = row / 8 * 2 + d % 2;
+      for (int t = first_t; t <= shape.R; ++t) {
+        const float4* tile = w.ds + (t - 1) * w.state_size + b / kTileSamples * w.tile_size;
+        sum += reinterpret_cast<const float*>(tile + fragment * kWarpSize + lane)[e];
+      }
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int thread = 1; thread < int(blockDim.x); ++thread) sum += sums[thread];
+      store(grad_bias + column, sum);
+    }
+    __syncthreads();
+  }
+}
+
+template <class P, class T, int DT>
+__global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
+    routing_backward_gradients_kernel(BackwardArguments arguments, BackwardPlan plan) {
+  const Shape& shape = arguments.shape;
+  const Padded padded(shape);
+  const BackwardWorkspace w(arguments, plan);
+  const Lane lane;
+  const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int groups = ceil_div(shape.I, warps);
+  const int i = blockIdx.x % groups * warps + warp, split = blockIdx.x / groups;
+  const bool active = i < shape.I;  // the last block may have warps to spare
+  const auto u = static_cast<const T*>(arguments.u);
+  const auto logits = static_cast<const T*>(arguments.logits);
+  const int tile_size = int(w.tile_size);
+  const int first_t = arguments.full_gradient ? 1 : shape.R;
+
+  const auto staged_V = static_cast<float4*>(shared_memory());
+  float4* const staged_ds = staged_V + tile_size;
+  const CapsuleStore<T> own(
+      reinterpret_cast<char*>(staged_ds + tile_size) + warp * CapsuleStore<T>::bytes(padded),
+      padded);
+
+  if (arguments.grad_bias != nullptr) {
+    write_grad_bias<T, DT>(static_cast<T*>(arguments.grad_bias), w, shape, padded, first_t,
+                           reinterpret_cast<float*>(staged_V));
+  }
+  if (arguments.grad_u == nullptr && arguments.grad_weight == nullptr &&
+      arguments.grad_logits == nullptr) {
+    return;
+  }
+
+  typename Tile<DT>::Row dprior;
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) dprior[j] = 0.0f;
+  if (active) {
+    load_weight(own.weight,
+                static_cast<const T*>(arguments.weight) +
+                    std::size_t(i / shape.weight_sharing) * shape.J * shape.D * shape.K,
+                1, shape, padded, lane.index, kWarpSize);
+    for (int e = lane.index; e < CapsuleStore<T>::size_of_dW(padded); e += kWarpSize) {
+      own.dW[e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    __syncwarp();
+  }
+
+  for (int tile = split; tile < padded.tiles; tile += plan.gradients.splits) {
+    typename Tile<DT>::Values u_hat, du_hat;
+#pragma unroll
+    for (int n = 0; n < Tile<DT>::kFragments; ++n) {
+      for (int e = 0; e < 4; ++e) du_hat[n][e] = 0.0f;
+    }
+    if (active) {
+      const int b = tile * kTileSamples + lane.g;
+      predict<P, T, DT>(u_hat, own.weight, u_row(u, b, i, shape), u_row(u, b + 8, i, shape), shape,
+                        lane);
+    }
+    for (int t = first_t; t <= shape.R; ++t) {
+      __syncthreads();  // the previous states are read
+      for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
+        const std::size_t from = std::size_t(tile) * tile_size + e;
+        if (t > 1) staged_V[e] = w.V[(t - 2) * w.state_size + from];
+        staged_ds[e] = w.ds[(t - 1) * w.state_size + from];
+      }
+      __syncthreads();
+      if (!active) continue;
+      typename Tile<DT>::Row c, dl;
+      load_prior<T, DT>(c, logits, i, shape.J);
+      if (t > 1) add_row_dots<DT>(c, u_hat, staged_V, shape.J, lane);
+      softmax<DT>(c, shape.J, arguments.leaky);
+      add_scaled_state<DT>(du_hat, c, staged_ds, shape.J, lane);
+#pragma unroll
+      for (int j = 0; j < Tile<DT>::kCapsules; ++j) dl[j] = 0.0f;
+      add_row_dots<DT>(dl, u_hat, staged_ds, shape.J, lane);
+      softmax_backward<DT>(dl, c, shape.J);
+#pragma unroll
+      for (int j = 0; j < Tile<DT>::kCapsules; ++j) dprior[j] += dl[j];
+      if (arguments.full_gradient && t > 1) {
+        add_scaled_state<DT>(du_hat, dl, staged_V, shape.J, lane);
+      }
+    }
+    if (!active) continue;
+    if (arguments.grad_u != nullptr) {
+      write_grad_u<P, T, DT>(static_cast<T*>(arguments.grad_u), du_hat, own.weight, tile, i, shape,
+                             padded, lane);
+    }
+    if (arguments.grad_weight != nullptr) {
+      add_grad_weight<P, T, DT>(own, du_hat, u, tile, i, shape, padded, lane);
+    }
+  }
+  if (!active) return;
+
+  const std::size_t partial = std::size_t(split) * shape.I + i;
+  const std::size_t size = std::size_t(shape.J) * shape.D * shape.K;
+  if (arguments.grad_weight != nullptr) {
+    __syncwarp();
+    if (plan.gradients.partial_sums) {
+      write_grad_weight<DT>(w.partial_weight + partial * size, own, shape, padded, lane);
+    } else {
+      write_grad_weight<DT>(static_cast<T*>(arguments.grad_weight) + i * size, own, shape, padded,
+                            lane);
+    }
+  }
+  if (arguments.grad_logits != nullptr) {
+#pragma unroll
+    for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+      if (j < shape.J) {
+        float sum = dprior[j];  // over both rows of a pair, then over the 8 pairs
+        sum += shuffle_xor(sum, 1);
+        for (int step = 4; step < kWarpSize; step *= 2) sum += shuffle_xor(sum, step);
+        if (lane.index == 0) {
+          if (plan.gradients.partial_sums) {
+            w.partial_logits[partial * shape.J + j] = sum;
+          } else {
+            store(static_cast<T*>(arguments.grad_logits) + std::size_t(i) * shape.J + j, sum);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Third launch, where there are partial sums: dW over the splits and the capsules of a weight, and
+// dprior over the splits.
+template <class T>
+__global__ void routing_backward_sums_kernel(BackwardArguments arguments, BackwardPlan plan) {
+  const Shape& shape = arguments.shape;
+  const BackwardWorkspace w(arguments, plan);
+  const std::size_t thread = std::size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const std::size_t threads = std::size_t(gridDim.x) * blockDim.x;
+  if (arguments.grad_weight != nullptr) {
+    const std::size_t size = std::size_t(shape.J) * shape.D * shape.K;
+    const std::size_t rows = shape.I / shape.weight_sharing;
+    for (std::size_t e = thread; e < rows * size; e += threads) {
+      float sum = 0;
+      for (int split = 0; split < plan.gradients.splits; ++split) {
+        for (int member = 0; member < shape.weight_sharing; ++member) {
+          const std::size_t i = e / size * shape.weight_sharing + member;
+          sum += w.partial_weight[(std::size_t(split) * shape.I + i) * size + e % size];
+        }
+      }
+      store(static_cast<T*>(arguments.grad_weight) + e, sum);
+    }
+  }
+  if (arguments.grad_logits != nullptr) {
+    const std::size_t size = std::size_t(shape.I) * shape.J;
+    for (std::size_t e = thread; e < size; e += threads) {
+      float sum = 0;
+      for (int split = 0; split < plan.gradients.splits; ++split) {
+        sum += w.partial_logits[split * size + e];
+      }
+      store(static_cast<T*>(arguments.grad_logits) + e, sum);
+    }
+  }
+}
+
+}  // namespace capsule_kernels::cuda

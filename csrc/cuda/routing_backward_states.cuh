@@ -1,0 +1,129 @@
+// Backward, first launch: V^t, and ds^t from t = R down, a sweep and two grid barriers for each
+// step. With `full_gradient` off only V and ds^R are needed, and there is no sweep.
+#pragma once
+
+#include "backward_workspace.cuh"
+#include "sweep.cuh"
+
+namespace capsule_kernels::cuda {
+
+// s^t of one output capsule of a tile, 0 past the batch and past D.
+template <int DT>
+__device__ __forceinline__ void load_s(float (&s)[DT][4], const float* all_s, int t, int tile,
+                                       int j, const Shape& shape, const Lane& lane) {
+  const float* from = all_s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
+  for_each_element<DT>(tile, lane, [&](int n, int e, int b, int d) {
+    s[n][e] = b < shape.B && d < shape.D
+                  ? from[(std::size_t(b) * shape.J + j) * shape.D + d]
+                  : 0.0f;
+  });
+}
+
+template <int DT>
+__device__ __forceinline__ void store_state(float4* to, const float (&x)[DT][4],
+                                            const Lane& lane) {
+#pragma unroll
+  for (int n = 0; n < DT; ++n) {
+    to[n * kWarpSize + lane.index] = make_float4(x[n][0], x[n][1], x[n][2], x[n][3]);
+  }
+}
+
+template <class P, class T, int DT>
+__global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
+    routing_backward_states_kernel(BackwardArguments arguments, BackwardPlan plan) {
+  const Shape& shape = arguments.shape;
+  const Share share(shape, plan.sweep);
+  const Lane lane;
+  const auto u = static_cast<const T*>(arguments.u);
+  const auto grad_v = static_cast<const T*>(arguments.grad_v);
+  const auto logits = static_cast<const T*>(arguments.logits);
+  const auto weight = static_cast<T*>(shared_memory());
+  const auto exchange =
+      reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + plan.sweep.weight_bytes);
+  const Padded padded(shape);
+  const BackwardWorkspace w(arguments, plan);
+  const int R = shape.R;
+  const bool sweeps = arguments.full_gradient && R > 1;
+
+  if (sweeps) {
+    const int rows = (share.last_capsule - 1) / shape.weight_sharing + 1 - share.first_row;
+    load_weight(weight,
+                static_cast<const T*>(arguments.weight) +
+                    std::size_t(share.first_row) * shape.J * shape.D * shape.K,
+                rows, shape, padded, threadIdx.x, blockDim.x);
+  }
+
+  // V^1..V^(R-1) and ds^R of one output capsule of a tile a warp.
+  for (int item = blockIdx.x + gridDim.x * share.warp; item < padded.tiles * shape.J;
+       item += gridDim.x * kSweepWarps) {
+    const int tile = item / shape.J, j = item % shape.J;
+    const std::size_t offset = tile * w.tile_size + j * DT * kWarpSize;
+    float s[DT][4], v[DT][4], sum[DT][4] = {};
+    for (int t = 1; t < R; ++t) {
+      load_s<DT>(s, arguments.s, t, tile, j, shape, lane);
+      squash<DT>(v, s);
+#pragma unroll
+      for (int n = 0; n < DT; ++n) {
+        for (int e = 0; e < 4; ++e) sum[n][e] += v[n][e];
+      }
+      store_state<DT>(w.V + (t - 1) * w.state_size + offset, sum, lane);
+    }
+    float g[DT][4];
+    for_each_element<DT>(tile, lane, [&](int n, int e, int b, int d) {
+      g[n][e] = b < shape.B && d < shape.D
+                    ? to_float(grad_v[(std::size_t(b) * shape.J + j) * shape.D + d])
+                    : 0.0f;
+    });
+    load_s<DT>(s, arguments.s, R, tile, j, shape, lane);
+    squash_backward<DT>(g, s);
+    store_state<DT>(w.ds + (R - 1) * w.state_size + offset, g, lane);
+  }
+  if (!sweeps) return;
+  grid_barrier();
+
+  for (int t = R; t > 1; --t) {
+    const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
+    sweep<P, T, DT>(
+        shape, plan.sweep, share, lane, u, weight, exchange, states, 2, w.partial,
+        [&](typename Tile<DT>::Row& dl, const typename Tile<DT>::Values& u_hat,
+            const float4* const(&staged)[2], int, int i) {
+          typename Tile<DT>::Row c;
+          load_prior<T, DT>(c, logits, i, shape.J);
+          add_row_dots<DT>(c, u_hat, staged[0], shape.J, lane);
+          softmax<DT>(c, shape.J, arguments.leaky);
+#pragma unroll
+          for (int j = 0; j < Tile<DT>::kCapsules; ++j) dl[j] = 0.0f;
+          add_row_dots<DT>(dl, u_hat, staged[1], shape.J, lane);
+          softmax_backward<DT>(dl, c, shape.J);
+        });
+    grid_barrier();
+
+    // G^(t-1) and ds^(t-1) of one output capsule of a tile a block.
+    for (int item = blockIdx.x; item < padded.tiles * shape.J; item += gridDim.x) {
+      const int tile = item / shape.J, j = item % shape.J;
+      const std::size_t offset = tile * w.tile_size + j * DT * kWarpSize;
+      float sum[DT][4];
+      add_partial_sums<DT>(sum, w.partial, offset, w.state_size, plan.sweep.capsule_groups,
+                           exchange, lane);
+      if (share.warp != 0) continue;
+      if (t < R) {
+#pragma unroll
+        for (int n = 0; n < DT; ++n) {
+          const float4 before = w.G[offset + n * kWarpSize + lane.index];
+          sum[n][0] += before.x;
+          sum[n][1] += before.y;
+          sum[n][2] += before.z;
+          sum[n][3] += before.w;
+        }
+      }
+      store_state<DT>(w.G + offset, sum, lane);
+      float s[DT][4];
+      load_s<DT>(s, arguments.s, t - 1, tile, j, shape, lane);
+      squash_backward<DT>(sum, s);
+      store_state<DT>(w.ds + (t - 2) * w.state_size + offset, sum, lane);
+    }
+    if (t > 2) grid_barrier();
+  }
+}
+
+}  // namespace capsule_kernels::cuda

@@ -1,0 +1,207 @@
+// One input capsule of a tile of 16 samples, in the registers of a warp.
+//
+// u_hat [16, J * D] of a tile is `Tile<DT>::kFragments` results of mma, DT of them an output
+// capsule. Lane (g, q) = (lane / 4, lane % 4) holds rows g and g + 8 of columns 2q and 2q + 1 of
+// each. Coefficients (logits, couplings, ...) of an input capsule need one value a row and j: a
+// lane owns row g + 8 (q % 2), and so do two lanes together each row.
+//
+// A state tile (V or ds of a tile, [16, J * D]) is stored in the same order, a float4 a lane and
+// fragment: loads are coalesced and need no index arithmetic.
+#pragma once
+
+#include "plan.h"
+#include "precision.cuh"
+
+namespace capsule_kernels::cuda {
+
+template <int DT>
+struct Tile {
+  static constexpr int kCapsules = kMaxFragments / DT;  // of J, at most
+  static constexpr int kFragments = kCapsules * DT;
+  using Values = float[kFragments][4];
+  using Row = float[kCapsules];  // of the row this lane owns
+};
+
+// Where a thread is in its warp.
+struct Lane {
+  int index;  // in the warp
+  int g, q;   // index / 4, index % 4
+  bool upper;  // owns row g + 8 rather than g
+
+  __device__ __forceinline__ Lane()
+      : index(threadIdx.x % kWarpSize), g(index / 4), q(index % 4), upper(q % 2 == 1) {}
+  __device__ __forceinline__ int own_row() const { return g + (upper ? 8 : 0); }
+  __device__ __forceinline__ bool writes_own_row() const { return q < 2; }
+};
+
+// The sums over a quad of `low` (row g) and `high` (row g + 8): the one of the row this lane owns.
+__device__ __forceinline__ float quad_row_sum(float low, float high, const Lane& lane) {
+  const float sum = (lane.upper ? high : low) + shuffle_xor(lane.upper ? low : high, 1);
+  return sum + shuffle_xor(sum, 2);
+}
+
+// The inverse: from the value of the own row, those of both rows.
+__device__ __forceinline__ void quad_rows(float own, float& low, float& high, const Lane& lane) {
+  const float other = shuffle_xor(own, 1);
+  low = lane.upper ? other : own;
+  high = lane.upper ? own : other;
+}
+
+// Elements k and k + 1 of x [K]; 0 past its end and where x is null.
+template <class T>
+__device__ __forceinline__ void load_pair(const T* x, int k, int K, float& first, float& second) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T first, second;
+  };
+  first = second = 0.0f;
+  if (x == nullptr || k >= K) return;
+  if (K % 2 == 0) {  // then rows are aligned to pairs
+    const Pair pair = *reinterpret_cast<const Pair*>(x + k);
+    first = to_float(pair.first);
+    second = to_float(pair.second);
+  } else {
+    first = to_float(x[k]);
+    if (k + 1 < K) second = to_float(x[k + 1]);
+  }
+}
+
+// u_hat = W_i u_i for 16 samples. `weight` is W_i on chip, [J, D, K] padded to multiples of 8;
+// `u_low`, `u_high` are u [K] of rows g and g + 8, null past the batch. In the products' K, slots q
+// and q + 4 of lane q are elements 2q and 2q + 1: a pair is one load on either side.
+template <class P, class T, int DT>
+__device__ __forceinline__ void predict(typename Tile<DT>::Values& u_hat, const T* weight,
+                                        const T* u_low, const T* u_high, const Shape& shape,
+                                        const Lane& lane) {
+  const int padded_K = round_up(shape.K, kTileDims);
+#pragma unroll
+  for (int n = 0; n < Tile<DT>::kFragments; ++n) {
+    for (int e = 0; e < 4; ++e) u_hat[n][e] = 0.0f;
+  }
+  for (int k = 2 * lane.q; k < padded_K; k += kTileDims) {
+    float a[4];
+    load_pair(u_low, k, shape.K, a[0], a[2]);
+    load_pair(u_high, k, shape.K, a[1], a[3]);
+    const auto A = P::template operand<T>(a);
+#pragma unroll
+    for (int n = 0; n < Tile<DT>::kFragments; ++n) {
+      if (n / DT < shape.J) {
+        float b[2];
+        load_pair(weight + (n * kTileDims + lane.g) * padded_K, k, padded_K, b[0], b[1]);
+        P::mma(u_hat[n], A, P::template operand<T>(b));
+      }
+    }
+  }
+}
+
+// own_j += x_j . state_j over d, for the row this lane owns; `state` is a state tile on chip.
+template <int DT>
+__device__ __forceinline__ void add_row_dots(typename Tile<DT>::Row& own,
+                                             const typename Tile<DT>::Values& x,
+                                             const float4* state, int J, const Lane& lane) {
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+    if (j < J) {
+      float low = 0, high = 0;
+#pragma unroll
+      for (int n = j * DT; n < (j + 1) * DT; ++n) {
+        const float4 y = state[n * kWarpSize + lane.index];
+        low += x[n][0] * y.x + x[n][1] * y.y;
+        high += x[n][2] * y.z + x[n][3] * y.w;
+      }
+      own[j] += quad_row_sum(low, high, lane);
+    }
+  }
+}
+
+// sum_ij += coefficient_ij x_ij, coefficients given by the rows' owners.
+template <int DT>
+__device__ __forceinline__ void add_scaled(typename Tile<DT>::Values& sum,
+                                           const typename Tile<DT>::Row& own,
+                                           const typename Tile<DT>::Values& x, int J,
+                                           const Lane& lane) {
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+    if (j < J) {
+      float low, high;
+      quad_rows(own[j], low, high, lane);
+#pragma unroll
+      for (int n = j * DT; n < (j + 1) * DT; ++n) {
+        sum[n][0] += low * x[n][0];
+        sum[n][1] += low * x[n][1];
+        sum[n][2] += high * x[n][2];
+        sum[n][3] += high * x[n][3];
+      }
+    }
+  }
+}
+
+// The same with x a state tile on chip.
+template <int DT>
+__device__ __forceinline__ void add_scaled_state(typename Tile<DT>::Values& sum,
+                                                 const typename Tile<DT>::Row& own,
+                                                 const float4* state, int J, const Lane& lane) {
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+    if (j < J) {
+      float low, high;
+      quad_rows(own[j], low, high, lane);
+#pragma unroll
+      for (int n = j * DT; n < (j + 1) * DT; ++n) {
+        const float4 y = state[n * kWarpSize + lane.index];
+        sum[n][0] += low * y.x;
+        sum[n][1] += low * y.y;
+        sum[n][2] += high * y.z;
+        sum[n][3] += high * y.w;
+      }
+    }
+  }
+}
+
+// b = log priors of input capsule i; 0 without a prior.
+template <class T, int DT>
+__device__ __forceinline__ void load_prior(typename Tile<DT>::Row& b, const T* logits, int i,
+                                           int J) {
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+    b[j] = logits != nullptr && j < J ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
+  }
+}
+
+// Softmax over j in place; `leaky` puts one more logit, fixed at 0, beside them.
+template <int DT>
+__device__ __forceinline__ void softmax(typename Tile<DT>::Row& b, int J, bool leaky) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  float largest = leaky ? 0.0f : -INFINITY;
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+    if (j < J) largest = fmaxf(largest, b[j]);
+  }
+  float total = leaky ? exp2_approximate(-largest * kLog2E) : 0.0f;
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+    if (j < J) {
+      b[j] = exp2_approximate((b[j] - largest) * kLog2E);
+      total += b[j];
+    }
+  }
+  const float inverse = 1.0f / total;
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) b[j] *= inverse;
+}
+
+// dl_j = c_j (dc_j - sum_k c_k dc_k), from dc, in place: softmax backwards.
+template <int DT>
+__device__ __forceinline__ void softmax_backward(typename Tile<DT>::Row& dc,
+                                                 const typename Tile<DT>::Row& c, int J) {
+  float mean = 0;
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+    if (j < J) mean += c[j] * dc[j];
+  }
+#pragma unroll
+  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+    if (j < J) dc[j] = c[j] * (dc[j] - mean);
+  }
+}
+
+}  // namespace capsule_kernels::cuda

@@ -1,0 +1,49 @@
+"""The C++ kernels against the oracle: every awkward size, every option, every instruction set here."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from capsule_kernels import backends
+
+from .cases import OPTIONS, SHAPES, check_case
+
+pytestmark = pytest.mark.skipif(
+    not backends()["cpu"].usable, reason=f"cpu backend: {backends()['cpu'].reason}"
+)
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def instruction_set(request):
+    """Runs a test on one set of kernels; what this processor lacks is skipped, visibly."""
+    from capsule_kernels import _C
+
+    if request.param not in _C.usable_instruction_sets():
+        pytest.skip(f"this processor or build has no {request.param}")
+    before = _C.instruction_set()
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set(before)
+
+
+# Both lane layouts: few samples (lanes are capsules) and many (lanes are samples).
+BATCHES = [1, 2, 5, 20]
+
+
+@pytest.mark.parametrize("case", SHAPES + OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_matches_oracle(case, dtype, instruction_set):
+    check_case(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("B", BATCHES)
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_options_at_every_batch_layout(case, B, instruction_set):
+    check_case(replace(case, B=B), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [SHAPES[0], SHAPES[1], *OPTIONS], ids=str)
+def test_low_precision(case, dtype):
+    check_case(case, dtype, "cpu")
