@@ -1,7 +1,8 @@
 // Matrix products on tensor cores, by how much accuracy their operands keep.
 //
-// A policy turns float operands into what the tensor cores take and multiplies them. The shapes
-// and the lanes that hold each element are those of `mma_tf32`.
+// A policy turns float operands into what the tensor cores take and multiplies them: `multiply` sets
+// c = a b, `multiply_add` c += a b. The shapes and the lanes that hold each element are those of
+// `mma_tf32`.
 #pragma once
 
 #include "execution.cuh"
@@ -45,8 +46,14 @@ struct Tf32 {
     return result;
   }
 
-  static __device__ __forceinline__ void mma(float (&c)[4], const Operand<4>& a,
-                                             const Operand<2>& b) {
+  static __device__ __forceinline__ void multiply(float (&c)[4], const Operand<4>& a,
+                                                  const Operand<2>& b) {
+    for (int n = 0; n < 4; ++n) c[n] = 0.0f;
+    mma_tf32(c, a.bits, b.bits);
+  }
+
+  static __device__ __forceinline__ void multiply_add(float (&c)[4], const Operand<4>& a,
+                                                      const Operand<2>& b) {
     mma_tf32(c, a.bits, b.bits);
   }
 };
@@ -71,12 +78,21 @@ struct SplitTf32 {
     return result;
   }
 
-  static __device__ __forceinline__ void mma(float (&c)[4], const Operand<4>& a,
-                                             const Operand<2>& b) {
+  static __device__ __forceinline__ void multiply(float (&c)[4], const Operand<4>& a,
+                                                  const Operand<2>& b) {
+    for (int n = 0; n < 4; ++n) c[n] = 0.0f;
     // Small terms first: they would be lost beside the large one.
     mma_tf32(c, a.low, b.high);
     mma_tf32(c, a.high, b.low);
     mma_tf32(c, a.high, b.high);
+  }
+
+  // Tensor cores cut their sums off; over a long sum that adds up, so it is taken outside of them.
+  static __device__ __forceinline__ void multiply_add(float (&c)[4], const Operand<4>& a,
+                                                      const Operand<2>& b) {
+    float product[4];
+    multiply(product, a, b);
+    for (int n = 0; n < 4; ++n) c[n] += product[n];
   }
 };
 

@@ -43,7 +43,7 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const typename Tile<DT>:
         const float a[4] = {du_hat[n][0], du_hat[n][2], du_hat[n][1], du_hat[n][3]};
         const T* w = weight + (n * kTileDims + 2 * lane.q) * padded.K + k0 + lane.g;
         const float b[2] = {to_float(w[0]), to_float(w[padded.K])};
-        P::mma(du, P::template operand<float>(a), P::template operand<T>(b));
+        P::multiply_add(du, P::template operand<float>(a), P::template operand<T>(b));
       }
     }
     for (int e = 0; e < 4; ++e) {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void add_grad_weight(const CapsuleStore<T>& own,
           const T* high = u_row(u, b + 4, i, shape);
           const float u_pair[2] = {low != nullptr && k < shape.K ? to_float(low[k]) : 0.0f,
                                    high != nullptr && k < shape.K ? to_float(high[k]) : 0.0f};
-          P::mma(dW, P::template operand<float>(a), P::template operand<T>(u_pair));
+          P::multiply_add(dW, P::template operand<float>(a), P::template operand<T>(u_pair));
         }
         total = make_float4(total.x + dW[0], total.y + dW[1], total.z + dW[2], total.w + dW[3]);
       }
@@ -123,8 +123,7 @@ __device__ __forceinline__ void write_grad_weight(U* to, const CapsuleStore<T>& 
 // dbias_j = sum over b and t of ds^t_j; a block takes whole columns (j, d), its threads the samples.
 template <class T, int DT>
 __device__ __forceinline__ void write_grad_bias(T* grad_bias, const BackwardWorkspace& w,
-                                                const Shape& shape, const Padded& padded,
-                                                int first_t, float* sums) {
+                                                const Shape& shape, int first_t, float* sums) {
   for (int column = blockIdx.x; column < shape.J * shape.D; column += gridDim.x) {
     const int j = column / shape.D, d = column % shape.D;
     const int fragment = j * DT + d / kTileDims;
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
       padded);
 
   if (arguments.grad_bias != nullptr) {
-    write_grad_bias<T, DT>(static_cast<T*>(arguments.grad_bias), w, shape, padded, first_t,
+    write_grad_bias<T, DT>(static_cast<T*>(arguments.grad_bias), w, shape, first_t,
                            reinterpret_cast<float*>(staged_V));
   }
   if (arguments.grad_u == nullptr && arguments.grad_weight == nullptr &&

@@ -73,11 +73,8 @@ __device__ __forceinline__ void predict(typename Tile<DT>::Values& u_hat, const 
                                         const T* u_low, const T* u_high, const Shape& shape,
                                         const Lane& lane) {
   const int padded_K = round_up(shape.K, kTileDims);
-#pragma unroll
-  for (int n = 0; n < Tile<DT>::kFragments; ++n) {
-    for (int e = 0; e < 4; ++e) u_hat[n][e] = 0.0f;
-  }
-  for (int k = 2 * lane.q; k < padded_K; k += kTileDims) {
+  const auto step = [&](int k0, auto multiply) {
+    const int k = k0 + 2 * lane.q;
     float a[4];
     load_pair(u_low, k, shape.K, a[0], a[2]);
     load_pair(u_high, k, shape.K, a[1], a[3]);
@@ -87,9 +84,15 @@ __device__ __forceinline__ void predict(typename Tile<DT>::Values& u_hat, const 
       if (n / DT < shape.J) {
         float b[2];
         load_pair(weight + (n * kTileDims + lane.g) * padded_K, k, padded_K, b[0], b[1]);
-        P::mma(u_hat[n], A, P::template operand<T>(b));
+        multiply(u_hat[n], A, P::template operand<T>(b));
       }
     }
+  };
+  using A = typename P::template Operand<4>;
+  using B = typename P::template Operand<2>;
+  step(0, [](float(&c)[4], const A& a, const B& b) { P::multiply(c, a, b); });
+  for (int k0 = kTileDims; k0 < padded_K; k0 += kTileDims) {
+    step(k0, [](float(&c)[4], const A& a, const B& b) { P::multiply_add(c, a, b); });
   }
 }
 
