@@ -1,0 +1,159 @@
+"""The CUDA kernels on the host: compiled against the emulated execution model, as torch operators.
+
+``Emulator.install()`` puts them behind the operators of the ``cuda`` backend for CPU tensors, so
+that tests call ``fused_routing(..., backend="cuda")`` and run all of the path but the binding.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from capsule_kernels import ops
+
+KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+MODEL = Path(__file__).parent
+SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FENCE = 256  # elements of NaN before and behind every array
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("B", "I", "J", "K", "D", "R", "weight_sharing")]
+
+
+class Device(ctypes.Structure):
+    _fields_ = [("sm_count", ctypes.c_int), ("shared_per_block", ctypes.c_int)]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        ("shape", Shape),
+        ("device", Device),
+        *((name, ctypes.c_int) for name in ("leaky", "full_gradient", "scalar", "products")),
+    ]
+
+
+class Plan(NamedTuple):
+    """How a call is laid over the device; zeros where it does not fit."""
+
+    capsule_groups: int
+    sample_groups: int
+    tiles_per_pass: int
+    gradient_warps: int
+    splits: int
+
+
+def compiler() -> str | None:
+    return shutil.which("g++")
+
+
+def build(folder: Path) -> Path:
+    """Compile kernels and model into a library in ``folder``."""
+    library = folder / "libcuda_emulation.so"
+    sources = [*sorted(KERNELS.glob("*.cu")), KERNELS / "routing.cpp", *sorted(MODEL.glob("*.cpp"))]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags += ["-Werror", "-U_FORTIFY_SOURCE", "-DCAPSULE_KERNELS_EMULATION"]
+    command = ["g++", *flags, f"-I{KERNELS}", f"-I{MODEL}", "-x", "c++", *sources, "-o", library]
+    subprocess.run(command, check=True)
+    return library
+
+
+class Fenced:
+    """A contiguous copy (or NaN) of an array between fences of NaN."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, values: Tensor | None = None):
+        size = torch.Size(shape).numel()
+        self.all = torch.full((FENCE + size + FENCE,), torch.nan, dtype=dtype)
+        self.values = self.all[FENCE : FENCE + size].view(shape)
+        if values is not None:
+            self.values.copy_(values)
+
+    def pointer(self) -> int:
+        return self.values.data_ptr()
+
+    def check(self, name: str) -> Tensor:
+        fences = torch.cat([self.all[:FENCE], self.all[-FENCE:]])
+        assert fences.isnan().all(), f"{name}: a write outside of the array"
+        return self.values.clone()
+
+
+class Emulator:
+    """The emulated kernels and the device they believe to be on."""
+
+    def __init__(self, library: Path):
+        self.library = ctypes.CDLL(str(library))
+        for name in ("forward", "backward", "barriers"):
+            getattr(self.library, name).restype = ctypes.c_char_p
+        self.launches: list[str] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """The default device, seed and no barrier left out."""
+        self.device = Device(sm_count=5, shared_per_block=227 * 1024)
+        self.launches.clear()
+        self.configure()
+
+    def configure(self, seed: int = 0, skip: str = "") -> None:
+        self.library.configure(seed, skip.encode())
+
+    def barriers(self) -> list[str]:
+        """Where the barriers stand that were reached so far, ``file:line``."""
+        return self.library.barriers().decode().split()
+
+    def plan(self, shape: Shape, dtype: torch.dtype) -> Plan:
+        figures = (ctypes.c_int * 5)()
+        call = Call(shape, self.device, 0, 0, SCALARS[dtype], 0)
+        self.library.planned(ctypes.byref(call), figures)
+        return Plan(*figures)
+
+    def install(self) -> torch.library.Library:
+        """Register both operators for CPU tensors, for as long as the result lives."""
+        library = torch.library.Library("capsule_kernels", "IMPL")
+        library.impl("routing_forward.cuda", self.routing_forward, "CPU")
+        library.impl("routing_backward.cuda", self.routing_backward, "CPU")
+        return library
+
+    def routing_forward(
+        self, u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
+    ):
+        outputs = ops.forward_shapes(
+            u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
+        )
+        call = self._call(u, weight, num_iterations, weight_sharing, leaky)
+        return self._run("forward", call, (u, weight, logits, bias), outputs)
+
+    def routing_backward(
+        self, grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask
+    ):
+        outputs = ops.backward_shapes(
+            grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask
+        )
+        call = self._call(u, weight, s.shape[0], weight_sharing, leaky, full_gradient)
+        return self._run("backward", call, (grad_v, u, weight, logits, s), outputs)
+
+    def _call(self, u, weight, R, weight_sharing, leaky, full_gradient=False) -> Call:
+        (B, I, K), (_, J, D, _) = u.shape, weight.shape
+        products = torch.get_float32_matmul_precision() == "highest"
+        shape = Shape(B, I, J, K, D, R, weight_sharing)
+        return Call(shape, self.device, leaky, full_gradient, SCALARS[u.dtype], products)
+
+    def _run(self, name, call, inputs, outputs) -> tuple[Tensor, ...]:
+        self.launches.append(name)
+        sources = [
+            None if x is None else Fenced(tuple(x.shape), x.dtype, x.detach()) for x in inputs
+        ]
+        targets = [Fenced(tuple(x.shape), x.dtype) if x.numel() else None for x in outputs]
+        pointers = [
+            ctypes.c_void_p(None if x is None else x.pointer()) for x in (*sources, *targets)
+        ]
+        message = getattr(self.library, name)(ctypes.byref(call), *pointers).decode()
+        if message:
+            raise RuntimeError(message)
+        return tuple(
+            x if target is None else target.check(f"{name}, output {n}")
+            for n, (x, target) in enumerate(zip(outputs, targets, strict=True))
+        )

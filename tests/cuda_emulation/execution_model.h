@@ -1,0 +1,117 @@
+// A stand-in for the CUDA execution model, on the host, for tests.
+//
+// Every thread of every block is a fiber of its own; they switch only where they meet: at warp
+// collectives, at block and grid barriers. Which warp goes on is drawn at random (from a seed, with
+// changing priorities, so that some warps run far ahead), and its threads one after another: a
+// missing barrier is a read before the write. Shared memory starts as NaN and is fenced.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace capsule_kernels::cuda {
+
+// A 16-bit float as its bits.
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+
+namespace emulation {
+
+struct Dim {
+  unsigned x;
+};
+
+// Of the fiber that runs.
+extern Dim thread_index, block_index, block_size, grid_size;
+extern void* block_shared_memory;
+
+enum class Collective { kShuffle, kWarpBarrier, kMma, kBlockBarrier, kGridBarrier };
+
+// Joins the other lanes of the warp with this lane's operands; the last to come runs `act` on those
+// of all 32. All threads of the group must join the same collective, or the launch fails.
+using Operands = float[32][12];
+void join(Collective collective, float* operands, int count, void (*act)(Operands));
+
+void run(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes);
+
+float from_float16(std::uint16_t bits);
+std::uint16_t to_float16(float x);
+
+}  // namespace emulation
+
+#define threadIdx ::capsule_kernels::cuda::emulation::thread_index
+#define blockIdx ::capsule_kernels::cuda::emulation::block_index
+#define blockDim ::capsule_kernels::cuda::emulation::block_size
+#define gridDim ::capsule_kernels::cuda::emulation::grid_size
+
+using std::fabs;
+using std::max;
+using std::min;
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) {
+  const std::uint32_t bits = std::uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+inline float to_float(Float16 x) { return emulation::from_float16(x.bits); }
+inline void store(float* to, float x) { *to = x; }
+inline void store(BFloat16* to, float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  // To the nearest, ties to even; NaN stays NaN.
+  to->bits = std::isnan(x) ? 0x7fff : std::uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void store(Float16* to, float x) { to->bits = emulation::to_float16(x); }
+
+inline void* shared_memory() { return emulation::block_shared_memory; }
+inline float exp2_approximate(float x) { return x < -126 ? 0.0f : std::exp2(x); }
+
+inline float shuffle_xor(float x, int lane_mask) {
+  float operands[2] = {x, float(lane_mask)};
+  emulation::join(emulation::Collective::kShuffle, operands, 2, [](emulation::Operands all) {
+    float values[32];
+    for (int lane = 0; lane < 32; ++lane) values[lane] = all[lane][0];
+    for (int lane = 0; lane < 32; ++lane) all[lane][0] = values[lane ^ int(all[lane][1])];
+  });
+  return operands[0];
+}
+
+void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
+void grid_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+
+template <class Arguments, class Plan>
+void launch(void (*kernel)(Arguments, Plan), int blocks, int threads, int shared_bytes,
+            bool /*cooperative*/, void* /*stream*/, Arguments arguments, Plan plan) {
+  emulation::run([=] { kernel(arguments, plan); }, blocks, threads, shared_bytes);
+}
+
+}  // namespace capsule_kernels::cuda
+
+// Barriers know where they stand, so that a test can leave one out and see the difference.
+void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+void __syncwarp(const char* file = __builtin_FILE(), int line = __builtin_LINE());

@@ -1,0 +1,106 @@
+// The emulated kernels behind a C interface, for ctypes.
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "emulation.h"
+#include "routing.h"
+
+using namespace capsule_kernels::cuda;
+
+namespace {
+
+std::string message;
+
+// A workspace of NaN with a fence behind it.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t floats) : values_(floats + kFence) {
+    std::memset(values_.data(), 0xff, values_.size() * sizeof(float));
+  }
+  float* data() { return values_.data(); }
+  void check() const {
+    for (std::size_t n = values_.size() - kFence; n < values_.size(); ++n) {
+      if (values_[n] == values_[n]) throw std::runtime_error("a write past the workspace");
+    }
+  }
+
+ private:
+  static constexpr std::size_t kFence = 1024;
+  std::vector<float> values_;
+};
+
+template <class Body>
+const char* guarded(Body body) {
+  message.clear();
+  try {
+    body();
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}
+
+int scalar_bytes(Scalar scalar) { return scalar == Scalar::kFloat32 ? 4 : 2; }
+
+}  // namespace
+
+extern "C" {
+
+struct Call {
+  Shape shape;
+  Device device;
+  int leaky, full_gradient;
+  int scalar, products;
+};
+
+void configure(unsigned seed, const char* skip) { emulation::configure(seed, skip); }
+
+const char* barriers() {
+  message = emulation::barriers();
+  return message.c_str();
+}
+
+// The message of what went wrong, or "".
+const char* forward(const Call* call, const void* u, const void* weight, const void* logits,
+                    const void* bias, void* v, float* s, void* coupling) {
+  return guarded([&] {
+    const auto scalar = Scalar(call->scalar);
+    const ForwardPlan plan = plan_forward(call->shape, scalar_bytes(scalar), call->device);
+    Workspace workspace(plan.workspace_floats);
+    routing_forward({call->shape, call->leaky != 0, u, weight, logits, bias, v, s, coupling,
+                     workspace.data()},
+                    plan, scalar, Products(call->products), nullptr);
+    workspace.check();
+  });
+}
+
+const char* backward(const Call* call, const void* grad_v, const void* u, const void* weight,
+                     const void* logits, const float* s, void* grad_u, void* grad_weight,
+                     void* grad_logits, void* grad_bias) {
+  return guarded([&] {
+    const auto scalar = Scalar(call->scalar);
+    const BackwardPlan plan = plan_backward(call->shape, scalar_bytes(scalar), call->device);
+    Workspace workspace(plan.workspace_floats);
+    routing_backward({call->shape, call->leaky != 0, call->full_gradient != 0, grad_v, u, weight,
+                      logits, s, grad_u, grad_weight, grad_logits, grad_bias, workspace.data()},
+                     plan, scalar, Products(call->products), nullptr);
+    workspace.check();
+  });
+}
+
+// capsule_groups, sample_groups, tiles_per_pass, gradient warps, splits; 0 where nothing fits.
+void planned(const Call* call, int* figures) {
+  const BackwardPlan plan =
+      plan_backward(call->shape, scalar_bytes(Scalar(call->scalar)), call->device);
+  figures[0] = plan.sweep.capsule_groups;
+  figures[1] = plan.sweep.sample_groups;
+  figures[2] = plan.sweep.tiles_per_pass;
+  figures[3] = plan.gradients.warps;
+  figures[4] = plan.gradients.splits;
+}
+
+int fits_registers(int J, int D) { return tile_fits_registers(J, D) ? 1 : 0; }
+}
