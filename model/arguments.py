@@ -1,0 +1,127 @@
+"""The command line of training: every flag, and the configuration that results."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from capsule_kernels import backends
+
+from .config import Config, Schedule, flag
+from .data import DATASETS
+from .errors import UserError
+from .experiments import EXPERIMENTS
+
+RUN_OPTIONS = {
+    "experiment": None,
+    "list": False,
+    "data_dir": Path("data"),
+    "download": False,
+    "save_dir": None,
+    "weights": None,
+    "resume": None,
+    "device": None,
+    "max_minutes": None,
+    "checkpoint_minutes": 5.0,
+}
+"""What does not decide the weights, with its defaults; all other flags are fields of Config."""
+
+CHANGEABLE = ("epochs", "backend")
+"""Fields of Config that a resumed run may change."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags that are not given are absent from the result, so that resuming can tell."""
+    p = argparse.ArgumentParser(
+        prog="python -m model.train",
+        description="Train a capsule network (Sabour, Frosst, Hinton 2017).",
+        argument_default=argparse.SUPPRESS,
+    )
+    run = p.add_argument_group("run")
+    run.add_argument("--experiment", choices=EXPERIMENTS, metavar="NAME", help="see --list")
+    run.add_argument("--list", action="store_true", help="show the experiments and leave")
+    run.add_argument("--save-dir", type=Path, metavar="DIR", help="default: runs/NAME-DATE-TIME")
+    run.add_argument("--weights", type=Path, metavar="FILE", help="start from these weights")
+    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run saved in DIR")
+    run.add_argument("--max-minutes", type=float, help="save and stop after this time")
+    run.add_argument("--checkpoint-minutes", type=float, help="save this often (default 5)")
+    run.add_argument("--device", help='"cpu", "cuda", "cuda:1" (default: cuda where there is one)')
+
+    data = p.add_argument_group("data")
+    data.add_argument("--dataset", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
+    data.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data's files")
+    data.add_argument("--download", action="store_true", help="fetch files that are missing")
+    data.add_argument("--shift-pixels", type=int, help="largest random shift of an image")
+
+    train = p.add_argument_group("training (defaults are the experiment's)")
+    train.add_argument("--epochs", type=int, help="0 only tests")
+    train.add_argument("--batch-size", type=int)
+    train.add_argument("--accumulate", type=int, metavar="N", help="work a batch off in N parts")
+    train.add_argument("--lr", type=float, help="learning rate of Adam")
+    train.add_argument("--lr-schedule", choices=get_args(Schedule))
+    train.add_argument("--lr-decay", type=float, help="factor an epoch (or --lr-decay-steps)")
+    train.add_argument("--lr-decay-steps", type=int)
+    train.add_argument("--lam-recon", type=float, help="weight of the summed squared error")
+    train.add_argument("--margin", choices=("paper", "authors"), help="form of the margin loss")
+    train.add_argument("--routings", type=int, help="routing iterations")
+    train.add_argument("--seed", type=int)
+    train.add_argument("--stop-accuracy", type=float, help="end once the test accuracy is this")
+    train.add_argument("--backend", choices=("auto", *backends()), help="of the routing")
+    train.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast")
+    train.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile")
+    return p
+
+
+class Arguments(argparse.Namespace):
+    """A parsed command line: the options of RUN_OPTIONS as attributes, and ``changes``."""
+
+    changes: dict[str, Any]
+    """The fields of Config that were given."""
+
+
+def parse(argv: list[str] | None = None) -> Arguments:
+    given = vars(parser().parse_args(argv))
+    options = {name: given.pop(name, default) for name, default in RUN_OPTIONS.items()}
+    return Arguments(**options, changes=given)
+
+
+def new_config(arguments: Arguments) -> Config:
+    """The configuration of a new run: the experiment's, changed by the flags given."""
+    changes = arguments.changes
+    name = arguments.experiment or changes.get("dataset", "digits")
+    if name not in EXPERIMENTS:
+        raise UserError(f"--dataset {name} needs --experiment; --list shows them")
+    config = EXPERIMENTS[name].config.replaced(changes)
+    config.check()
+    return config
+
+
+def resumed_config(arguments: Arguments, stored: Config) -> Config:
+    """The configuration of a saved run; flags that would make it another run are refused."""
+    wanted = stored.replaced(arguments.changes)
+    wanted.check()
+    fixed = {k: v for k, v in arguments.changes.items() if k not in CHANGEABLE}
+    if stored.lr_schedule == "linear" and wanted.epochs != stored.epochs:
+        raise UserError(
+            f"--epochs {wanted.epochs} can't be given with this --resume: the learning rate of the "
+            f"run falls to 0 over its {stored.epochs} epochs"
+        )
+    if stored.replaced(fixed) != stored:
+        for name, value in fixed.items():
+            if stored.replaced({name: value}) != stored:
+                raise UserError(
+                    f"{flag(name)} {value} differs from the configuration of the run saved in "
+                    f"{arguments.resume}; only {' and '.join(map(flag, CHANGEABLE))} may change"
+                )
+    if arguments.experiment and EXPERIMENTS[arguments.experiment].config.dataset != stored.dataset:
+        raise UserError(
+            f"--experiment {arguments.experiment} is not the saved run in {arguments.resume}, "
+            f"whose dataset is {stored.dataset}"
+        )
+    return wanted
+
+
+def default_directory(arguments: Arguments, config: Config) -> Path:
+    """A fresh directory for a run that was given none."""
+    name = arguments.experiment or config.dataset
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"

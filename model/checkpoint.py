@@ -1,0 +1,141 @@
+"""Checkpoints: one safetensors file, written atomically, holding everything a run needs to go on.
+
+Tensors are named ``model.<parameter>``, ``optimizer.<parameter>.<slot>`` and ``progress.<name>``;
+the metadata carries the format, the configuration, the class names and the counters as JSON.
+A file of weights alone is the same without the optimizer and the progress.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import Config
+from .errors import UserError
+
+FORMAT = "capsule_kernels checkpoint 1"
+CHECKPOINT = "checkpoint.safetensors"
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds: see the module's docstring for the names of ``tensors``."""
+
+    config: Config
+    classes: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    counters: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below ``prefix.``, without it."""
+        start = len(prefix) + 1
+        return {k[start:]: t for k, t in self.tensors.items() if k.startswith(prefix + ".")}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or, whatever happens, as it was before."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; UserError (a full disk, no permission) leaves the previous one whole."""
+    import safetensors.torch
+
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(checkpoint.config.to_dict()),
+        "classes": json.dumps(checkpoint.classes),
+        "counters": json.dumps(checkpoint.counters),
+    }
+    tensors = {name: t.detach().contiguous() for name, t in checkpoint.tensors.items()}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint, or the one in a run's directory; UserError if it is torn or foreign."""
+    import safetensors
+    from safetensors import safe_open
+
+    if path.is_dir():
+        candidates = [path / CHECKPOINT, path / WEIGHTS]
+        path = next((p for p in candidates if p.is_file()), candidates[0])
+    if not path.is_file():
+        raise UserError(f"{path} is not there; expected a checkpoint or a run's directory")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: not a checkpoint of this program: its format must be {FORMAT!r}, "
+            f"got {metadata.get('format')!r}"
+        )
+    try:
+        config = Config.from_dict(json.loads(metadata["config"]))
+        classes = tuple(json.loads(metadata["classes"]))
+        counters = json.loads(metadata["counters"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its metadata can't be read: {error}") from None
+    return Checkpoint(config, classes, tensors, counters)
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": t for name, t in model.state_dict().items()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by the names of the parameters."""
+    return {
+        f"optimizer.{name}.{slot}": value
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_model(model: nn.Module, checkpoint: Checkpoint, source: Path) -> None:
+    """Copy the weights into a model; UserError names the first that does not fit."""
+    weights = checkpoint.part("model")
+    own = model.state_dict()
+    for name in own.keys() | weights.keys():
+        theirs = list(weights[name].shape) if name in weights else "nothing"
+        ours = list(own[name].shape) if name in own else "nothing"
+        if theirs != ours:
+            raise UserError(
+                f"{source}: weights of another architecture: {name} is {theirs} there, {ours} here"
+            )
+    model.load_state_dict(weights)
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
+) -> None:
+    """Copy the optimizer's state, in the memory format of the parameters: the same bits go on."""
+    for key, value in checkpoint.part("optimizer").items():
+        name, slot = key.rsplit(".", 1)
+        parameter = model.get_parameter(name)
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        elif parameter.is_cuda:
+            value = value.to(parameter.device)
+        optimizer.state[parameter][slot] = value

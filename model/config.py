@@ -1,0 +1,125 @@
+"""What a run is: the architecture of its network and everything that decides its weights."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from .errors import UserError
+
+Network = Literal["capsnet", "cnn", "pooled-cnn"]
+Schedule = Literal["epoch", "steps", "linear"]
+MarginForm = Literal["paper", "authors"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a network; the defaults are the paper's for MNIST. A checkpoint carries its own."""
+
+    network: Network = "capsnet"
+    in_channels: int = 1
+    image_size: int = 28
+    classes: int = 10
+    conv_channels: int = 256
+    capsule_types: int = 32
+    capsule_dim: int = 8
+    class_dim: int = 16
+    routings: int = 3
+    reconstruction: bool = True
+    bias: bool = False
+    """Learn a bias added to s in every iteration, as the authors' code does; the text has none."""
+    leaky: bool = False
+    """ "None of the above" in the routing softmax."""
+    same_padding: bool = False
+    """Convolutions keep the image's size (before the stride)."""
+    hidden: int = 1024
+    """Units of the fully connected layer of the network "pooled-cnn"."""
+
+    @property
+    def capsule_grid(self) -> int:
+        """Side of the grid of primary capsules of one type."""
+        if self.same_padding:
+            return (self.image_size + 1) // 2
+        return (self.image_size - 8 - 9) // 2 + 1
+
+    def check(self) -> None:
+        if self.network == "capsnet" and not self.same_padding and self.image_size < 17:
+            raise UserError(
+                "image size must be at least 17 pixels for two 9 x 9 convolutions, "
+                f"got {self.image_size}"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Two runs of equal configuration on the same device have equal weights."""
+
+    dataset: str = "digits"
+    architecture: Architecture = Architecture()
+    epochs: int = 50
+    batch_size: int = 128
+    """Samples a step, over all processes and accumulated parts together."""
+    accumulate: int = 1
+    """Parts a batch is worked off in, one after another, to save memory."""
+    lr: float = 1e-3
+    lr_schedule: Schedule = "epoch"
+    """"epoch": times ``lr_decay`` after each epoch. "steps": times ``lr_decay`` every
+    ``lr_decay_steps`` steps, continuously, as the authors' code. "linear": down to 0 at the end."""
+    lr_decay: float = 0.9
+    lr_decay_steps: int = 2000
+    lam_recon: float = 0.0005
+    """Weight of the squared error summed over pixels; 0.0005 * 784 = 0.392 of its mean."""
+    margin: MarginForm = "paper"
+    shift_pixels: int = 2
+    """Largest random shift of a training image (of each digit of MultiMNIST), in pixels."""
+    seed: int = 0
+    backend: str = "auto"
+    amp: bool = False
+    compile: bool = False
+    stop_accuracy: float | None = None
+    """End the run once the test accuracy reaches this."""
+
+    def check(self) -> None:
+        """Raise UserError for values no run can have."""
+        for name, smallest in {
+            "epochs": 0, "batch_size": 1, "accumulate": 1, "lr_decay_steps": 1, "shift_pixels": 0,
+            "seed": 0, "lam_recon": 0,
+        }.items():  # fmt: skip
+            if getattr(self, name) < smallest:
+                raise UserError(
+                    f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}"
+                )
+        if self.architecture.routings < 1:
+            raise UserError(f"--routings must be at least 1, got {self.architecture.routings}")
+        for name in ("lr", "lr_decay"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"--accumulate must divide --batch-size = {self.batch_size}, got {self.accumulate}"
+            )
+        self.architecture.check()
+
+    def replaced(self, changes: dict[str, Any]) -> Self:
+        """A copy with other values; ``routings`` and ``lam_recon`` reach the architecture."""
+        changes = dict(changes)
+        network: dict[str, Any] = {}
+        if "routings" in changes:
+            network["routings"] = changes.pop("routings")
+        if "lam_recon" in changes:
+            network["reconstruction"] = changes["lam_recon"] > 0
+        architecture = dataclasses.replace(self.architecture, **network)
+        return dataclasses.replace(self, architecture=architecture, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of ``to_dict``; TypeError for names of another version."""
+        values = dict(values)
+        return cls(architecture=Architecture(**values.pop("architecture")), **values)
+
+
+def flag(name: str) -> str:
+    """The command line's name of a field."""
+    return "--" + name.replace("_", "-")

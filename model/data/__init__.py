@@ -1,0 +1,9 @@
+"""Data sets by name: read from their publishers' own files, kept as uint8.
+
+One module a file format; :func:`load_dataset` is the only door.
+"""
+
+from .registry import DATASETS, load_dataset
+from .splits import Dataset, Split
+
+__all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]

@@ -1,0 +1,85 @@
+"""Finding a publisher's file, or downloading it with its checksum, and unpacking it."""
+
+import bz2
+import gzip
+import lzma
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+
+UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".xz": lzma.decompress,
+    ".bz2": bz2.decompress,
+}
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where a file is published, and the checksum it must have ("md5:..." or "sha256:...")."""
+
+    url: str
+    checksum: str
+
+
+def find(data_dir: Path, dataset: str, name: str) -> Path | None:
+    """``name``, or a packed or unpacked form of it, in ``data_dir/dataset`` or ``data_dir``."""
+    bare = Path(name).with_suffix("").name if Path(name).suffix in UNPACK else name
+    for folder in (data_dir / dataset, data_dir):
+        for candidate in (name, bare, *(bare + suffix for suffix in UNPACK)):
+            if (folder / candidate).is_file():
+                return folder / candidate
+    return None
+
+
+def require(
+    data_dir: Path, dataset: str, name: str, remote: Remote | None = None, download: bool = False
+) -> Path:
+    """The path of a file that is there, or was downloaded if asked for; UserError otherwise."""
+    found = find(data_dir, dataset, name)
+    if found is not None:
+        return found
+    if download and remote is not None:
+        return fetch(remote, data_dir / dataset / name)
+    hint = "; --download fetches it" if remote is not None and not download else ""
+    raise UserError(
+        f"{data_dir / dataset / name} is not there (nor {data_dir / name}); "
+        f"--data-dir names the folder of the data{hint}"
+    )
+
+
+def fetch(remote: Remote, path: Path) -> Path:
+    """Download to ``path`` with a progress bar; it appears there only with the right checksum."""
+    try:
+        import pooch
+    except ImportError:
+        raise UserError(f"downloading {remote.url} needs pooch: pip install pooch tqdm") from None
+    try:
+        pooch.retrieve(
+            remote.url, remote.checksum, path.name, path.parent,
+            downloader=pooch.HTTPDownloader(progressbar=True),
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: downloading {remote.url} failed: {reason}") from None
+    return path
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, unpacked if it is a .gz, .xz or .bz2; UserError if it is damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from None
+    unpack = UNPACK.get(path.suffix)
+    if unpack is None:
+        return content
+    try:
+        return unpack(content)
+    except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(
+            f"{path}: not a whole {path.suffix[1:]} file, truncated or damaged ({error})"
+        ) from None

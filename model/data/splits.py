@@ -1,0 +1,59 @@
+"""The form every data set takes in memory."""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """``images`` uint8 [N, C, H, W] and ``labels`` int64 [N], on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(self.images.to(device), self.labels.to(device))
+
+    def check(self, name: str, classes: int) -> Self:
+        """Raise UserError, beginning with ``name``, unless images and labels fit together."""
+        if len(self.images) != len(self.labels):
+            raise UserError(
+                f"{name}: must have as many images as labels, got {len(self.images)} and "
+                f"{len(self.labels)}"
+            )
+        if len(self) == 0:
+            raise UserError(f"{name}: no images in it")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= classes:
+            raise UserError(f"{name}: labels must be 0 to {classes - 1}, got {low} to {high}")
+        return self
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run trains and is tested on."""
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    test_name: str = "test"
+    """What ``test`` is, where it is not the publisher's test set."""
+    further_tests: dict[str, Split] = field(default_factory=dict)
+    """Other test sets by name, evaluated at the end of a run."""
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(
+            self.train.to(device),
+            self.test.to(device),
+            self.classes,
+            self.test_name,
+            {name: split.to(device) for name, split in self.further_tests.items()},
+        )

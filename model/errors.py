@@ -1,0 +1,21 @@
+"""Problems a user can solve: one clear line on stderr and exit code 2, never a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Its message names the argument or file, what came and what was expected, in one line."""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's ``main`` and leave with its exit code; the end of every ``__main__``."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

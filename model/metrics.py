@@ -1,0 +1,71 @@
+"""What a run writes down: ``metrics.jsonl``, one JSON object a line, and TensorBoard events."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends to a run's ``metrics.jsonl`` and, where it is installed, to TensorBoard.
+
+    ``size`` (bytes) goes into checkpoints: a resumed run cuts off what was written after its
+    checkpoint, so that every line stands there once.
+    """
+
+    def __init__(self, directory: Path, size: int = 0, step: int = 0) -> None:
+        self.path = directory / METRICS
+        try:
+            self.file = self.path.open("ab")
+            self.file.truncate(size)
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
+        self.size = size
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board: Any = SummaryWriter(str(directory), purge_step=step if size else None)
+        except ImportError:
+            self.board = None
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line ``{"kind": kind, "step": step, ...}``; numbers go to TensorBoard too."""
+        line = json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
+        try:
+            self.file.write(line)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
+        self.size += len(line)
+        if self.board is not None and kind == "epoch":
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, step)
+
+    def image(self, name: str, pixels: Any, step: int) -> None:
+        """A picture, uint8 [H, W, C], for TensorBoard alone."""
+        if self.board is not None:
+            self.board.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; UserError names the first that is none."""
+    lines = []
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is not a JSON object") from None
+    return lines

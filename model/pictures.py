@@ -1,0 +1,41 @@
+"""Pictures of tensors as PNG files."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import write_atomically
+
+GAP = 2
+"""Pixels between the images of a grid."""
+
+
+def grid(images: Tensor, columns: int) -> np.ndarray:
+    """Images [N, C, H, W] in 0..1 side by side: uint8 [rows * H, columns * W, 3], gaps between.
+
+    One channel is grey; of two or more than three, the first is shown.
+    """
+    images = images.detach().float().cpu().clamp(0, 1)
+    if images.shape[1] != 3:
+        images = images[:, :1].expand(-1, 3, -1, -1)
+    N, _, H, W = images.shape
+    rows = -(-N // columns)
+    canvas = torch.full((3, rows * (H + GAP) - GAP, columns * (W + GAP) - GAP), 0.35)
+    for n, image in enumerate(images):
+        y, x = n // columns * (H + GAP), n % columns * (W + GAP)
+        canvas[:, y : y + H, x : x + W] = image
+    return (canvas * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def save_png(path: Path, pixels: np.ndarray, zoom: int = 3) -> None:
+    """Write uint8 pixels [H, W, 3], each ``zoom`` pixels large."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    large = pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    Image.fromarray(large).save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,178 @@
+"""The training loop: steps, epochs, tests, checkpoints.
+
+All randomness of step n follows from (seed, n, process), that of an epoch's order from
+(seed, epoch): a resumed run needs no generator's state to go on with the same bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import checkpoint as checkpoints
+from .checkpoint import Checkpoint
+from .config import Config
+from .data import Dataset, Split
+from .losses import correct, total_loss
+from .networks import Network
+from .views import Batch, evaluation_batch, training_batch
+
+EVALUATION_BATCH = 250
+TRAINING, ORDER = range(2)
+"""Purposes of a seed: streams of different purposes never meet."""
+
+
+def derived_seed(*key: int) -> int:
+    """A well mixed 64-bit seed from a few numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+@dataclass
+class Progress:
+    """How far a run is; all of it stands in its checkpoints."""
+
+    step: int = 0
+    epoch: int = 0
+    """Epochs trained, tested and written down."""
+    seconds: float = 0.0
+    """Spent so far, by all the processes the run was continued in."""
+    metrics_size: int = 0
+    accuracy_reached: bool = False
+    """``stop_accuracy`` was."""
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """Of one test set: mean loss, how many were counted wrong, of how many."""
+
+    loss: float
+    wrong: int
+    count: int
+
+    @property
+    def error(self) -> float:
+        """Percent."""
+        return 100 * self.wrong / self.count
+
+
+class Trainer:
+    """A run in its directory: a network, its optimizer, its data, its progress.
+
+    Args:
+        config: what is trained.
+        model: freshly built; moved to ``device``.
+        dataset: already on ``device``.
+        directory: where checkpoints and metrics go.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Network,
+        dataset: Dataset,
+        directory: Path,
+        device: torch.device,
+    ) -> None:
+        self.config, self.dataset, self.directory, self.device = config, dataset, directory, device
+        self.model = model.to(device)
+        self.lr = torch.tensor(config.lr, device=device)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=self.lr, fused=True)
+        self.progress = Progress()
+        self.generator = torch.Generator(device)
+        self.batch_size = min(config.batch_size, len(dataset.train))
+        self.steps_per_epoch = len(dataset.train) // self.batch_size
+        self.total_steps = config.epochs * self.steps_per_epoch
+        # Sums over the epoch so far: loss, correct, seen. On the device, so that no step waits.
+        self.sums = torch.zeros(3, device=device, dtype=torch.float64)
+        self.order = torch.empty(0)
+        self.order_epoch = -1
+        self.forward: Callable[..., Any] = torch.compile(model) if config.compile else model
+
+    def learning_rate(self, step: int) -> float:
+        """Of the step that follows ``step`` steps."""
+        c = self.config
+        if c.lr_schedule == "linear":
+            return c.lr * (1 - step / self.total_steps)
+        if c.lr_schedule == "steps":
+            return c.lr * c.lr_decay ** (step / c.lr_decay_steps)
+        return c.lr * c.lr_decay ** (step // self.steps_per_epoch)
+
+    def loss(self, batch: Batch, with_reconstruction: bool = True) -> tuple[Tensor, Tensor]:
+        """Loss of a batch, a scalar, and which of its samples are right, bool [B]."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+            output = self.forward(batch.images, batch.labels if with_reconstruction else None)
+        return total_loss(output, batch, self.config), correct(output.scores, batch.labels)
+
+    def batch_index(self, step: int) -> Tensor:
+        """Which training images step ``step`` uses: every epoch in another order."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self.order_epoch:
+            self.generator.manual_seed(derived_seed(self.config.seed, ORDER, epoch))
+            self.order = torch.randperm(
+                len(self.dataset.train), generator=self.generator, device=self.device
+            )
+            self.order_epoch = epoch
+        return self.order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def step(self) -> None:
+        """One optimizer step."""
+        step = self.progress.step
+        index = self.batch_index(step)
+        seed = derived_seed(self.config.seed, TRAINING, step)
+        self.generator.manual_seed(seed)
+        torch.manual_seed(seed)  # dropout
+        self.lr.fill_(self.learning_rate(step))
+        self.model.train()
+        batch = training_batch(self.config, self.dataset.train, index, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in zip(*(x.chunk(self.config.accumulate) for x in batch), strict=True):
+            loss, right = self.loss(Batch(*part))
+            (loss * (len(right) / len(index))).backward()
+            seen = torch.ones_like(right).sum()
+            self.sums += torch.stack([loss.detach() * seen, right.sum(), seen])
+        self.optimizer.step()
+        self.progress.step += 1
+
+    def running_means(self) -> tuple[float, float]:
+        """Loss and accuracy over the epoch so far."""
+        loss_sum, right, seen = self.sums.tolist()
+        return loss_sum / max(seen, 1), right / max(seen, 1)
+
+    @torch.no_grad()
+    def test(self, split: Split, between: Callable[[], None] = lambda: None) -> TestResult:
+        """Loss (the margin alone) and errors on a split; ``between`` is called after each batch."""
+        self.model.eval()
+        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for index in torch.arange(len(split), device=self.device).split(EVALUATION_BATCH):
+            batch = evaluation_batch(self.config, split, index)
+            loss, right = self.loss(batch, with_reconstruction=False)
+            sums += torch.stack([loss * len(index), (~right).sum()])
+            between()
+        loss_sum, wrong = sums.tolist()
+        return TestResult(loss_sum / len(split), int(wrong), len(split))
+
+    def save(self) -> None:
+        """The whole state, atomically."""
+        tensors = checkpoints.model_tensors(self.model)
+        tensors |= checkpoints.optimizer_tensors(self.model, self.optimizer)
+        tensors["progress.sums"] = self.sums
+        state = Checkpoint(self.config, self.dataset.classes, tensors, asdict(self.progress))
+        checkpoints.save(self.directory / checkpoints.CHECKPOINT, state)
+
+    def save_weights(self) -> Path:
+        """The network alone, for evaluation and prediction."""
+        path = self.directory / checkpoints.WEIGHTS
+        tensors = checkpoints.model_tensors(self.model)
+        checkpoints.save(path, Checkpoint(self.config, self.dataset.classes, tensors))
+        return path
+
+    def restore(self, state: Checkpoint, source: Path) -> None:
+        """Go on where a checkpoint was made."""
+        checkpoints.restore_model(self.model, state, source)
+        checkpoints.restore_optimizer(self.model, self.optimizer, state)
+        self.progress = Progress(**state.counters)
+        self.sums.copy_(state.tensors["progress.sums"])

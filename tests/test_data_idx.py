@@ -1,0 +1,141 @@
+"""MNIST's own file format, read exactly; damaged files refused in one line that names them."""
+
+import gzip
+import hashlib
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.data import load_dataset
+from model.data.idx import FILES, read_idx
+from model.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TRAIN_IMAGES, TRAIN_LABELS = FILES["train"]
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """A small MNIST: 20 training images, 10 to test, packed as the publisher's."""
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for count, (images, labels) in zip((20, 10), FILES.values(), strict=True):
+        pixels = rng.integers(0, 256, (count, 28, 28))
+        (folder / images).write_bytes(gzip.compress(idx(pixels)))
+        (folder / labels).write_bytes(gzip.compress(idx(np.arange(count) % 10)))
+    return tmp_path
+
+
+def test_reads_every_pixel(data_dir: Path) -> None:
+    dataset = load_dataset("mnist", data_dir)
+    rng = np.random.default_rng(0)
+    assert dataset.train.images.dtype == torch.uint8
+    np.testing.assert_array_equal(dataset.train.images[:, 0], rng.integers(0, 256, (20, 28, 28)))
+    np.testing.assert_array_equal(dataset.test.images[:, 0], rng.integers(0, 256, (10, 28, 28)))
+    assert dataset.test.labels.tolist() == list(range(10))
+    # The folder of the files themselves serves as well, and files that were unpacked.
+    packed = data_dir / "mnist" / TRAIN_IMAGES
+    (data_dir / "mnist" / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    again = load_dataset("mnist", data_dir / "mnist")
+    assert torch.equal(again.train.images, dataset.train.images)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_the_publishers_own_files(name: str) -> None:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"the original files of {name} are not here")
+    dataset = load_dataset(name, SHARED)
+    assert dataset.train.images.shape == (60_000, 1, 28, 28)
+    assert dataset.test.images.shape == (10_000, 1, 28, 28)
+    content = gzip.decompress((SHARED / name / FILES["test"][0]).read_bytes())
+    digest = hashlib.sha256(dataset.test.images.numpy().tobytes()).digest()
+    assert digest == hashlib.sha256(content[16:]).digest()
+    assert dataset.train.labels.bincount().min() > 5000
+
+
+def damage_missing(path: Path) -> str:
+    path.unlink()
+    return "is not there"
+
+
+def damage_truncated_gz(path: Path) -> str:
+    path.write_bytes(path.read_bytes()[:-20])
+    return "not a whole gz file"
+
+
+def damage_bit(path: Path) -> str:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+    return "not a whole gz file"
+
+
+def damage_not_gz(path: Path) -> str:
+    path.write_bytes(b"<html>not found</html>")
+    return "not a whole gz file"
+
+
+def damage_empty(path: Path) -> str:
+    path.write_bytes(gzip.compress(b""))
+    return "got nothing"
+
+
+def damage_not_idx(path: Path) -> str:
+    path.write_bytes(gzip.compress(b"PNG and more bytes than a header"))
+    return "not an IDX file"
+
+
+def damage_dimensions(path: Path) -> str:
+    path.write_bytes(gzip.compress(idx(np.zeros((20, 784)))))
+    return "not an IDX file of 3-dimensional bytes"
+
+
+def damage_short(path: Path) -> str:
+    content = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(content[:-5]))
+    return "truncated or damaged: it announces 20 x 28 x 28 = 15680 bytes, got 15675"
+
+
+def damage_count(path: Path) -> str:
+    path.write_bytes(gzip.compress(idx(np.zeros((19, 28, 28)))))
+    return "as many images as labels, got 19 and 20"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_missing, damage_truncated_gz, damage_bit, damage_not_gz, damage_empty,
+        damage_not_idx, damage_dimensions, damage_short, damage_count,
+    ],
+)  # fmt: skip
+def test_bad_files_are_named_in_one_line(data_dir: Path, damage) -> None:  # type: ignore[no-untyped-def]
+    path = data_dir / "mnist" / TRAIN_IMAGES
+    expected = damage(path)
+    with pytest.raises(UserError) as caught:
+        load_dataset("mnist", data_dir)
+    message = str(caught.value)
+    assert expected in message
+    assert str(path) in message
+    assert "\n" not in message
+
+
+def test_labels_must_be_digits(data_dir: Path) -> None:
+    path = data_dir / "mnist" / TRAIN_LABELS
+    path.write_bytes(gzip.compress(idx(np.arange(20))))
+    with pytest.raises(UserError, match=r"labels must be 0 to 9, got 0 to 19"):
+        load_dataset("mnist", data_dir)
+
+
+def test_read_idx_of_other_rank(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(idx(np.arange(24).reshape(2, 3, 4)))
+    assert read_idx(tmp_path / "x", 3).flatten().tolist() == list(range(24))

@@ -1,0 +1,71 @@
+"""Losses and the count of correct answers, against values worked out by hand."""
+
+import pytest
+import torch
+
+from model.config import Architecture, Config
+from model.losses import (
+    Output,
+    correct,
+    lengths,
+    margin_loss,
+    multi_hot,
+    reconstruction_loss,
+    softmax_loss,
+    total_loss,
+)
+from model.views import Batch
+
+
+def test_margin_loss_by_hand() -> None:
+    scores = torch.tensor([[0.95, 0.3, 0.05], [0.4, 0.1, 0.6]])
+    targets = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    # Sample 1: 0 + 0.5 * 0.2^2 + 0; sample 2: 0.5^2 + 0 + 0.5 * 0.5^2.
+    paper = (0.02 + 0.375) / 2
+    assert margin_loss(scores, targets).item() == pytest.approx(paper)
+    assert margin_loss(scores, targets, "authors").item() == pytest.approx(paper / 3 / 2)
+
+
+def test_margin_loss_counts_every_class_that_is_present() -> None:
+    scores = torch.tensor([[0.9, 0.9, 0.1]])
+    assert margin_loss(scores, multi_hot(torch.tensor([[0, 1]]), 3)).item() == 0
+    assert margin_loss(scores, multi_hot(torch.tensor([[0, 0]]), 3)).item() == pytest.approx(0.32)
+
+
+def test_lengths_of_a_zero_capsule_have_no_gradient() -> None:
+    capsules = torch.zeros(1, 2, 4, requires_grad=True)
+    lengths(capsules).sum().backward()
+    assert capsules.grad is not None
+    assert (capsules.grad == 0).all()
+
+
+def test_reconstruction_loss_sums_pixels_and_averages_samples() -> None:
+    drawn, original = torch.zeros(2, 1, 1, 2, 2), torch.zeros(2, 1, 1, 2, 2)
+    original[0] = 0.5
+    assert reconstruction_loss(drawn, original).item() == pytest.approx(4 * 0.25 / 2)
+
+
+def test_total_loss_weighs_the_reconstruction() -> None:
+    config = Config(lam_recon=0.1)
+    batch = Batch(torch.zeros(1, 1, 2, 2), torch.tensor([[0]]), torch.ones(1, 1, 1, 2, 2))
+    scores = torch.tensor([[0.9, 0.1]])
+    assert total_loss(Output(scores), batch, config).item() == 0
+    drawn = Output(scores, torch.zeros(1, 1, 1, 2, 2))
+    assert total_loss(drawn, batch, config).item() == pytest.approx(0.1 * 4)
+
+
+def test_cnns_are_trained_by_cross_entropy() -> None:
+    batch = Batch(torch.zeros(1, 1, 2, 2), torch.tensor([[1]]), torch.zeros(1, 1, 1, 2, 2))
+    config = Config(architecture=Architecture(network="cnn"))
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    expected = -logits.log_softmax(-1)[0, 1]
+    torch.testing.assert_close(total_loss(Output(logits), batch, config), expected)
+    both = softmax_loss(logits, multi_hot(torch.tensor([[0, 1]]), 3))
+    torch.testing.assert_close(both, -logits.log_softmax(-1)[0, :2].mean())
+
+
+def test_correct_wants_exactly_the_labels() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5], [0.1, 0.9, 0.5]])
+    assert correct(scores, torch.tensor([[1], [2], [0]])).tolist() == [True, False, False]
+    pairs = torch.tensor([[2, 1], [1, 2], [0, 1]])
+    assert correct(scores, pairs).tolist() == [True, True, False]

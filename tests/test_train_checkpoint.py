@@ -1,0 +1,97 @@
+"""Checkpoint files: whole or not at all, refused when torn or foreign."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from model import checkpoint as checkpoints
+from model.checkpoint import Checkpoint, load, restore_model, save, write_atomically
+from model.errors import UserError
+
+from .tiny import CONFIG, tiny_capsnet
+
+
+def example() -> Checkpoint:
+    torch.manual_seed(0)
+    tensors = checkpoints.model_tensors(tiny_capsnet())
+    return Checkpoint(CONFIG, ("a", "b"), tensors, {"step": 7})
+
+
+def test_comes_back_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / checkpoints.CHECKPOINT
+    saved = example()
+    save(path, saved)
+    for source in (path, tmp_path):
+        found = load(source)
+        assert found.config == saved.config
+        assert found.classes == saved.classes
+        assert found.counters == saved.counters
+        assert found.tensors.keys() == saved.tensors.keys()
+        for name, tensor in saved.tensors.items():
+            assert torch.equal(found.tensors[name], tensor)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    # Weights are plain safetensors that any other program reads.
+    assert "model.digits.weight" in safetensors.torch.load_file(path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999])
+def test_torn_file_is_refused(tmp_path: Path, keep: float) -> None:
+    path = tmp_path / "x.safetensors"
+    save(path, example())
+    content = path.read_bytes()
+    path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    with pytest.raises(UserError, match=r"x\.safetensors: not a whole safetensors file") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match="not a checkpoint of this program"):
+        load(path)
+    path.write_bytes(b"PK\x03\x04 some other format, long enough to be read")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load(path)
+    metadata = {"format": checkpoints.FORMAT, "config": '{"unknown": 1}'}
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, path, metadata)
+    with pytest.raises(UserError, match="its metadata can't be read"):
+        load(path)
+    with pytest.raises(UserError, match="nowhere is not there"):
+        load(tmp_path / "nowhere")
+
+
+def test_other_architecture_names_the_first_tensor(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"here: weights of another architecture: .* is \["
+    ) as caught:
+        restore_model(tiny_capsnet(capsule_types=3), example(), Path("here"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"decoder\.\d\.\w+ is \[.*\] there, nothing here"):
+        restore_model(tiny_capsnet(reconstruction=False), example(), Path("here"))
+
+
+def test_a_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_atomically(path, b"before")
+    # A limit on the size of files stands in for a full disk: the write stops in its middle.
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from model.checkpoint import write_atomically; from model.errors import run_command\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "run_command(lambda: write_atomically(Path(sys.argv[1]), bytes(100_000)))\n"
+    )
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {path}: can't be written: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]

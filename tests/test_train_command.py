@@ -1,0 +1,180 @@
+"""``python -m model.train`` as a user meets it: flags, what it leaves, what it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from model import train
+from model.arguments import new_config, parse
+from model.checkpoint import load
+from model.errors import UserError
+from model.experiments import EXPERIMENTS
+from model.trainer import Trainer
+
+from .tiny import add_tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_tiny(monkeypatch)
+
+
+def run(directory: Path, *flags: str) -> int:
+    always = ["--experiment", "tiny", "--epochs", "1", "--save-dir", str(directory)]
+    return train.main([*always, *flags])
+
+
+def test_flags_reach_the_configuration() -> None:
+    flags = """--experiment mnist --epochs 7 --batch-size 100 --lr 0.002 --lr-decay 0.95
+        --routings 2 --lam-recon 0.001 --shift-pixels 3 --seed 5 --backend reference --amp
+        --accumulate 4 --margin authors --lr-schedule steps --lr-decay-steps 99"""
+    config = new_config(parse(flags.split()))
+    assert config.architecture.routings == 2
+    assert config.architecture.reconstruction
+    values = config.to_dict()
+    assert {k: v for k, v in values.items() if k != "architecture"} == {
+        "dataset": "mnist", "epochs": 7, "batch_size": 100, "lr": 0.002, "lr_decay": 0.95,
+        "lam_recon": 0.001, "shift_pixels": 3, "seed": 5, "backend": "reference", "amp": True,
+        "accumulate": 4, "margin": "authors", "lr_schedule": "steps", "lr_decay_steps": 99,
+        "compile": False, "stop_accuracy": None,
+    }  # fmt: skip
+    assert not new_config(parse(["--lam-recon", "0"])).architecture.reconstruction
+
+
+def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "deep" / "run"
+    assert run(directory) == 0
+    names = {p.name for p in directory.iterdir() if not p.name.startswith("events.")}
+    assert names == {
+        "checkpoint.safetensors", "metrics.jsonl", "reconstructions.png", "weights.safetensors",
+    }  # fmt: skip
+    with Image.open(directory / "reconstructions.png") as picture:
+        assert picture.size == (3 * (10 * 30 - 2), 3 * (4 * 30 - 2))
+    shown = capsys.readouterr().err
+    assert "test: error" in shown
+    assert "of 50 wrong" in shown
+    # The directory is taken now.
+    with pytest.raises(UserError, match="holds a run already"):
+        run(directory)
+
+
+def test_weights_are_where_a_run_starts(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    weights = tmp_path / "a" / "weights.safetensors"
+    assert run(tmp_path / "b", "--epochs", "0", "--weights", str(weights)) == 0
+    a, b = load(weights), load(tmp_path / "b" / "weights.safetensors")
+    assert all(torch.equal(t, b.tensors[name]) for name, t in a.tensors.items())
+    with pytest.raises(UserError, match="weights of another architecture"):
+        run(tmp_path / "c", "--weights", str(weights), "--lam-recon", "0")
+
+
+def test_the_seed_decides(tmp_path: Path) -> None:
+    results = {}
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        run(tmp_path / name, "--seed", seed)
+        results[name] = load(tmp_path / name).tensors["model.digits.weight"]
+    assert torch.equal(results["a"], results["b"])
+    assert not torch.equal(results["a"], results["c"])
+
+
+def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    run(tmp_path / "b", "--accumulate", "4")
+    a, b = (load(tmp_path / name).part("optimizer") for name in "ab")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("--epochs -1", "--epochs must be at least 0, got -1"),
+        ("--lr 0", "--lr must be above 0, got 0.0"),
+        ("--lr nan", "--lr must be above 0, got nan"),
+        ("--routings 0", "--routings must be at least 1, got 0"),
+        ("--accumulate 3", "--accumulate must divide --batch-size = 64, got 3"),
+        ("--dataset mnist --data-dir nowhere", "nowhere/mnist/train-images-idx3-ubyte.gz is not"),
+        ("--device tpu:7", "--device tpu:7 can't be used"),
+        ("--device cuda:99", "--device cuda:99 can't be used"),
+        ("--weights nowhere.safetensors", "nowhere.safetensors is not there"),
+        ("--resume nowhere", "nowhere is not there"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(
+    flags: str, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "run", *flags.split())
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_directory_is_found_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(self: Trainer) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(Trainer, "step", never)
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"--save-dir .*file/run can't be written: Not a directory"):
+        run(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"--save-dir /proc/run can't be written"):
+        run(Path("/proc/run"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--lr 0.5", "--lr 0.5 differs from the configuration of the run saved in"),
+        ("--dataset mnist", "--dataset mnist differs"),
+        ("--routings 1", "--routings 1 differs"),
+        ("--lam-recon 0", "--lam-recon 0.0 differs"),
+        ("--experiment mnist", "--experiment mnist is not the saved run"),
+    ],
+)
+def test_resume_into_another_configuration_is_refused(
+    flags: str, expected: str, tmp_path: Path
+) -> None:
+    run(tmp_path / "run", "--epochs", "0")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError) as caught:
+        train.main(["--resume", str(tmp_path / "run"), *flags.split()])
+    assert expected in str(caught.value)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_resume_for_more_epochs(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    assert train.main(["--resume", str(tmp_path / "run"), "--epochs", "2", "--lr", "3e-3"]) == 0
+    assert load(tmp_path / "run").counters["epoch"] == 2
+
+
+def test_one_line_and_exit_code_2_in_a_fresh_process(tmp_path: Path) -> None:
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(b"no")
+    flags = ["--dataset", "mnist", "--data-dir", str(tmp_path), "--save-dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "model.train", *flags],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "train-images-idx3-ubyte.gz" in done.stderr or "labels" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_list_shows_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in EXPERIMENTS)

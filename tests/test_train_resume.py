@@ -1,0 +1,140 @@
+"""A run that was interrupted or killed, and resumed, ends with the bits of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import train
+from model.checkpoint import CHECKPOINT, load
+from model.fit import Fit
+from model.interrupt import Interrupted
+from model.metrics import read_metrics
+from model.trainer import Trainer
+
+from .tiny import CONFIG, STEPS_PER_EPOCH, add_tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_tiny(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of two epochs."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        add_tiny(patch)
+        assert train.main(["--experiment", "tiny", "--save-dir", str(directory)]) == 0
+    return directory
+
+
+TIMES = ("seconds", "images_per_second")
+
+
+def assert_same_run(directory: Path, other: Path) -> None:
+    """Equal bits in every tensor, equal lines in the metrics but for the times."""
+    a, b = load(directory / CHECKPOINT), load(other / CHECKPOINT)
+    assert a.tensors.keys() == b.tensors.keys()
+    assert any(name.startswith("optimizer.") for name in a.tensors)
+    for name, tensor in a.tensors.items():
+        assert torch.equal(tensor, b.tensors[name]), name
+    assert a.counters["step"] == b.counters["step"] == 2 * STEPS_PER_EPOCH
+    lines = [
+        [
+            {k: v for k, v in line.items() if k not in TIMES}
+            for line in read_metrics(d / "metrics.jsonl")
+            if line["kind"] != "run"
+        ]
+        for d in (directory, other)
+    ]
+    assert lines[0] == lines[1]
+    assert [line["kind"] for line in lines[0]] == ["epoch", "epoch", "final"]
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 6])
+def test_interrupted_between_any_two_steps(
+    at: int, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+
+    def interrupted_step(self: Trainer) -> None:
+        step(self)
+        if self.progress.step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted_step)
+        code = train.main(["--experiment", "tiny", "--save-dir", str(tmp_path / "run")])
+    assert code == 130
+    # At 4 the epoch is over, but its test was interrupted: it is done after resuming.
+    assert load(tmp_path / "run").counters["epoch"] == (1 if at > STEPS_PER_EPOCH else 0)
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_out_of_time_and_resumed(tmp_path: Path, uninterrupted: Path) -> None:
+    directory = tmp_path / "run"
+    arguments = ["--experiment", "tiny", "--save-dir", str(directory), "--max-minutes", "0"]
+    assert train.main(arguments) == 0
+    assert read_metrics(directory / "metrics.jsonl")[-1]["outcome"] == "out of time"
+    assert train.main(["--resume", str(directory)]) == 0
+    assert_same_run(directory, uninterrupted)
+
+
+def test_killed_while_running(tmp_path: Path, uninterrupted: Path) -> None:
+    directory = tmp_path / "run"
+    flags = ["--experiment", "tiny", "--save-dir", str(directory), "--checkpoint-minutes", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.tiny", *flags], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    while not (directory / CHECKPOINT).exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert load(directory).counters["step"] < 2 * STEPS_PER_EPOCH
+    assert train.main(["--resume", str(directory)]) == 0
+    assert_same_run(directory, uninterrupted)
+
+
+def test_a_signal_during_the_test_of_an_epoch(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_epoch = Fit.end_epoch
+
+    def interrupted_end(self: Fit) -> None:
+        check, self.check = self.check, raise_interrupted
+        try:
+            end_epoch(self)
+        finally:
+            self.check = check
+
+    def raise_interrupted() -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "end_epoch", interrupted_end)
+        assert train.main(["--experiment", "tiny", "--save-dir", str(tmp_path / "run")]) == 143
+    state = load(tmp_path / "run")
+    assert (state.counters["step"], state.counters["epoch"]) == (STEPS_PER_EPOCH, 0)
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_metrics_are_json_lines_with_all_that_judges_them(uninterrupted: Path) -> None:
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").open()]
+    assert [line["kind"] for line in lines] == ["run", "epoch", "epoch", "final"]
+    assert lines[0]["config"] == CONFIG.to_dict()
+    assert lines[0].keys() >= {"command", "device", "threads", "torch", "commit", "parameters"}
+    assert lines[2]["epoch"] == 2
+    assert lines[2]["train_loss"] < lines[1]["train_loss"]
+    assert lines[3]["test"]["count"] == 50
