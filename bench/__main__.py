@@ -26,7 +26,8 @@ COMMANDS = {
     "aot": "resources of the GPU kernels, compiled ahead of time without a GPU",
 }
 """Subcommands, each the module of its name: ``add_arguments(parser)`` and
-``measure(options, settings, ceilings)``, a generator of records; aot has ``run(options)``."""
+``measure(options, settings, ceilings)``, a generator of records; where more follows from them,
+``conclude(records, device, ceilings)``. aot has ``run(options)`` instead."""
 
 INTERRUPTED = 130
 WIDTH = 130
@@ -90,13 +91,13 @@ def run(options: argparse.Namespace) -> int:
     """Measure, then print and write what was measured."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("high" if options.precision == "tf32" else "highest")
     settings = Settings(
         options.device,
         options.precision,
         R=options.iterations,
         rounds=min(options.rounds, 3) if options.quick else options.rounds,
     )
+    settings.apply()
     screen = Console(stderr=True, soft_wrap=True)
     records: list[Record] = []
     status = 0
@@ -112,6 +113,8 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         screen.print("interrupted: here is what was measured")
         status = INTERRUPTED
+    if hasattr(module, "conclude"):
+        records += module.conclude(records, options.device, ceilings)
     show(records, machine_line, ceilings, options.markdown)
     if options.json:
         save(options.json, machine_line, ceilings, records)

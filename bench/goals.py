@@ -6,22 +6,23 @@ says what is missing.
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import memory, training
 from .peers import Implementation, ours, peers
 from .records import Record, select
 from .routing import Settings, measure_routing
 from .shapes import MANY_CLASSES, MNIST, SHAPES
-from .tables import fastest, percent, rate_of_products, ratio, size
+from .tables import duration, fastest, percent, ratio, size
 
 Measure = Callable[[list[Record], Record], float]
 """A value from records and ceilings."""
 FORWARD, BOTH = "forward", "forward+backward"
+OURS, EAGER, COMPILED = ({"family": family} for family in ("ours", "eager", "compiled"))
 
 
 class NotMeasuredError(LookupError):
-    """There is no record for a goal; the message says which one."""
+    """A goal can't be judged; the message is the reason why its measurement failed, if it did."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Goal:
         try:
             value = self.measure(records, ceilings)
         except NotMeasuredError as error:
-            return row | {"measured": str(error), "verdict": "not measured"}
+            return row | {"reason": str(error), "verdict": "not measured"}
         met = value >= bound if self.most is None else value <= bound
         return row | {
             "value": value,
@@ -59,31 +60,34 @@ def found(records: list[Record], **fields: object) -> Record:
     """The fastest record with these fields, which must have a time."""
     record = fastest(records, **fields)
     if record is None:
-        statuses = {r["status"] for r in select(records, **fields)}
-        names = ", ".join(str(value) for name, value in fields.items() if name != "table")
-        raise NotMeasuredError(f"{names}: {'; '.join(sorted(statuses)) or 'no record'}")
+        reasons = sorted({record["status"] for record in select(records, **fields)})
+        raise NotMeasuredError("; ".join(reasons))
     return record
 
 
-def speedup(family: str, direction: str, B: int, case: str = "MNIST") -> Measure:
-    """Time of the fastest peer of a family over ours."""
+def routing_record(
+    records: list[Record], who: Record, direction: str, B: int, precision: str, case: str = "MNIST"
+) -> Record:
+    where = {"table": "routing", "case": case, "B": B, "pass": direction, "precision": precision}
+    return found(records, **who, **where)
+
+
+def speedup(
+    peer: Record,
+    direction: str,
+    B: int,
+    who: Record = OURS,
+    precision: str = "ieee",
+    case: str = "MNIST",
+) -> Measure:
+    """Time of the fastest peer of that kind over ours."""
 
     def measure(records: list[Record], _ceilings: Record) -> float:
-        where = {"table": "routing", "case": case, "B": B, "pass": direction}
-        ours, peer = (found(records, family=f, **where) for f in ("ours", family))
-        return peer["seconds"] / ours["seconds"]
-
-    return measure
-
-
-def share_of_gemm(direction: str, B: int) -> Measure:
-    """Our rate of operations over that of the machine's own matrix product."""
-
-    def measure(records: list[Record], ceilings: Record) -> float:
-        ours = found(
-            records, table="routing", case="MNIST", B=B, family="ours", **{"pass": direction}
+        where = (direction, B, precision, case)
+        return (
+            routing_record(records, peer, *where)["seconds"]
+            / routing_record(records, who, *where)["seconds"]
         )
-        return ours["operations"] / ours["seconds"] / rate_of_products(ours, ceilings)
 
     return measure
 
@@ -92,30 +96,43 @@ def least_speedup(direction: str, B: int) -> Measure:
     """The smallest speed-up over the fastest compiled peer among all shapes."""
 
     def measure(records: list[Record], ceilings: Record) -> float:
-        return min(
-            speedup("compiled", direction, B, shape.name)(records, ceilings) for shape in SHAPES
-        )
+        each = (speedup(COMPILED, direction, B, case=shape.name) for shape in SHAPES)
+        return min(of(records, ceilings) for of in each)
 
     return measure
 
 
-def extra_bytes(family: str, case: str, B: int) -> Measure:
-    """Extra memory of forward+backward: the leanest implementation of the family."""
+def share_of_product(direction: str, B: int) -> Measure:
+    """Our rate of operations over that of the machine's own matrix product."""
 
     def measure(records: list[Record], _ceilings: Record) -> float:
-        where = {"table": "memory", "family": family, "case": case, "B": B}
-        values = [r["extra_bytes"] for r in select(records, **where) if "extra_bytes" in r]
+        record = routing_record(records, OURS, direction, B, "ieee")
+        return record["operations"] / record["seconds"] / record["product_rate"]
+
+    return measure
+
+
+def seconds(who: Record, direction: str, B: int, precision: str) -> Measure:
+    return lambda records, _: routing_record(records, who, direction, B, precision)["seconds"]
+
+
+def extra_bytes(who: Record, case: str, B: int) -> Measure:
+    """Extra memory of forward+backward: the leanest of that kind."""
+
+    def measure(records: list[Record], _ceilings: Record) -> float:
+        measured = select(records, table="memory", case=case, B=B, **who)
+        values = [record["extra_bytes"] for record in measured if "extra_bytes" in record]
         if not values:
-            raise NotMeasuredError(f"memory of {family}, {case}, B = {B}: no record")
+            raise NotMeasuredError("; ".join(sorted({record["status"] for record in measured})))
         return min(values)
 
     return measure
 
 
-def memory_ratio(case: str, B: int) -> Measure:
+def memory_ratio(case: str, B: int, who: Record = OURS) -> Measure:
     def measure(records: list[Record], ceilings: Record) -> float:
-        eager, ours = (extra_bytes(f, case, B)(records, ceilings) for f in ("eager", "ours"))
-        return eager / max(ours, 1)
+        eager, fused = (extra_bytes(x, case, B)(records, ceilings) for x in (EAGER, who))
+        return eager / max(fused, 1)
 
     return measure
 
@@ -125,78 +142,143 @@ def step_speedup(model: str, B: int) -> Measure:
 
     def measure(records: list[Record], _ceilings: Record) -> float:
         where = {"table": "training", "part": "whole step", "B": B}
-        other, ours = (found(records, implementation=name, **where) for name in (model, "fused"))
-        return other["seconds"] / ours["seconds"]
+        other, fused = (
+            found(records, implementation=name, **where) for name in (model, training.FUSED)
+        )
+        return other["seconds"] / fused["seconds"]
 
     return measure
 
 
-CPU_GOALS = (
-    Goal("forward, B = 128, of eager", speedup("eager", FORWARD, 128), ratio, 30),
-    Goal("forward, B = 128, of compiled", speedup("compiled", FORWARD, 128), ratio, 10),
-    Goal("forward+backward, B = 128, of eager", speedup("eager", BOTH, 128), ratio, 30),
-    Goal("forward+backward, B = 128, of compiled", speedup("compiled", BOTH, 128), ratio, 8),
-    Goal("forward, B = 128, share of sgemm", share_of_gemm(FORWARD, 128), percent, 0.80),
-    Goal("forward+backward, B = 128, share of sgemm", share_of_gemm(BOTH, 128), percent, 0.75),
-    Goal("forward, B = 16, of compiled", speedup("compiled", FORWARD, 16), ratio, 4),
-    Goal("forward+backward, B = 16, of compiled", speedup("compiled", BOTH, 16), ratio, 3),
-    Goal("forward, B = 1, of compiled", speedup("compiled", FORWARD, 1), ratio, 1.5),
-    Goal("forward+backward, B = 1, of compiled", speedup("compiled", BOTH, 1), ratio, 2),
-    Goal("extra memory, B = 128, eager's over ours", memory_ratio("MNIST", 128), ratio, 50),
-    Goal("seven shapes, B = 32, forward, of compiled", least_speedup(FORWARD, 32), ratio, 1),
-    Goal(
-        "seven shapes, B = 32, forward+backward, of compiled",
-        least_speedup(BOTH, 32),
-        ratio,
-        1,
-    ),
-    Goal(
+def cpu_goals() -> Iterator[Goal]:
+    for direction, of_eager, of_compiled in ((FORWARD, 30, 10), (BOTH, 30, 8)):
+        at = f"{direction}, B = 128, "
+        yield Goal(f"{at}of eager", speedup(EAGER, direction, 128), ratio, of_eager)
+        yield Goal(f"{at}of compiled", speedup(COMPILED, direction, 128), ratio, of_compiled)
+    for direction, share in ((FORWARD, 0.80), (BOTH, 0.75)):
+        at = f"{direction}, B = 128, "
+        yield Goal(f"{at}share of sgemm", share_of_product(direction, 128), percent, share)
+    for B, direction, least in ((16, FORWARD, 4), (16, BOTH, 3), (1, FORWARD, 1.5), (1, BOTH, 2)):
+        at = f"{direction}, B = {B}, "
+        yield Goal(f"{at}of compiled", speedup(COMPILED, direction, B), ratio, least)
+    yield Goal("extra memory, B = 128, eager's over ours", memory_ratio("MNIST", 128), ratio, 50)
+    for direction in (FORWARD, BOTH):
+        what = f"slowest of seven shapes, {direction}, B = 32, of compiled"
+        yield Goal(what, least_speedup(direction, 32), ratio, 1)
+    yield Goal(
         "many classes, B = 32, extra memory",
-        extra_bytes("ours", "many classes", 32),
+        extra_bytes(OURS, MANY_CLASSES.name, 32),
         size,
         most=2**30,
+    )
+    yield Goal("training step, of the oracle's", step_speedup(training.ORACLE, 128), ratio, 1.4)
+    yield Goal("training step, of a popular one", step_speedup(training.POPULAR, 128), ratio, 2.5)
+
+
+H200_FLOORS = {
+    ("ieee", FORWARD): 20e-6,
+    ("tf32", FORWARD): 6e-6,
+    ("ieee", BOTH): 59e-6,
+    ("tf32", BOTH): 20e-6,
+}
+"""Counted for an H200 at the MNIST shape and B = 128 [s]; they grow with B."""
+
+
+def of_floor(who: Record, direction: str, B: int, precision: str) -> Measure:
+    """The H200's floor over our time."""
+    floor = H200_FLOORS[precision, direction] * B / 128
+    return lambda records, ceilings: (
+        floor / seconds(who, direction, B, precision)(records, ceilings)
+    )
+
+
+@dataclass(frozen=True)
+class GpuTargets:
+    """Goals of a GPU backend at the MNIST shape on an H200."""
+
+    times: dict[tuple[str, str], float]
+    of_einsum: float
+    of_max_autotune: float
+    share_of_floor: float
+
+
+GPU_TARGETS = {
+    "triton": GpuTargets({("tf32", FORWARD): 40e-6, ("tf32", BOTH): 120e-6}, 15, 5, 0.4),
+    "cuda": GpuTargets(
+        {("tf32", FORWARD): 15e-6, ("ieee", FORWARD): 35e-6, ("tf32", BOTH): 50e-6}, 30, 10, 0.5
     ),
-    Goal("training step, B = 128, of the oracle's", step_speedup("oracle", 128), ratio, 1.4),
-    Goal("training step, B = 128, of a popular one", step_speedup("popular", 128), ratio, 2.5),
-)
+}
+
+
+def gpu_goals() -> Iterator[Goal]:
+    einsum = {"implementation": "eager einsum"}
+    autotuned = {"implementation": "compiled einsum (max-autotune)"}
+    for backend, targets in GPU_TARGETS.items():
+        who = {"implementation": f"ours ({backend})"}
+        for (precision, direction), most in targets.times.items():
+            what = f"{backend}: {direction}, B = 128, {precision}"
+            measure = seconds(who, direction, 128, precision)
+            yield Goal(what, measure, duration, most=most)
+        for direction in (FORWARD, BOTH):
+            for name, peer, least in (
+                ("eager einsum", einsum, targets.of_einsum),
+                ("compiled, max-autotune", autotuned, targets.of_max_autotune),
+            ):
+                what = f"{backend}: {direction}, B = 128, tf32, of {name}"
+                yield Goal(what, speedup(peer, direction, 128, who, "tf32"), ratio, least)
+            what = f"{backend}: {direction}, B = 1024, tf32, share of the H200's floor"
+            measure = of_floor(who, direction, 1024, "tf32")
+            yield Goal(what, measure, percent, targets.share_of_floor)
+        what = f"{backend}: extra memory, B = 128, eager's over ours"
+        yield Goal(what, memory_ratio("MNIST", 128, who), ratio, 50)
+
+
+GOALS = {"cpu": tuple(cpu_goals()), "cuda": tuple(gpu_goals())}
 """Speed-ups are times of the fastest peer of that kind over ours."""
 
 
-def judge(records: list[Record], ceilings: Record) -> list[Record]:
-    """All goals, as records."""
-    return [goal.judge(records, ceilings) for goal in CPU_GOALS]
+def conclude(records: list[Record], device: str, ceilings: Record) -> list[Record]:
+    """Every goal of the device, as records."""
+    return [goal.judge(records, ceilings) for goal in GOALS[device]]
+
+
+PARTS = ("batches", "shapes", "memory", "training")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
-        choices=("batches", "shapes", "memory", "training"),
-        help="measure only a part: MNIST at B = 1, 16, 128; seven shapes at B = 32; ...",
+        action="append",
+        choices=PARTS,
+        help="measure only a part (may be repeated): MNIST at several batches; the seven shapes at "
+        "B = 32; memory; a training step",
     )
 
 
-def measure(options: argparse.Namespace, settings: Settings, ceilings: Record) -> Iterator[Record]:
-    """What the goals need, then the goals."""
-    records: list[Record] = []
+def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
+    """What the goals are judged by."""
     parts: dict[str, Callable[[], Iterator[Record]]] = {
         "batches": lambda: batches(settings),
         "shapes": lambda: shapes(settings, options.quick),
         "memory": lambda: memories(settings),
         "training": lambda: training.measure_steps(128, settings, (training.FUSED,)),
     }
-    for name, part in parts.items():
-        if options.only in (None, name):
-            for record in part():
-                records.append(record)
-                yield record
-    for verdict in judge(records, ceilings):
-        if options.only is None or "value" in verdict:
-            yield verdict
+    for name in options.only or PARTS:
+        yield from parts[name]()
 
 
 def batches(settings: Settings) -> Iterator[Record]:
-    for B in (1, 16, 128):
-        yield from measure_routing(MNIST, B, [*ours(settings.device), *strong_peers()], settings)
+    """MNIST at the batches of the goals; on a GPU with TF32, too."""
+    fused = ours(settings.device)
+    if settings.device == "cpu":
+        for B in (1, 16, 128):
+            yield from measure_routing(MNIST, B, [*fused, *strong_peers()], settings)
+        return
+    for precision in ("tf32", "ieee"):
+        chosen = replace(settings, precision=precision)
+        for B in (128, 1024, 16, 1):
+            modes = ("default", "max-autotune") if (precision, B) == ("tf32", 128) else ("default",)
+            yield from measure_routing(MNIST, B, [*fused, *strong_peers(modes)], chosen)
 
 
 def shapes(settings: Settings, quick: bool) -> Iterator[Record]:
@@ -211,5 +293,5 @@ def memories(settings: Settings) -> Iterator[Record]:
     yield from memory.measure_memory(MANY_CLASSES, 32, ours(settings.device), settings)
 
 
-def strong_peers() -> list[Implementation]:
-    return [peer for peer in peers() if "tiled" not in peer.name]
+def strong_peers(modes: tuple[str, ...] = ("default",)) -> list[Implementation]:
+    return [peer for peer in peers(modes) if "tiled" not in peer.name]

@@ -3,6 +3,7 @@
 import datetime
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,32 +71,36 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
-def ceilings(device: str) -> dict[str, float]:
-    """Measured limits: float32 matrix product [FLOP/s] (TF32 too on GPUs) and copy [bytes/s]."""
+def product(device: str) -> tuple[Callable[[], object], int]:
+    """A large float32 matrix product on the device, in the precision torch is set to, and its
+    operations."""
     n = 8192 if device == "cuda" else 2048
     a, b, out = (torch.randn(n, n, device=device) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out), 2 * n**3
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """Measured limits: float32 matrix product [FLOP/s] (TF32 too on GPUs) and copy [bytes/s]."""
+    timer = make_timer(device)
+    multiply, operations = product(device)
     # A copy must not fit into any cache.
     source = torch.randn(2**28 if device == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
-    timer = make_timer(device)
-    calls = {
-        "gemm": lambda: torch.mm(a, b, out=out),
-        "copy": lambda: target.copy_(source),
-    }
-    precision = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        times = interleave({name: timer.sampler([call]) for name, call in calls.items()}, "")
-        found = {
-            "gemm": 2 * n**3 / times["gemm"].median,
-            "copy": 2 * 4 * source.numel() / times["copy"].median,
-        }
-        if device == "cuda":
-            torch.set_float32_matmul_precision("high")
-            tf32 = interleave({"tf32": timer.sampler([calls["gemm"]])}, "")["tf32"]
-            found["tf32"] = 2 * n**3 / tf32.median
-    finally:
+
+    def seconds(call: Callable[[], object], precision: str = "highest") -> float:
+        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
+        try:
+            return interleave({"": timer.sampler([call])}, timer.how)[""].median
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    found = {
+        "gemm": operations / seconds(multiply),
+        "copy": 2 * source.nbytes / seconds(lambda: target.copy_(source)),
+    }
+    if device == "cuda":
+        found["tf32"] = operations / seconds(multiply, "high")
     return found
 
 

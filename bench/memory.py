@@ -66,6 +66,7 @@ def in_fresh_process(function: Callable, *arguments: object) -> tuple[int, int]:
 
 def probe(name: str, shape: Shape, B: int, settings: Settings) -> tuple[int, int]:
     """Extra bytes at the peak of forward+backward, and bytes saved between the two."""
+    settings.apply()
     candidates = ours(settings.device) + peers(("default", "max-autotune"))
     routing = next(x for x in candidates if x.name == name).make()
     inputs = make_inputs(shape, B, settings.device, settings.dtype)

@@ -1,5 +1,6 @@
 """Plots of recorded measurements: a roofline, time against batch, memory against batch."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .records import Record, select
-from .tables import groups, rate_of_products
+from .tables import groups
 
 matplotlib.use("agg")
 
@@ -96,8 +97,8 @@ def roofline(timed: list[Record], ceilings: Record) -> Figure:
         records = select(timed, **{"pass": name})
         intensity = [r["operations"] / r["bytes"] for r in records] or [1.0]
         span = [min(intensity) / 2, max(intensity) * 2]
-        peaks = {rate_of_products(record, ceilings) for record in records}
-        for peak in sorted(peaks):
+        for _, group in groups(records, "precision"):
+            peak = statistics.median(record["product_rate"] for record in group)
             knee = peak / ceilings["copy"]
             x = sorted({*span, min(max(knee, span[0]), span[1])})
             axes.loglog(x, [min(peak, v * ceilings["copy"]) / 1e9 for v in x], color="0.4")

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from .machine import product
 from .peers import Implementation, Routing, check_equal, ours, outputs_and_gradients, peers
 from .records import Record, reason_of
 from .shapes import MNIST, SHAPES, Inputs, Shape, make_inputs
@@ -14,6 +15,8 @@ from .timing import interleave, make_timer
 
 PASSES = ("forward", "forward+backward")
 MAX_INPUT_SETS = 16
+PRODUCT = "the machine's own matrix product"
+"""Timed among the variants, so that shares of its rate are taken under the same conditions."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,10 @@ class Settings:
     R: int = 3
     rounds: int = 5
     slice_seconds: float = 0.05
+
+    def apply(self) -> None:
+        """Set torch's precision of float32 products."""
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
 
 
 def run_forward(routing: Routing, inputs: Inputs, R: int) -> object:
@@ -57,8 +64,10 @@ def measure_routing(
 ) -> Iterator[Record]:
     """One record for each implementation and pass; a failure is its record's status."""
     torch._dynamo.reset()  # each shape compiles anew, and no recompile limit is ever met
+    settings.apply()
     sets = input_sets(shape, B, settings)
     timer = make_timer(settings.device)
+    multiply, product_operations = product(settings.device)
     implementations = list(implementations)
     status: dict[str, str] = {}
     routings: dict[str, Routing] = {}
@@ -74,7 +83,7 @@ def measure_routing(
         if reason is not None:
             status[name] = reason
     for direction in passes:
-        samplers = {}
+        samplers = {PRODUCT: timer.sampler([multiply])}
         for name in routings:
             calls = [partial(RUN[direction], routings[name], x, settings.R) for x in sets]
             try:
@@ -83,6 +92,7 @@ def measure_routing(
             except Exception as error:
                 status[name] = reason_of(error)
         timings = interleave(samplers, timer.how, settings.rounds, settings.slice_seconds)
+        product_rate = product_operations / timings.pop(PRODUCT).median
         backward = direction == "forward+backward"
         for implementation in implementations:
             name = implementation.name
@@ -102,6 +112,7 @@ def measure_routing(
                 "family": implementation.family,
                 "operations": shape.operations(B, settings.R, backward),
                 "bytes": shape.bytes(B, backward, settings.dtype.itemsize),
+                "product_rate": product_rate,
                 "status": status.get(name, "ok"),
             }
             if name in timings:

@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 
 from .peers import Implementation, ours
-from .records import Record
+from .records import Record, select
 from .routing import Settings, measure_routing
 from .shapes import Shape
+from .tables import groups
 
 BASE = Shape("scaling", I=1152, J=10)
 BASE_B = {"cpu": 64, "cuda": 512}
@@ -42,16 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
-    """A record for each point, then one with the exponent, for each axis and pass."""
+    """A record for each point of each axis, and pass."""
     fused = ours(settings.device)
     axes = options.axis or ["B", "I", "J", "R", *(["threads"] if settings.device == "cpu" else [])]
     for axis in axes:
-        points = []
         for size in sizes_of(axis, settings.device):
-            for point in measure_point(axis, size, fused, settings):
-                points.append(point)
-                yield point
-        yield from fits(points)
+            yield from measure_point(axis, size, fused, settings)
 
 
 def sizes_of(axis: str, device: str) -> tuple[int, ...]:
@@ -79,21 +76,19 @@ def measure_point(
         torch.set_num_threads(threads)
 
 
-def fits(points: list[Record]) -> Iterator[Record]:
-    """The exponent of each implementation and pass over the points of one axis."""
-    timed = [point for point in points if "seconds" in point]
-    for name in dict.fromkeys(point["implementation"] for point in timed):
-        for direction in dict.fromkeys(point["pass"] for point in timed):
-            line = [p for p in timed if p["implementation"] == name and p["pass"] == direction]
-            if len(line) > 1:
-                yield {
-                    "table": "exponents",
-                    "implementation": name,
-                    "family": "ours",
-                    "axis": line[0]["axis"],
-                    "pass": direction,
-                    "from": line[0]["size"],
-                    "to": line[-1]["size"],
-                    "exponent": exponent([p["size"] for p in line], [p["seconds"] for p in line]),
-                    "status": "ok",
-                }
+def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Record]:
+    """The exponent of each implementation, axis and pass that has more than one point."""
+    timed = [record for record in select(records, table="scaling") if "seconds" in record]
+    return [
+        {
+            "table": "exponents",
+            "family": "ours",
+            **key,
+            "from": line[0]["size"],
+            "to": line[-1]["size"],
+            "exponent": exponent([p["size"] for p in line], [p["seconds"] for p in line]),
+            "status": "ok",
+        }
+        for key, line in groups(timed, "implementation", "axis", "pass")
+        if len(line) > 1
+    ]

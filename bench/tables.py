@@ -91,17 +91,9 @@ def describe_record(record: Record) -> str:
     return f"{where}: {figure}"
 
 
-def rate_of_products(record: Record, ceilings: Record) -> float:
-    """The machine's own float32 matrix product [FLOP/s], TF32 where the record was allowed it."""
-    return ceilings["tf32" if record.get("precision") == "tf32" else "gemm"]
-
-
 def floor_seconds(record: Record, ceilings: Record) -> float:
     """No implementation is faster: operations at the product's rate, bytes at the copy's rate."""
-    return max(
-        record["operations"] / rate_of_products(record, ceilings),
-        record["bytes"] / ceilings["copy"],
-    )
+    return max(record["operations"] / record["product_rate"], record["bytes"] / ceilings["copy"])
 
 
 def fastest(records: Iterable[Record], **fields: object) -> Record | None:
@@ -118,7 +110,7 @@ def groups(records: Iterable[Record], *names: str) -> list[tuple[Record, list[Re
     return [(dict(zip(names, values, strict=True)), group) for values, group in found.items()]
 
 
-def summary_table(records: list[Record], ceilings: Record) -> Table:
+def summary_table(records: list[Record], _ceilings: Record) -> Table:
     """Each shape and pass in a line: the fastest eager peer, the fastest compiled one, ours."""
     table = Table(
         "Routing layer, fastest of each kind",
@@ -135,7 +127,7 @@ def summary_table(records: list[Record], ceilings: Record) -> Table:
             cells.append(ratio(peer["seconds"] / ours["seconds"]) if peer and ours else "-")
         if ours:
             rate = ours["operations"] / ours["seconds"]
-            cells.append(percent(rate / rate_of_products(ours, ceilings)))
+            cells.append(percent(rate / ours["product_rate"]))
         else:
             cells.append("-")
         precision = "" if key["precision"] in (None, "ieee") else f", {key['precision']}"
@@ -247,7 +239,8 @@ def accuracy_table(records: list[Record], _ceilings: Record) -> Table:
 def goals_table(records: list[Record], _ceilings: Record) -> Table:
     table = Table("Goals", ["what", "goal", "measured", "met"])
     for record in records:
-        measured = record["measured"] if "value" in record else table.note(record["measured"])
+        reason = record.get("reason")
+        measured = record.get("measured") or (table.note(reason) if reason else "-")
         table.rows.append([record["what"], record["goal"], measured, record["verdict"]])
     return table
 
