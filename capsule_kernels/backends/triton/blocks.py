@@ -10,36 +10,83 @@ import triton.language as tl
 
 @triton.jit
 def wide(x, OFFSET: tl.constexpr):
-    """A whole number as a scalar tensor of the offsets' dtype (a plain int has no dtype to cast)."""
+    """A whole number as a scalar tensor of the offsets' dtype; a plain int has none to cast."""
     return tl.full([], 0, OFFSET) + x
 
 
 @triton.jit
-def prediction_vectors(
-    u_ptr, weight_ptr, i_b, i, i_j, B, I, WEIGHT_SHARING: tl.constexpr,
-    J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Input capsule i of a batch tile, its weights, and u_hat = W u of a tile of output capsules.
+def column_of(BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The (j, d) that each column n of a tile of weights holds, [BLOCK_J * BLOCK_D] each.
 
-    ``i_b`` [BLOCK_B] and ``i`` carry the width of the offsets (int32 or int64); ``i_j`` is the
-    first output capsule.
+    The order is (d // 2, j, d % 2). A matrix instruction leaves two neighbouring columns with a
+    thread, the next four pairs with the four threads of a row, then come the warps, then the
+    thread again. So, with a warp to every four j, a thread holds all d of one j: u_hat . V needs
+    no exchange between threads, and no logit is computed twice.
     """
+    PAIR: tl.constexpr = 2 if BLOCK_D > 1 else 1
+    n = tl.arange(0, BLOCK_J * BLOCK_D)
+    j = n // PAIR % BLOCK_J
+    d = n // (PAIR * BLOCK_J) * PAIR + n % PAIR
+    return j, d
+
+
+@triton.jit
+def columns_to_capsules(x, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_B, BLOCK_J * BLOCK_D] in the order of column_of to [BLOCK_B, BLOCK_J, BLOCK_D]."""
+    PAIR: tl.constexpr = 2 if BLOCK_D > 1 else 1
+    x = tl.reshape(x, [x.shape[0], BLOCK_D // PAIR, BLOCK_J, PAIR])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [x.shape[0], BLOCK_J, BLOCK_D])
+
+
+@triton.jit
+def capsules_to_columns(x, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of columns_to_capsules."""
+    PAIR: tl.constexpr = 2 if BLOCK_D > 1 else 1
+    x = tl.reshape(x, [x.shape[0], BLOCK_J, BLOCK_D // PAIR, PAIR])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [x.shape[0], BLOCK_J * BLOCK_D])
+
+
+@triton.jit
+def input_capsule(
+    u_ptr, i_b, i, B, I, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Input capsule i of the samples i_b, [BLOCK_B, BLOCK_K]."""
     i_k = tl.arange(0, BLOCK_K)
-    i_n = tl.arange(0, BLOCK_J * BLOCK_D)  # (j, d) of the tile
-    j = i_j + i_n // BLOCK_D
-    d = i_n % BLOCK_D
-    m_u = (i_b < B)[:, None] & (i_k < K)[None, :]
-    m_w = ((j < J) & (d < D))[:, None] & (i_k < K)[None, :]
-    u = tl.load(u_ptr + (i_b * I + i)[:, None] * K + i_k[None, :], mask=m_u, other=0.0)
-    row = i // WEIGHT_SHARING
-    w_offsets = (j * D + d)[:, None] * K + i_k[None, :]
-    W = tl.load(weight_ptr + row * (J * D * K) + w_offsets, mask=m_w, other=0.0)
-    u = u.to(ACC)  # [BLOCK_B, BLOCK_K]
-    W = W.to(ACC)  # [BLOCK_J * BLOCK_D, BLOCK_K]
+    mask = (i_b < B)[:, None] & (i_k < K)[None, :]
+    return tl.load(u_ptr + (i_b * I + i)[:, None] * K + i_k[None, :], mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def weight_offsets(
+    i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Offsets and mask of a tile [BLOCK_J * BLOCK_D, BLOCK_K] of one row of the weights."""
+    j, d = column_of(BLOCK_J, BLOCK_D)
+    j += i_j
+    i_k = tl.arange(0, BLOCK_K)
+    return (j * D + d)[:, None] * K + i_k[None, :], ((j < J) & (d < D))[:, None] & (i_k < K)[
+        None, :
+    ]
+
+
+@triton.jit
+def weight_tile(
+    weight_ptr, row, i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """W of one row of the weights and a tile of output capsules, [BLOCK_J * BLOCK_D, BLOCK_K]."""
+    offsets, mask = weight_offsets(i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K)
+    return tl.load(weight_ptr + row * (J * D * K) + offsets, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def prediction_vectors(
+    u, W, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
+):
+    """u_hat = W u, [BLOCK_B, BLOCK_J, BLOCK_D]."""
     u_hat = tl.dot(u, tl.trans(W), input_precision=PRECISION, out_dtype=ACC)
-    return u, W, tl.reshape(u_hat, [BLOCK_B, BLOCK_J, BLOCK_D])
+    return columns_to_capsules(u_hat, BLOCK_J, BLOCK_D)
 
 
 @triton.jit
@@ -118,14 +165,17 @@ def bias_tile(
 
 
 @triton.jit
-def prior_logits(logits_ptr, i, i_j, J: tl.constexpr, BLOCK_J: tl.constexpr, ACC: tl.constexpr):
-    """Log priors of input capsule i, [1, BLOCK_J]; -inf beyond J, so that the coupling there is 0."""
+def prior_logits(
+    logits_ptr, i, i_j, J: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Log priors of input capsule i, [BLOCK_B, BLOCK_J]; -inf beyond J, so that c = 0 there."""
     j = i_j + tl.arange(0, BLOCK_J)
     if logits_ptr is None:
         prior = tl.where(j < J, 0.0, float("-inf")).to(ACC)
     else:
         prior = tl.load(logits_ptr + i * J + j, mask=j < J, other=float("-inf")).to(ACC)
-    return prior[None, :]
+    return tl.broadcast_to(prior[None, :], [BLOCK_B, BLOCK_J])
 
 
 @triton.jit
@@ -135,15 +185,40 @@ def agreement(u_hat, x):
 
 
 @triton.jit
-def maximum_and_sum(b, LEAKY: tl.constexpr):
-    """The softmax's maximum and sum over J of logits b [BLOCK_B, BLOCK_J]: [BLOCK_B, 1] each."""
-    maximum = tl.max(b, axis=1, keep_dims=True)
-    if LEAKY:
-        maximum = tl.maximum(maximum, 0.0)
-    total = tl.sum(tl.exp(b - maximum), axis=1, keep_dims=True)
-    if LEAKY:
-        total += tl.exp(-maximum)
-    return maximum, total
+def statistic(statistics_ptr, which: tl.constexpr, i_b, i, B, I, other):
+    """One of the tabled softmax statistics [3, B, I] of input capsule i, [BLOCK_B, 1]."""
+    offsets = (which * wide(B, i_b.dtype) + i_b) * I + i
+    return tl.load(statistics_ptr + offsets, mask=i_b < B, other=other)[:, None]
+
+
+@triton.jit
+def coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY: tl.constexpr):
+    """c = softmax over J of the logits b [BLOCK_B, BLOCK_J], from tabled statistics if given."""
+    if statistics_ptr is None:
+        maximum = tl.max(b, axis=1, keep_dims=True)
+        if LEAKY:  # one more logit, 0
+            maximum = tl.maximum(maximum, 0.0)
+        e = tl.exp(b - maximum)
+        total = tl.sum(e, axis=1, keep_dims=True)
+        if LEAKY:
+            total += tl.exp(-maximum)
+    else:
+        e = tl.exp(b - statistic(statistics_ptr, 0, i_b, i, B, I, 0.0))
+        total = statistic(statistics_ptr, 1, i_b, i, B, I, 1.0)
+    return e * (1 / total)
+
+
+@triton.jit
+def logit_gradients(
+    c, dc, statistics_ptr, i_b, i, i_j, B, I, J: tl.constexpr, BLOCK_J: tl.constexpr
+):  # fmt: skip
+    """dl = c (dc - sum_k c_k dc_k), [BLOCK_B, BLOCK_J]; the sum over all J tabled if given."""
+    j = (i_j + tl.arange(0, BLOCK_J))[None, :]
+    if statistics_ptr is None:
+        mean = tl.sum(tl.where(j < J, c * dc, 0.0), axis=1, keep_dims=True)
+    else:
+        mean = statistic(statistics_ptr, 2, i_b, i, B, I, 0.0)
+    return tl.where(j < J, c * (dc - mean), 0.0)
 
 
 @triton.jit

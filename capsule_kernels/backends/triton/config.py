@@ -13,6 +13,10 @@ MAX_WEIGHTS = 16384
 """Most elements of the weights of one input capsule in a tile, (j, d) times k."""
 
 
+STATISTICS_CAPSULES = 16
+"""Input capsules of a program that tables softmax statistics."""
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
@@ -30,9 +34,6 @@ class Tile:
     BLOCK_J: int
     BLOCK_D: int
     BLOCK_K: int
-
-    def constants(self) -> dict[str, int]:
-        return vars(self)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,29 @@ def sweep(B: int, I: int, J: int, K: int, D: int, processors: int) -> Sweep:
         num_warps=8 if columns > 256 else 4 if columns > 64 else 2,
         num_stages=2,
     )
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the last sweep of the backward is cut: by rows of the weights, then as little as fills.
+
+    ``parts`` programs share the capsules of a row, ``splits`` the batch; every program beyond the
+    first of a row costs a partial sum of its dW.
+    """
+
+    parts: int
+    capsules: int
+    splits: int
+    batch_tiles: int
+
+
+def split(rows: int, weight_sharing: int, tiles_B: int, processors: int) -> Split:
+    """Two programs for every multiprocessor where there are too few rows."""
+    wanted = ceil_div(2 * processors, rows)
+    capsules = ceil_div(weight_sharing, min(wanted, weight_sharing))
+    parts = ceil_div(weight_sharing, capsules)
+    batch_tiles = ceil_div(tiles_B, min(ceil_div(wanted, parts), tiles_B))
+    return Split(parts, capsules, ceil_div(tiles_B, batch_tiles), batch_tiles)
 
 
 def needs_int64(*element_counts: int) -> bool:

@@ -7,12 +7,14 @@ from .blocks import (
     agreement,
     agreement_vectors,
     bias_tile,
-    maximum_and_sum,
+    coupling_coefficients,
+    input_capsule,
     prediction_vectors,
     prior_logits,
     squash,
     state_offsets,
     sum_of_partials,
+    weight_tile,
     wide,
 )
 
@@ -23,8 +25,8 @@ def routing_forward_kernel(
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     logits_ptr,  # [I, J] or None
     bias_ptr,  # [J, D] or None
-    s_ptr,  # [R, B, J, D]: s^1 ... s^(t-2), or s^(t-1) when INPUT_PARTIALS is false, are there
-    input_ptr,  # [groups, B, J, D]: partial sums of s^(t-1)
+    s_ptr,  # [R, B, J, D]: s^1 ... s^(t-1); with input_ptr, s^(t-1) is written
+    input_ptr,  # [groups, B, J, D] or None: partial sums of s^(t-1)
     partial_ptr,  # [groups, B, J, D]: partial sums of s^t, written
     statistics_ptr,  # [2, B, I]: the softmax's maximum and sum where J takes several tiles
     coupling_ptr,  # [B, I, J] or None: c^t, written
@@ -38,7 +40,6 @@ def routing_forward_kernel(
     WEIGHT_SHARING: tl.constexpr,
     LEAKY: tl.constexpr,
     FIRST: tl.constexpr,
-    SUM_INPUT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -49,8 +50,8 @@ def routing_forward_kernel(
 ):
     """Partial sums of s^t over a group of input capsules, for a batch tile and a tile of J.
 
-    Grid: (batch tiles, groups, tiles of J). With SUM_INPUT the partial sums of iteration t - 1
-    are added first, and the programs of group 0 store the total s^(t-1).
+    Grid: (batch tiles, groups, tiles of J). The partial sums of iteration t - 1
+    are added first if they are given, and the programs of group 0 store the total s^(t-1).
     """
     i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
     i_group = tl.program_id(1)
@@ -59,7 +60,7 @@ def routing_forward_kernel(
     offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
 
     if not FIRST:
-        if SUM_INPUT:
+        if input_ptr is not None:
             V = agreement_vectors(s_ptr, offsets, mask, size, t - 2, ACC)
             s_before = sum_of_partials(input_ptr, offsets, mask, size, tl.num_programs(1), ACC)
             if bias_ptr is not None:
@@ -74,29 +75,20 @@ def routing_forward_kernel(
     first = i_group * capsules
     for index in range(first, min(first + capsules, I)):
         i = wide(index, OFFSET)
-        _, _, u_hat = prediction_vectors(
-            u_ptr, weight_ptr, i_b, i, i_j, B, I, WEIGHT_SHARING, J, K, D,
-            BLOCK_B, BLOCK_J, BLOCK_D, BLOCK_K, ACC, PRECISION,
-        )  # fmt: skip
+        u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
+        W = weight_tile(
+            weight_ptr, i // WEIGHT_SHARING, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC
+        )
+        u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
         if FIRST and logits_ptr is None:
             # The first coupling without a prior is uniform. Multiplied here, not after the loop:
             # a bare sum would be left to the matrix unit, which rounds towards zero.
             c = tl.full([BLOCK_B, BLOCK_J], 1.0 / (J + LEAKY), ACC)
         else:
-            b = tl.broadcast_to(
-                prior_logits(logits_ptr, i, i_j, J, BLOCK_J, ACC), [BLOCK_B, BLOCK_J]
-            )
+            b = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC)
             if not FIRST:
                 b += agreement(u_hat, V)
-            if statistics_ptr is None:
-                maximum, total = maximum_and_sum(b, LEAKY)
-            else:
-                p_statistics = statistics_ptr + i_b * I + i
-                maximum = tl.load(p_statistics, mask=i_b < B, other=0.0)[:, None]
-                total = tl.load(p_statistics + wide(B, OFFSET) * I, mask=i_b < B, other=1.0)[
-                    :, None
-                ]
-            c = tl.exp(b - maximum) / total
+            c = coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY)
         s += c[:, :, None] * u_hat
         if coupling_ptr is not None:
             j = i_j + tl.arange(0, BLOCK_J)

@@ -3,14 +3,21 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...ops import forward_shapes
+from ...ops import backward_shapes, forward_shapes
 from . import config
+from .backward import (
+    routing_backward_kernel,
+    routing_gradients_kernel,
+    routing_state_kernel,
+    row_sum_kernel,
+)
 from .forward import routing_forward_kernel, routing_output_kernel
 from .statistics import routing_statistics_kernel
 
@@ -56,6 +63,95 @@ def device_guard(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@dataclass(frozen=True)
+class Routing:
+    """One call of an operator: its inputs, how its sweeps are cut, and where they are launched."""
+
+    launch: Callable[..., None]
+    gpu: Gpu
+    u: Tensor
+    weight: Tensor
+    logits: Tensor | None
+    s: Tensor
+    leaky: bool
+    weight_sharing: int
+
+    @classmethod
+    def of(
+        cls,
+        launch: Callable[..., None],
+        gpu: Gpu | None,
+        u: Tensor,
+        weight: Tensor,
+        logits: Tensor | None,
+        *rest: Any,
+    ) -> "Routing":
+        logits = None if logits is None else logits.contiguous()
+        return cls(
+            launch, gpu or gpu_of(u.device), u.contiguous(), weight.contiguous(), logits, *rest
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """B, I, J, K, D, R."""
+        B, I, K = self.u.shape
+        _, J, D, _ = self.weight.shape
+        return B, I, J, K, D, self.s.shape[0]
+
+    @cached_property
+    def sweep(self) -> config.Sweep:
+        return config.sweep(*self.sizes[:5], self.gpu.processors)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.sweep.tiles_B, self.sweep.groups, self.sweep.tiles_J
+
+    @cached_property
+    def types(self) -> dict[str, Any]:
+        """The kernels' arithmetic and the width of their offsets."""
+        B, I, J, _, _, R = self.sizes
+        state = self.s[0].numel()
+        wide = config.needs_int64(
+            self.u.numel(), self.weight.numel(), B * I * J, 3 * R * B * I,
+            max(R, self.sweep.groups) * state,
+        )  # fmt: skip
+        return {
+            "ACC": tl.float64 if self.s.dtype == torch.float64 else tl.float32,
+            "OFFSET": tl.int64 if wide else tl.int32,
+        }
+
+    def over_capsules(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        """Launch a kernel that visits the input capsules."""
+        B, I, J, K, D, _ = self.sizes
+        self.launch(
+            kernel, grid, self.sweep.num_warps, self.sweep.num_stages,
+            u_ptr=self.u, weight_ptr=self.weight, logits_ptr=self.logits, B=B, I=I, J=J, K=K, D=D,
+            WEIGHT_SHARING=self.weight_sharing, LEAKY=self.leaky,
+            PRECISION=precision_of(self.u.dtype, self.gpu),
+            **vars(self.sweep.tile), **self.types, **arguments,
+        )  # fmt: skip
+
+    def over_state(self, kernel: Any, **arguments: Any) -> None:
+        """Launch a kernel that visits [B, J, D] only."""
+        B, _, J, _, D, _ = self.sizes
+        tile = self.sweep.tile
+        self.launch(
+            kernel, (B, self.sweep.tiles_J), 2, 1,
+            B=B, groups=self.sweep.groups, J=J, D=D,
+            BLOCK_B=1, BLOCK_J=tile.BLOCK_J, BLOCK_D=tile.BLOCK_D, **self.types, **arguments,
+        )  # fmt: skip
+
+    def tabulate(self, statistics: Tensor, t: int, ds: Tensor | None = None) -> None:
+        """The softmax statistics of iteration t."""
+        I = self.u.shape[1]
+        self.over_capsules(
+            routing_statistics_kernel,
+            (self.sweep.tiles_B, config.ceil_div(I, config.STATISTICS_CAPSULES)),
+            s_ptr=self.s, ds_ptr=ds, statistics_ptr=statistics, t=t, FIRST=t == 1,
+            BLOCK_I=config.STATISTICS_CAPSULES,
+        )  # fmt: skip
+
+
 def routing_forward(
     u: Tensor,
     weight: Tensor,
@@ -70,77 +166,138 @@ def routing_forward(
     gpu: Gpu | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v, s and coupling: R sweeps and the output, R + 1 launches where J fits into one tile."""
+    R = num_iterations
     v, s, coupling = forward_shapes(
-        u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
+        u, weight, logits, bias, R, leaky, weight_sharing, return_coupling
     )
     if u.shape[0] == 0:
         return v, s, coupling
-    u, weight = u.contiguous(), weight.contiguous()
-    logits = None if logits is None else logits.contiguous()
     bias = None if bias is None else bias.contiguous()
-    B, I, K = u.shape
-    _, J, D, _ = weight.shape
-    gpu = gpu or gpu_of(u.device)
-    sweep = config.sweep(B, I, J, K, D, gpu.processors)
-    grid = (sweep.tiles_B, sweep.groups, sweep.tiles_J)
-
-    partials = s.new_empty(2, sweep.groups, B, J, D)  # of two iterations in turn
-    statistics = None if sweep.one_tile else s.new_empty(2, B, I)
-    wide = config.needs_int64(u.numel(), weight.numel(), s.numel(), partials[0].numel(), B * I * J)
-    types = {
-        "ACC": tl.float64 if s.dtype == torch.float64 else tl.float32,
-        "OFFSET": tl.int64 if wide else tl.int32,
-    }
-    inputs = {"u_ptr": u, "weight_ptr": weight, "logits_ptr": logits, "s_ptr": s, "B": B, "I": I}
-    constants = {
-        "J": J, "K": K, "D": D, "WEIGHT_SHARING": weight_sharing, "LEAKY": leaky,
-        "PRECISION": precision_of(u.dtype, gpu), **sweep.tile.constants(), **types,
-    }  # fmt: skip
-    width = {"num_warps": sweep.num_warps, "num_stages": sweep.num_stages}
-
-    def output(t: int) -> None:
-        tile = sweep.tile.constants() | {"BLOCK_B": 1}
-        launch(
-            routing_output_kernel,
-            (B, sweep.tiles_J),
-            num_warps=2,
-            num_stages=1,
-            partial_ptr=partials[t % 2],
-            bias_ptr=bias,
-            s_ptr=s[t - 1],
-            v_ptr=v if t == num_iterations else None,
-            B=B,
-            groups=sweep.groups,
-            J=J,
-            D=D,
-            **{name: tile[name] for name in ("BLOCK_B", "BLOCK_J", "BLOCK_D")},
-            **types,
-        )
-
+    routing = Routing.of(launch, gpu, u, weight, logits, s, leaky, weight_sharing)
+    one_tile = routing.sweep.one_tile
+    B, I, *_ = routing.sizes
+    # Iteration t writes its partial sums to partials[t % 2] and reads those of t - 1.
+    partials = s.new_empty(2, routing.sweep.groups, *s.shape[1:])
+    statistics = None if one_tile else s.new_empty(3, B, I)
     with device_guard(u.device):
-        for t in range(1, num_iterations + 1):
-            first = t == 1
-            if statistics is not None and not (first and logits is None):
-                launch(
-                    routing_statistics_kernel,
-                    (sweep.tiles_B, config.ceil_div(I, 16)),
-                    **width, **inputs, **constants,
-                    ds_ptr=None, statistics_ptr=statistics, t=t, FIRST=first, BLOCK_I=16,
-                )  # fmt: skip
-            launch(
-                routing_forward_kernel,
-                grid,
-                **width, **inputs, **constants,
-                bias_ptr=bias,
-                input_ptr=partials[(t - 1) % 2] if sweep.one_tile and not first else None,
+        for t in range(1, R + 1):
+            if statistics is not None and not (t == 1 and logits is None):
+                routing.tabulate(statistics, t)
+            routing.over_capsules(
+                routing_forward_kernel, routing.grid,
+                bias_ptr=bias, s_ptr=s,
+                input_ptr=partials[(t - 1) % 2] if one_tile and t > 1 else None,
                 partial_ptr=partials[t % 2],
                 statistics_ptr=statistics,
-                coupling_ptr=coupling if return_coupling and t == num_iterations else None,
-                t=t,
-                capsules=sweep.capsules,
-                FIRST=first,
-                SUM_INPUT=sweep.one_tile,
+                coupling_ptr=coupling if return_coupling and t == R else None,
+                t=t, capsules=routing.sweep.capsules, FIRST=t == 1,
             )  # fmt: skip
-            if not sweep.one_tile or t == num_iterations:
-                output(t)
+            if t == R or not one_tile:
+                routing.over_state(
+                    routing_output_kernel,
+                    partial_ptr=partials[t % 2], bias_ptr=bias, s_ptr=s[t - 1],
+                    v_ptr=v if t == R else None,
+                )  # fmt: skip
     return v, s, coupling
+
+
+def routing_backward(
+    grad_v: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    logits: Tensor | None,
+    s: Tensor,
+    leaky: bool,
+    weight_sharing: int,
+    full_gradient: bool,
+    output_mask: list[bool],
+    *,
+    launch: Callable[..., None] = run,
+    gpu: Gpu | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients asked for: R - 1 sweeps, the state, the gradients; R + 1 launches.
+
+    One more each for sums over parts of the work, and for the bias; J in several tiles takes two
+    more an iteration.
+    """
+    gradients = backward_shapes(
+        grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask
+    )
+    if u.shape[0] == 0 or not any(output_mask):
+        return tuple(g.zero_() for g in gradients)  # type: ignore[return-value]
+    grad_u, grad_weight, grad_logits, grad_bias = (
+        g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)
+    )
+    routing = Routing.of(launch, gpu, u, weight, logits, s, leaky, weight_sharing)
+    sweep, one_tile = routing.sweep, routing.sweep.one_tile
+    B, I, *_, R = routing.sizes
+    grad_v = grad_v.contiguous()
+    # The iterations that are differentiated, and the earliest whose ds is needed.
+    earliest = 1 if full_gradient else R
+    ds = torch.empty_like(s)
+    V = torch.empty_like(s) if R > 1 else None
+    G = s.new_empty(2, *s.shape[1:])
+    partials = s.new_empty(2, sweep.groups, *s.shape[1:]) if earliest < R else None
+    statistics = None if one_tile else s.new_empty(R, 3, B, I)
+
+    def state(t: int) -> dict[str, Any]:
+        """What ds^t and G^t are made from, and where G^t goes."""
+        return {
+            "s_ptr": s, "grad_v_ptr": grad_v, "ds_ptr": ds, "t": t,
+            "input_ptr": None if partials is None or t == R else partials[(t + 1) % 2],
+            "G_before_ptr": G[(t + 1) % 2] if t + 1 < R else None,
+            "G_ptr": G[t % 2] if 1 < t < R else None,
+        }  # fmt: skip
+
+    with device_guard(u.device):
+        for t in range(R, earliest - 1, -1):
+            last = t == earliest
+            if last or statistics is not None:
+                routing.over_state(
+                    routing_state_kernel, **state(t), V_ptr=V if last else None, iterations=R
+                )
+            if statistics is not None:
+                routing.tabulate(statistics[t - 1], t, ds[t - 1])
+            if not last:
+                assert partials is not None
+                routing.over_capsules(
+                    routing_backward_kernel, routing.grid, **state(t),
+                    partial_ptr=partials[t % 2],
+                    statistics_ptr=None if statistics is None else statistics[t - 1],
+                    capsules=sweep.capsules, SUM_INPUT=one_tile,
+                )  # fmt: skip
+        rows = I // weight_sharing
+        split = config.split(rows, weight_sharing, sweep.tiles_B, routing.gpu.processors)
+
+        def parts_of(gradient: Tensor | None, number: int) -> Tensor | None:
+            """Where ``number`` partial sums of a gradient go: the gradient itself if it is one."""
+            if gradient is None or number == 1:
+                return gradient
+            return s.new_empty(number, *gradient.shape)
+
+        weight_parts = parts_of(grad_weight, split.splits * split.parts)
+        logits_parts = parts_of(grad_logits, split.splits)
+        du = grad_u if one_tile or u.dtype == s.dtype else torch.empty_like(u, dtype=s.dtype)
+        if not (grad_u is None and grad_weight is None and grad_logits is None):
+            routing.over_capsules(
+                routing_gradients_kernel, (rows * split.parts, split.splits),
+                ds_ptr=ds, V_ptr=V, statistics_ptr=statistics,
+                grad_u_ptr=grad_u, du_ptr=du,
+                grad_weight_ptr=weight_parts, grad_logits_ptr=logits_parts,
+                iterations=R, parts=split.parts, capsules=split.capsules,
+                batch_tiles=split.batch_tiles,
+                FIRST=earliest == 1,
+                LATER="none" if R == 1 else "all" if full_gradient else "last",
+            )  # fmt: skip
+        sums = [(weight_parts, grad_weight), (logits_parts, grad_logits)]
+        sums.append((ds[earliest - 1 :].flatten(0, 1), grad_bias))
+        for parts, gradient in sums:
+            if gradient is not None and parts is not None and parts is not gradient:
+                columns = gradient.numel()
+                launch(
+                    row_sum_kernel, (config.ceil_div(columns, 64),), 4, 1,
+                    x_ptr=parts, sum_ptr=gradient, rows=parts.shape[0], columns=columns,
+                    BLOCK_ROWS=config.power_of_two(min(parts.shape[0], 32)), BLOCK_COLUMNS=64,
+                    **routing.types,
+                )  # fmt: skip
+    return gradients

@@ -6,9 +6,11 @@ import triton.language as tl
 from .blocks import (
     agreement,
     agreement_vectors,
+    input_capsule,
     prediction_vectors,
     prior_logits,
     state_offsets,
+    weight_tile,
     wide,
 )
 
@@ -60,14 +62,13 @@ def routing_statistics_kernel(
             ds = tl.load(ds_ptr + offsets, mask=mask, other=0.0)
         for index in range(min(BLOCK_I, I - i_first)):
             i = wide(i_first + index, OFFSET)
-            b = tl.broadcast_to(
-                prior_logits(logits_ptr, i, i_j, J, BLOCK_J, ACC), [BLOCK_B, BLOCK_J]
-            )
+            b = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC)
             if (not FIRST) or (ds_ptr is not None):
-                _, _, u_hat = prediction_vectors(
-                    u_ptr, weight_ptr, i_b, i, i_j, B, I, WEIGHT_SHARING, J, K, D,
-                    BLOCK_B, BLOCK_J, BLOCK_D, BLOCK_K, ACC, PRECISION,
-                )  # fmt: skip
+                u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
+                W = weight_tile(
+                    weight_ptr, i // WEIGHT_SHARING, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC
+                )
+                u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
             if not FIRST:
                 b += agreement(u_hat, V)
             here = column == index

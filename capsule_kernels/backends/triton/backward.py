@@ -1,0 +1,308 @@
+"""Kernels of the backward: sweeps for G^(R-1) ... G^1, then one for all gradients of the inputs."""
+
+import triton
+import triton.language as tl
+
+from .blocks import (
+    agreement,
+    agreement_vectors,
+    capsules_to_columns,
+    coupling_coefficients,
+    input_capsule,
+    logit_gradients,
+    prediction_vectors,
+    prior_logits,
+    squash,
+    squash_vjp,
+    state_offsets,
+    sum_of_partials,
+    weight_offsets,
+    weight_tile,
+    wide,
+)
+
+
+@triton.jit
+def total_gradients(
+    grad_v_ptr, s_ptr, partial_ptr, G_before_ptr, offsets, mask, size, groups, ACC: tl.constexpr
+):
+    """G^t and ds^t of a tile; without partial sums t is R, where G = 0 and dL/dv enters."""
+    if partial_ptr is None:
+        G = tl.zeros(offsets.shape, ACC)
+        dv = tl.load(grad_v_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    else:
+        G = sum_of_partials(partial_ptr, offsets, mask, size, groups, ACC)
+        if G_before_ptr is not None:
+            G += tl.load(G_before_ptr + offsets, mask=mask, other=0.0)
+        dv = G
+    s = tl.load(s_ptr + offsets, mask=mask, other=0.0)
+    return G, squash_vjp(s, dv)
+
+
+@triton.jit(do_not_specialize=["t"])
+def routing_backward_kernel(
+    u_ptr,  # [B, I, K]
+    weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
+    logits_ptr,  # [I, J] or None
+    s_ptr,  # [R, B, J, D]
+    grad_v_ptr,  # [B, J, D]
+    input_ptr,  # [groups, B, J, D]: partial sums of G^t - G^(t+1); None for t = R
+    G_before_ptr,  # [B, J, D]: G^(t+1); None where it is 0
+    G_ptr,  # [B, J, D]: G^t, written by group 0; None where it is 0
+    ds_ptr,  # [R, B, J, D]: ds^t, written by group 0
+    partial_ptr,  # [groups, B, J, D]: partial sums of G^(t-1) - G^t, written
+    statistics_ptr,  # [3, B, I]: of the softmax where J takes several tiles, else None
+    B,
+    I,
+    t,  # the iteration, 2 or more
+    capsules,  # input capsules of a group
+    J: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WEIGHT_SHARING: tl.constexpr,
+    LEAKY: tl.constexpr,
+    SUM_INPUT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Partial sums of G^(t-1) - G^t over a group of input capsules.
+
+    Grid: (batch tiles, groups, tiles of J). With SUM_INPUT ds^t is first made from the partial
+    sums of iteration t + 1, otherwise it is there.
+    """
+    i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
+    i_group = tl.program_id(1)
+    i_j = tl.program_id(2) * BLOCK_J
+    size = wide(B, OFFSET) * (J * D)
+    offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
+
+    V = agreement_vectors(s_ptr, offsets, mask, size, t - 1, ACC)
+    p_ds = ds_ptr + (t - 1) * size + offsets
+    if SUM_INPUT:
+        G, ds = total_gradients(
+            grad_v_ptr, s_ptr + (t - 1) * size, input_ptr, G_before_ptr, offsets, mask, size,
+            tl.num_programs(1), ACC,
+        )  # fmt: skip
+        if i_group == 0:
+            tl.store(p_ds, ds, mask=mask)
+            if G_ptr is not None:
+                tl.store(G_ptr + offsets, G, mask=mask)
+    else:
+        ds = tl.load(p_ds, mask=mask, other=0.0)
+
+    G_step = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
+    first = i_group * capsules
+    for index in range(first, min(first + capsules, I)):
+        i = wide(index, OFFSET)
+        u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
+        W = weight_tile(
+            weight_ptr, i // WEIGHT_SHARING, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC
+        )
+        u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
+        b = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC) + agreement(u_hat, V)
+        c = coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY)
+        dl = logit_gradients(c, agreement(u_hat, ds), statistics_ptr, i_b, i, i_j, B, I, J, BLOCK_J)
+        G_step += dl[:, :, None] * u_hat
+    tl.store(partial_ptr + wide(i_group, OFFSET) * size + offsets, G_step, mask=mask)
+
+
+@triton.jit(do_not_specialize=["t"])
+def routing_state_kernel(
+    grad_v_ptr,  # [B, J, D]
+    s_ptr,  # [R, B, J, D]
+    input_ptr,  # [groups, B, J, D]: partial sums of G^t - G^(t+1); None for t = R
+    G_before_ptr,  # [B, J, D]: G^(t+1); None where it is 0
+    G_ptr,  # [B, J, D]: G^t, written; None where it is 0
+    ds_ptr,  # [R, B, J, D]: ds^t, written
+    V_ptr,  # [R, B, J, D]: V^1 ... V^(iterations - 1), written; None where not needed
+    B,
+    t,  # the iteration, from 1
+    groups,
+    iterations,  # R
+    J: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """ds^t, and the table of V for the last sweep. Grid: (batch tiles, tiles of J)."""
+    i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
+    i_j = tl.program_id(1) * BLOCK_J
+    size = wide(B, OFFSET) * (J * D)
+    offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
+    G, ds = total_gradients(
+        grad_v_ptr,
+        s_ptr + (t - 1) * size,
+        input_ptr,
+        G_before_ptr,
+        offsets,
+        mask,
+        size,
+        groups,
+        ACC,
+    )
+    tl.store(ds_ptr + (t - 1) * size + offsets, ds, mask=mask)
+    if G_ptr is not None:
+        tl.store(G_ptr + offsets, G, mask=mask)
+    if V_ptr is not None:
+        V = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
+        for _ in range(1, iterations):
+            V += squash(tl.load(s_ptr + offsets, mask=mask, other=0.0))
+            s_ptr += size
+            V_ptr += size
+            tl.store(V_ptr + offsets, V, mask=mask)
+
+
+@triton.jit
+def routing_gradients_kernel(
+    u_ptr,  # [B, I, K]
+    weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
+    logits_ptr,  # [I, J] or None
+    ds_ptr,  # [R, B, J, D]
+    V_ptr,  # [R, B, J, D]: V^(t-1)
+    statistics_ptr,  # [R, 3, B, I]: of the softmax where J takes several tiles, else None
+    grad_u_ptr,  # [B, I, K] or None, written
+    du_ptr,  # [B, I, K]: sums over the tiles of J, where there are several; may be grad_u
+    grad_weight_ptr,  # [splits, I // WEIGHT_SHARING, J, D, K] or None, written
+    grad_logits_ptr,  # [batch splits, I, J] or None, written
+    B,
+    I,
+    iterations,  # R
+    parts,  # how many programs share the capsules of one row of the weights
+    capsules,  # how many of them each takes
+    batch_tiles,  # how many batch tiles each takes
+    J: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WEIGHT_SHARING: tl.constexpr,
+    LEAKY: tl.constexpr,
+    FIRST: tl.constexpr,  # whether iteration 1 is differentiated,
+    LATER: tl.constexpr,  # which of 2 ... R are: "all", "last" or "none"
+    BLOCK_B: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """du_hat of all iterations together, and from it the gradients of u, weight and logits.
+
+    Grid: (rows of the weights x parts of their capsules, splits of the batch).
+    """
+    row = wide(tl.program_id(0) // parts, OFFSET)
+    part = tl.program_id(0) % parts
+    i_split = tl.program_id(1)
+    i_first = row * WEIGHT_SHARING + part * capsules
+    i_end = min(i_first + capsules, (row + 1) * WEIGHT_SHARING)
+    size = wide(B, OFFSET) * (J * D)
+    plane = wide(B, OFFSET) * I
+    i_k = tl.arange(0, BLOCK_K)
+    b_first = i_split * batch_tiles * BLOCK_B
+    b_end = min(b_first + batch_tiles * BLOCK_B, B)
+
+    for i_j in range(0, J, BLOCK_J):
+        j = i_j + tl.arange(0, BLOCK_J)
+        W = weight_tile(weight_ptr, row, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC)
+        dW = tl.zeros([BLOCK_J * BLOCK_D, BLOCK_K], ACC)
+        for i in range(i_first, i_end):
+            prior = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC)
+            dprior = tl.zeros([BLOCK_B, BLOCK_J], ACC)
+            for b_start in range(b_first, b_end, BLOCK_B):
+                i_b = (b_start + tl.arange(0, BLOCK_B)).to(OFFSET)
+                offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
+                u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
+                u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
+                du_hat = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
+                if FIRST:
+                    ds = tl.load(ds_ptr + offsets, mask=mask, other=0.0)
+                    c = coupling_coefficients(prior, statistics_ptr, i_b, i, B, I, LEAKY)
+                    du_hat += c[:, :, None] * ds
+                    if grad_logits_ptr is not None:
+                        dprior += logit_gradients(
+                            c, agreement(u_hat, ds), statistics_ptr, i_b, i, i_j, B, I, J, BLOCK_J
+                        )
+                if LATER != "none":
+                    for t in range(iterations if LATER == "last" else 2, iterations + 1):
+                        V = tl.load(V_ptr + (t - 1) * size + offsets, mask=mask, other=0.0)
+                        ds = tl.load(ds_ptr + (t - 1) * size + offsets, mask=mask, other=0.0)
+                        if statistics_ptr is None:
+                            p_statistics = None
+                        else:
+                            p_statistics = statistics_ptr + (t - 1) * 3 * plane
+                        b = prior + agreement(u_hat, V)
+                        c = coupling_coefficients(b, p_statistics, i_b, i, B, I, LEAKY)
+                        du_hat += c[:, :, None] * ds
+                        if LATER == "all" or grad_logits_ptr is not None:
+                            dl = logit_gradients(
+                                c, agreement(u_hat, ds), p_statistics, i_b, i, i_j, B, I, J, BLOCK_J
+                            )
+                            dprior += dl
+                            if LATER == "all":
+                                du_hat += dl[:, :, None] * V
+                columns = capsules_to_columns(du_hat, BLOCK_J, BLOCK_D)
+                # max_num_imprecise_acc: add dW outside the matrix unit, which rounds towards zero.
+                if grad_weight_ptr is not None:
+                    dW += tl.dot(
+                        tl.trans(columns), u, input_precision=PRECISION, out_dtype=ACC,
+                        max_num_imprecise_acc=BLOCK_B,
+                    )  # fmt: skip
+                if grad_u_ptr is not None:
+                    du = tl.dot(columns, W, input_precision=PRECISION, out_dtype=ACC)
+                    o_u = (i_b * I + i)[:, None] * K + i_k[None, :]
+                    m_u = (i_b < B)[:, None] & (i_k < K)[None, :]
+                    if J > BLOCK_J:
+                        if i_j > 0:
+                            du += tl.load(du_ptr + o_u, mask=m_u, other=0.0)
+                        tl.store(du_ptr + o_u, du, mask=m_u)
+                    if i_j + BLOCK_J >= J:
+                        tl.store(grad_u_ptr + o_u, du.to(grad_u_ptr.dtype.element_ty), mask=m_u)
+            if grad_logits_ptr is not None:
+                tl.store(
+                    grad_logits_ptr + (wide(i_split, OFFSET) * I + i) * J + j,
+                    tl.sum(dprior, axis=0).to(grad_logits_ptr.dtype.element_ty),
+                    mask=j < J,
+                )
+        if grad_weight_ptr is not None:
+            rows = wide(I // WEIGHT_SHARING, OFFSET)
+            split = wide(i_split, OFFSET) * parts + part
+            o_w, m_w = weight_offsets(i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K)
+            tl.store(
+                grad_weight_ptr + (split * rows + row) * (J * D * K) + o_w,
+                dW.to(grad_weight_ptr.dtype.element_ty),
+                mask=m_w,
+            )
+        if J > BLOCK_J:
+            tl.debug_barrier()  # du of this tile of J, before other threads add to it
+
+
+@triton.jit
+def row_sum_kernel(
+    x_ptr,  # [rows, columns]
+    sum_ptr,  # [columns], written
+    rows,
+    columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """The sum over rows, in fixed order. Grid: (tiles of columns,)."""
+    i_column = (tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(OFFSET)
+    m_column = i_column < columns
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
+    for start in range(0, rows, BLOCK_ROWS):
+        i_row = (start + tl.arange(0, BLOCK_ROWS)).to(OFFSET)
+        total += tl.load(
+            x_ptr + i_row[:, None] * columns + i_column[None, :],
+            mask=(i_row < rows)[:, None] & m_column[None, :],
+            other=0.0,
+        )
+    tl.store(sum_ptr + i_column, tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty), mask=m_column)
