@@ -1,17 +1,16 @@
 """The machine at hand: what it is, what software runs on it, and how fast it is at best."""
 
 import datetime
+import os
 import platform
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .sources import ROOT
 from .timing import interleave, make_timer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def processor_name() -> str:
@@ -25,6 +24,11 @@ def processor_name() -> str:
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else processor_name()
+
+
+def processors() -> str:
+    """How many processors this process may use, in words."""
+    return f"{len(os.sched_getaffinity(0))} cpus"
 
 
 def git(*arguments: str) -> str | None:

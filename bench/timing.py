@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+PATIENCE = 60.0
 Call = Callable[[], object]
 Sampler = Callable[[], float]
 """Runs its calls once and returns the seconds that one of them took."""
@@ -56,8 +57,25 @@ class CpuTimer:
         return sample
 
 
-class CudaTimer:
-    """Events around the replay of one CUDA graph that holds all calls.
+class EventTimer:
+    """CUDA events around one call as it is launched from Python; the calls take turns."""
+
+    how = "events"
+
+    def sampler(self, calls: Sequence[Call]) -> Sampler:
+        turn = 0
+
+        def sample() -> float:
+            nonlocal turn
+            call = calls[turn % len(calls)]
+            turn += 1
+            return seconds_on_gpu(call)
+
+        return sample
+
+
+class ReplayTimer:
+    """CUDA events around the replay of one CUDA graph that holds all calls.
 
     The calls should work on tensors that together exceed the L2. Replay takes Python and launch
     overhead out of every variant alike.
@@ -76,19 +94,23 @@ class CudaTimer:
             for call in calls:
                 call()
 
-        def sample() -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3 / len(calls)
-
-        return sample
+        return lambda: seconds_on_gpu(graph.replay) / len(calls)
 
 
-def make_timer(device: str) -> Timer:
-    return CudaTimer() if device == "cuda" else CpuTimer()
+def seconds_on_gpu(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def make_timer(device: str, replay: bool = True) -> Timer:
+    """The timer of a device; ``replay``: of CUDA graphs, without the time that launching takes."""
+    if device == "cpu":
+        return CpuTimer()
+    return ReplayTimer() if replay else EventTimer()
 
 
 def interleave(
@@ -97,12 +119,16 @@ def interleave(
     """Sample every variant in turn, ``rounds`` times round.
 
     In its turn a variant is sampled until ``slice_seconds`` are over (once at least, 50 times at
-    most), so that fast variants get more samples than slow ones, and all see the same noise.
+    most), so that fast variants get more samples than slow ones, and all see the same noise. No
+    round starts after ``PATIENCE`` seconds.
     """
+    started = time.perf_counter()
     for sample in samplers.values():
         sample()
     samples: dict[str, list[float]] = {name: [] for name in samplers}
-    for _ in range(rounds):
+    for round_number in range(rounds):
+        if round_number and time.perf_counter() - started > PATIENCE:
+            break
         for name, sample in samplers.items():
             stop = time.perf_counter() + slice_seconds
             for _ in range(50):

@@ -38,8 +38,7 @@ class Step:
         self.images = torch.rand(B, 1, 28, 28, generator=generator).to(device)
         self.labels = torch.randint(10, (B, 1), generator=generator).to(device)
         self.targets = multi_hot(self.labels, 10)
-        # capturable: so that a CUDA graph can hold the whole step
-        self.optimiser = torch.optim.Adam(model.parameters(), capturable=device == "cuda")
+        self.optimiser = torch.optim.Adam(model.parameters())
         with torch.no_grad():
             self.u = model.primary_capsules(self.images)
             self.v = model.digits(self.u)
@@ -100,7 +99,7 @@ def measure_steps(
             steps[name] = Step(model, B, settings.device)
         except Exception as error:
             failures[name] = reason_of(error)
-    timer = make_timer(settings.device)
+    timer = make_timer(settings.device, replay=False)  # as users launch it
     for part in ("whole step", "convolutions", "routing layer"):
         models = [name for name in MODELS if part == "whole step" or name in parts_of]
         samplers = {}

@@ -1,0 +1,189 @@
+"""Fills the tables in README.md and docs/ from the newest committed benchmark reports.
+
+A document asks for a table by a pair of comments, and this script writes what stands between:
+
+    <!-- figures:cpu goals -->
+    <!-- /figures -->
+
+"cpu" or "cuda" chooses the newest report of such a device below bench/results, "goals" the view
+(see VIEWS). A report that is older than the backend's kernels earns the document a warning line.
+
+With --check nothing is written: it fails where a document differs from its reports, or holds a
+figure with a unit of speed outside such a block. A missing or outdated warning line is told, but
+is no failure.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import machine, tables  # noqa: E402
+from bench.records import Record, load, select  # noqa: E402
+from bench.sources import digest  # noqa: E402
+
+BLOCK = re.compile(
+    r"(?P<start><!-- figures:(?P<device>\w+) (?P<view>[\w-]+) -->\n)"
+    r"(?P<body>.*?)"
+    r"(?P<end><!-- /figures -->)",
+    re.DOTALL,
+)
+WARNING = "> **Older than the kernels:**"
+NO_REPORT = "*No report of such a device is committed yet.*"
+FIGURE = re.compile(r"\d\s?(ms|µs|us|[GT]FLOP/s|GB/s|images/s)\b|\d\s?(x|times) (as|faster|less)")
+UNMEASURED = re.compile(r"goal|floor|predict|about|for example", re.IGNORECASE)
+"""A line with one of these words may hold a figure that no report has."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A table of a report: the file of records, how to draw them, and which."""
+
+    file: str
+    table: Callable[[list[Record], Record], tables.Table]
+    kind: str
+    where: tuple[tuple[str, object], ...] = ()
+
+
+VIEWS = {
+    "goals": View("goals", tables.goals_table, "goals"),
+    "routing": View("goals", tables.summary_table, "routing"),
+    "peers": View("goals", tables.routing_table, "routing", (("case", "MNIST"), ("B", 128))),
+    "batches": View("routing", tables.summary_table, "routing", (("case", "MNIST"),)),
+    "memory": View("memory", tables.memory_table, "memory"),
+    "training": View("training", tables.training_table, "training"),
+    "scaling": View("scaling", tables.exponents_table, "exponents"),
+    "accuracy": View("accuracy", tables.accuracy_table, "accuracy"),
+}
+PLOTS = {"plot-roofline": "roofline", "plot-time": "time", "plot-memory": "memory"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A folder of bench/results and what its report.json says."""
+
+    folder: Path
+    content: Record
+
+    @property
+    def date(self) -> str:
+        return self.content["machine"]["date"]
+
+    def stale(self, root: Path) -> list[str]:
+        """The backends whose kernels are no longer the ones that were measured."""
+        kernels = self.content["kernels"]
+        return [backend for backend in kernels if digest(backend, root) != kernels[backend]]
+
+
+def newest_reports(root: Path) -> dict[str, Report]:
+    """The newest report of each kind of device."""
+    reports = (
+        Report(path.parent, json.loads(path.read_text()))
+        for path in (root / "bench" / "results").glob("*/*/report.json")
+    )
+    ordered = sorted(reports, key=lambda report: (report.date, report.folder.name))
+    return {report.content["machine"]["device"]: report for report in ordered}
+
+
+def body(report: Report | None, view: str, document: Path, root: Path) -> str:
+    """What stands between the comments of a block; ``ValueError`` where there is no such view."""
+    if view not in VIEWS | PLOTS:
+        known = ", ".join([*VIEWS, *PLOTS])
+        raise ValueError(f"{document.name}: there is no view {view!r}, only {known}")
+    if report is None:
+        return f"\n{NO_REPORT}\n\n"
+    link = Path(os.path.relpath(report.folder, document.parent)).as_posix()
+    if view in PLOTS:
+        plot = report.folder / f"{PLOTS[view]}.svg"
+        drawn = f"![{PLOTS[view]}]({link}/{plot.name})" if plot.exists() else NO_REPORT
+        return f"\n{drawn}\n\n"
+    wanted = VIEWS[view]
+    path = report.folder / f"{wanted.file}.json"
+    if not path.exists():
+        return f"\n{NO_REPORT}\n\n"
+    machine_line, ceilings, records = load(path)
+    chosen = select(records, table=wanted.kind, **dict(wanted.where))
+    lines = [
+        wanted.table(chosen, ceilings).markdown(),
+        f"*{machine.line(machine_line)}; {machine.ceilings_line(ceilings)}. "
+        f"[The whole report]({link}/).*",
+    ]
+    stale = report.stale(root)
+    if stale:
+        names = " and ".join(stale)
+        lines.append(f"{WARNING} the kernels of {names} have changed since this was measured.")
+    return "\n" + "\n\n".join(lines) + "\n\n"
+
+
+def fill(text: str, document: Path, root: Path) -> str:
+    """The document's text with every block filled anew."""
+    reports = newest_reports(root)
+
+    def replacement(block: re.Match[str]) -> str:
+        found = body(reports.get(block["device"]), block["view"], document, root)
+        return block["start"] + found + block["end"]
+
+    return BLOCK.sub(replacement, text)
+
+
+def without_warnings(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.startswith(WARNING)).replace(
+        "\n\n\n", "\n\n"
+    )
+
+
+def loose_figures(text: str) -> Iterator[str]:
+    """Lines outside of blocks that state a measured speed."""
+    for line in BLOCK.sub("", text).splitlines():
+        if FIGURE.search(line) and not UNMEASURED.search(line):
+            yield line.strip()
+
+
+def documents(root: Path) -> list[Path]:
+    """The documents that hold a block."""
+    candidates = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [path for path in candidates if path.exists() and BLOCK.search(path.read_text())]
+
+
+def check(document: Path, root: Path) -> tuple[list[str], list[str]]:
+    """Failures and notices of a document."""
+    text = document.read_text()
+    filled = fill(text, document, root)
+    failures, notices = [], []
+    if without_warnings(text) != without_warnings(filled):
+        failures.append(f"{document.name}: differs from its reports; run scripts/fill_figures.py")
+    elif text != filled:
+        notices.append(f"{document.name}: a warning about stale figures is missing or outdated")
+    failures += [
+        f"{document.name}: a figure without a report: {line}" for line in loose_figures(text)
+    ]
+    return failures, notices
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the checkout (default: this one)")
+    options = parser.parse_args(arguments)
+    failed = False
+    for document in documents(options.root):
+        if options.check:
+            failures, notices = check(document, options.root)
+            for line in [*failures, *notices]:
+                print(line, file=sys.stderr)
+            failed |= bool(failures)
+        else:
+            text = document.read_text()
+            document.write_text(fill(text, document, options.root))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
