@@ -26,8 +26,8 @@ struct BackwardWorkspace {
     V = G + state_size;
     ds = V + (shape.R - 1) * state_size;
     partial_weight = reinterpret_cast<float*>(ds + shape.R * state_size);
-    partial_logits = partial_weight + std::size_t(plan.gradients.splits) * shape.I * shape.J *
-                                          shape.D * shape.K;
+    partial_logits =
+        partial_weight + std::size_t(plan.gradients.splits) * shape.I * shape.J * shape.D * shape.K;
   }
 };
 

@@ -92,8 +92,8 @@ void launch(void (*kernel)(Arguments, Plan), int blocks, int threads, int shared
                              " blocks does not fit on this device, which holds " +
                              std::to_string(blocks_per_sm * sm_count));
   }
-  check(cudaLaunchCooperativeKernel(function, dim3(blocks), dim3(threads), parameters,
-                                    shared_bytes, static_cast<cudaStream_t>(stream)),
+  check(cudaLaunchCooperativeKernel(function, dim3(blocks), dim3(threads), parameters, shared_bytes,
+                                    static_cast<cudaStream_t>(stream)),
         "cudaLaunchCooperativeKernel");
 }
 

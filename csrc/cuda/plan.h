@@ -27,8 +27,8 @@ struct Device {
   int shared_per_block;  // bytes, what a block may opt in to
 };
 
-constexpr int kTileSamples = 16;  // samples of a tile: the rows of one mma
-constexpr int kTileDims = 8;      // columns of one mma
+constexpr int kTileSamples = 16;   // samples of a tile: the rows of one mma
+constexpr int kTileDims = 8;       // columns of one mma
 constexpr int kMaxFragments = 20;  // mma results of a tile [16, J * D] that fit in registers
 constexpr int kFragmentBytes = kTileSamples * kTileDims * 4;
 constexpr int kWarpSize = 32;
@@ -39,7 +39,9 @@ CAPSULE_KERNELS_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) /
 CAPSULE_KERNELS_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // Columns of mma results that one output capsule takes: 1, 2 or 4; 0 where D is too large.
-CAPSULE_KERNELS_BOTH constexpr int fragments_per_capsule(int D) { return D <= 8 ? 1 : D <= 16 ? 2 : D <= 32 ? 4 : 0; }
+CAPSULE_KERNELS_BOTH constexpr int fragments_per_capsule(int D) {
+  return D <= 8 ? 1 : D <= 16 ? 2 : D <= 32 ? 4 : 0;
+}
 
 constexpr bool tile_fits_registers(int J, int D) {
   return D <= 32 && J * fragments_per_capsule(D) <= kMaxFragments;
@@ -47,9 +49,9 @@ constexpr bool tile_fits_registers(int J, int D) {
 
 // The padded sizes of a call.
 struct Padded {
-  int D, K;       // multiples of 8
-  int fragments;  // of a tile [16, J * D]
-  int tiles;      // of 16 samples
+  int D, K;             // multiples of 8
+  int fragments;        // of a tile [16, J * D]
+  int tiles;            // of 16 samples
   int weight_elements;  // of one W_i on chip
 
   CAPSULE_KERNELS_BOTH explicit Padded(const Shape& shape)
@@ -59,7 +61,9 @@ struct Padded {
         tiles(ceil_div(shape.B, kTileSamples)),
         weight_elements(shape.J * D * K) {}
 
-  CAPSULE_KERNELS_BOTH std::size_t tile_floats() const { return std::size_t(fragments) * kTileSamples * kTileDims; }
+  CAPSULE_KERNELS_BOTH std::size_t tile_floats() const {
+    return std::size_t(fragments) * kTileSamples * kTileDims;
+  }
 };
 
 // The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip.
@@ -67,9 +71,10 @@ struct SweepPlan {
   int blocks = 0;
   int capsule_groups = 0;  // G_i
   int sample_groups = 0;   // G_b
-  int tiles_per_pass = 0;  // tiles a block works on side by side; its other warps split the capsules
-  int capsules = 0;        // of a group, at most
-  int weight_bytes = 0;    // of the slice of W on chip
+  int tiles_per_pass =
+      0;                 // tiles a block works on side by side; its other warps split the capsules
+  int capsules = 0;      // of a group, at most
+  int weight_bytes = 0;  // of the slice of W on chip
   int shared_bytes = 0;
 };
 
@@ -81,11 +86,11 @@ inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& 
     if (tiles_per_pass > padded.tiles) break;
     const int passes = ceil_div(padded.tiles, tiles_per_pass);
     const int lanes = kSweepWarps / tiles_per_pass;
-    // The exchange holds in turn the staged state tiles (two a tile), the sums of half of the warps,
-    // and those of all but one warp for one output capsule.
-    const int exchange_bytes =
-        std::max(kSweepWarps / 2 * padded.fragments,
-                 (kSweepWarps - 1) * fragments_per_capsule(shape.D)) * kFragmentBytes;
+    // The exchange holds in turn the staged state tiles (two a tile), the sums of half of the
+    // warps, and those of all but one warp for one output capsule.
+    const int exchange_bytes = std::max(kSweepWarps / 2 * padded.fragments,
+                                        (kSweepWarps - 1) * fragments_per_capsule(shape.D)) *
+                               kFragmentBytes;
     for (int sample_groups = 1; sample_groups <= std::min(passes, device.sm_count);
          ++sample_groups) {
       SweepPlan plan;
@@ -95,8 +100,7 @@ inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& 
       plan.capsule_groups = ceil_div(shape.I, plan.capsules);
       plan.blocks = plan.capsule_groups * sample_groups;
       // The rows of W that this many consecutive capsules touch, at most.
-      const int rows =
-          (plan.capsules + shape.weight_sharing - 2) / shape.weight_sharing + 1;
+      const int rows = (plan.capsules + shape.weight_sharing - 2) / shape.weight_sharing + 1;
       const double weight_bytes = double(rows) * padded.weight_elements * scalar_bytes;
       if (weight_bytes + exchange_bytes > device.shared_per_block) continue;
       plan.weight_bytes = round_up(int(weight_bytes), 16);
@@ -180,8 +184,8 @@ inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const De
   BackwardPlan plan;
   plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.gradients = plan_gradients(shape, scalar_bytes, device);
-  plan.workspace_floats = std::size_t(plan.sweep.capsule_groups + 2 * shape.R) * padded.tiles *
-                          padded.tile_floats();
+  plan.workspace_floats =
+      std::size_t(plan.sweep.capsule_groups + 2 * shape.R) * padded.tiles * padded.tile_floats();
   if (plan.gradients.partial_sums) {
     plan.workspace_floats += std::size_t(plan.gradients.splits) * shape.I * shape.J *
                              (std::size_t(shape.D) * shape.K + 1);

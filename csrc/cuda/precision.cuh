@@ -1,8 +1,8 @@
 // Matrix products on tensor cores, by how much accuracy their operands keep.
 //
-// A policy turns float operands into what the tensor cores take and multiplies them: `multiply` sets
-// c = a b, `multiply_add` c += a b. The shapes and the lanes that hold each element are those of
-// `mma_tf32`.
+// A policy turns float operands into what the tensor cores take and multiplies them: `multiply`
+// sets c = a b, `multiply_add` c += a b. The shapes and the lanes that hold each element are those
+// of `mma_tf32`.
 #pragma once
 
 #include "execution.cuh"

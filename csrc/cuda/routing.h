@@ -24,26 +24,26 @@ enum class Products {
 struct ForwardArguments {
   Shape shape;
   bool leaky;
-  const void* u;           // [B, I, K]
-  const void* weight;      // [I / weight_sharing, J, D, K]
-  const void* logits;      // [I, J] or null
-  const void* bias;        // [J, D] or null
-  void* v;                 // [B, J, D]
-  float* s;                // [R, B, J, D]
-  void* coupling;          // [B, I, J] or null
-  float* workspace;        // ForwardPlan::workspace_floats
+  const void* u;       // [B, I, K]
+  const void* weight;  // [I / weight_sharing, J, D, K]
+  const void* logits;  // [I, J] or null
+  const void* bias;    // [J, D] or null
+  void* v;             // [B, J, D]
+  float* s;            // [R, B, J, D]
+  void* coupling;      // [B, I, J] or null
+  float* workspace;    // ForwardPlan::workspace_floats
 };
 
 struct BackwardArguments {
   Shape shape;
   bool leaky;
   bool full_gradient;
-  const void* grad_v;   // [B, J, D]
-  const void* u;        // [B, I, K]
-  const void* weight;   // [I / weight_sharing, J, D, K]
-  const void* logits;   // [I, J] or null
-  const float* s;       // [R, B, J, D], as the forward wrote it
-  void* grad_u;         // each null where it is not wanted
+  const void* grad_v;  // [B, J, D]
+  const void* u;       // [B, I, K]
+  const void* weight;  // [I / weight_sharing, J, D, K]
+  const void* logits;  // [I, J] or null
+  const float* s;      // [R, B, J, D], as the forward wrote it
+  void* grad_u;        // each null where it is not wanted
   void* grad_weight;
   void* grad_logits;
   void* grad_bias;

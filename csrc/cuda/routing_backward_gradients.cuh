@@ -1,6 +1,7 @@
 // Backward, second launch: the last sweep, all iterations together. A warp owns an input capsule
-// and a share of the samples; nothing is exchanged but, where capsules share a weight or the samples
-// are split, partial sums of dW and dprior, which a third small launch adds in a fixed order.
+// and a share of the samples; nothing is exchanged but, where capsules share a weight or the
+// samples are split, partial sums of dW and dprior, which a third small launch adds in a fixed
+// order.
 #pragma once
 
 #include "backward_workspace.cuh"
@@ -11,9 +12,9 @@ namespace capsule_kernels::cuda {
 // What one warp keeps on chip.
 template <class T>
 struct CapsuleStore {
-  T* weight;           // W_i [J, D, K], padded
-  float4* dW;          // [fragments / 2][K / 8][32], results of mma [16, 8] over (j, d) and k
-  float* transposed;   // [2][16][8], two fragments of du_hat
+  T* weight;          // W_i [J, D, K], padded
+  float4* dW;         // [fragments / 2][K / 8][32], results of mma [16, 8] over (j, d) and k
+  float* transposed;  // [2][16][8], two fragments of du_hat
 
   __device__ __forceinline__ CapsuleStore(void* memory, const Padded& padded) {
     dW = static_cast<float4*>(memory);
@@ -60,8 +61,8 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const typename Tile<DT>:
 // du_hat has to be transposed between lanes: two fragments, 16 rows of dW, at a time.
 template <class P, class T, int DT>
 __device__ __forceinline__ void add_grad_weight(const CapsuleStore<T>& own,
-                                                const typename Tile<DT>::Values& du_hat,
-                                                const T* u, int tile, int i, const Shape& shape,
+                                                const typename Tile<DT>::Values& du_hat, const T* u,
+                                                int tile, int i, const Shape& shape,
                                                 const Padded& padded, const Lane& lane) {
   constexpr int kFragments = Tile<DT>::kFragments;
 #pragma unroll
@@ -79,8 +80,8 @@ __device__ __forceinline__ void add_grad_weight(const CapsuleStore<T>& own,
       }
       __syncwarp();
       for (int k0 = 0; k0 < padded.K; k0 += kTileDims) {
-        float4& total = own.dW[(pair * (padded.K / kTileDims) + k0 / kTileDims) * kWarpSize +
-                               lane.index];
+        float4& total =
+            own.dW[(pair * (padded.K / kTileDims) + k0 / kTileDims) * kWarpSize + lane.index];
         float dW[4] = {};
 #pragma unroll
         for (int b0 = 0; b0 < kTileSamples; b0 += kTileDims) {
@@ -120,7 +121,8 @@ __device__ __forceinline__ void write_grad_weight(U* to, const CapsuleStore<T>& 
   }
 }
 
-// dbias_j = sum over b and t of ds^t_j; a block takes whole columns (j, d), its threads the samples.
+// dbias_j = sum over b and t of ds^t_j; a block takes whole columns (j, d), its threads the
+// samples.
 template <class T, int DT>
 __device__ __forceinline__ void write_grad_bias(T* grad_bias, const BackwardWorkspace& w,
                                                 const Shape& shape, int first_t, float* sums) {
@@ -240,7 +242,6 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
   const std::size_t partial = std::size_t(split) * shape.I + i;
   const std::size_t size = std::size_t(shape.J) * shape.D * shape.K;
   if (arguments.grad_weight != nullptr) {
-    __syncwarp();
     if (plan.gradients.partial_sums) {
       write_grad_weight<DT>(w.partial_weight + partial * size, own, shape, padded, lane);
     } else {

@@ -13,15 +13,13 @@ __device__ __forceinline__ void load_s(float (&s)[DT][4], const float* all_s, in
                                        int j, const Shape& shape, const Lane& lane) {
   const float* from = all_s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
   for_each_element<DT>(tile, lane, [&](int n, int e, int b, int d) {
-    s[n][e] = b < shape.B && d < shape.D
-                  ? from[(std::size_t(b) * shape.J + j) * shape.D + d]
-                  : 0.0f;
+    s[n][e] =
+        b < shape.B && d < shape.D ? from[(std::size_t(b) * shape.J + j) * shape.D + d] : 0.0f;
   });
 }
 
 template <int DT>
-__device__ __forceinline__ void store_state(float4* to, const float (&x)[DT][4],
-                                            const Lane& lane) {
+__device__ __forceinline__ void store_state(float4* to, const float (&x)[DT][4], const Lane& lane) {
 #pragma unroll
   for (int n = 0; n < DT; ++n) {
     to[n * kWarpSize + lane.index] = make_float4(x[n][0], x[n][1], x[n][2], x[n][3]);
@@ -83,19 +81,18 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
   for (int t = R; t > 1; --t) {
     const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
-    sweep<P, T, DT>(
-        shape, plan.sweep, share, lane, u, weight, exchange, states, 2, w.partial,
-        [&](typename Tile<DT>::Row& dl, const typename Tile<DT>::Values& u_hat,
-            const float4* const(&staged)[2], int, int i) {
-          typename Tile<DT>::Row c;
-          load_prior<T, DT>(c, logits, i, shape.J);
-          add_row_dots<DT>(c, u_hat, staged[0], shape.J, lane);
-          softmax<DT>(c, shape.J, arguments.leaky);
+    sweep<P, T, DT>(shape, plan.sweep, share, lane, u, weight, exchange, states, 2, w.partial,
+                    [&](typename Tile<DT>::Row& dl, const typename Tile<DT>::Values& u_hat,
+                        const float4* const(&staged)[2], int, int i) {
+                      typename Tile<DT>::Row c;
+                      load_prior<T, DT>(c, logits, i, shape.J);
+                      add_row_dots<DT>(c, u_hat, staged[0], shape.J, lane);
+                      softmax<DT>(c, shape.J, arguments.leaky);
 #pragma unroll
-          for (int j = 0; j < Tile<DT>::kCapsules; ++j) dl[j] = 0.0f;
-          add_row_dots<DT>(dl, u_hat, staged[1], shape.J, lane);
-          softmax_backward<DT>(dl, c, shape.J);
-        });
+                      for (int j = 0; j < Tile<DT>::kCapsules; ++j) dl[j] = 0.0f;
+                      add_row_dots<DT>(dl, u_hat, staged[1], shape.J, lane);
+                      softmax_backward<DT>(dl, c, shape.J);
+                    });
     grid_barrier();
 
     // G^(t-1) and ds^(t-1) of one output capsule of a tile a block.

@@ -33,22 +33,21 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
   for (int t = 1; t <= shape.R; ++t) {
     const auto coupling = static_cast<T*>(t == shape.R ? arguments.coupling : nullptr);
-    sweep<P, T, DT>(
-        shape, plan.sweep, share, lane, u, weight, exchange, &V, t > 1 ? 1 : 0, partial,
-        [&](typename Tile<DT>::Row& c, const typename Tile<DT>::Values& u_hat,
-            const float4* const(&staged)[2], int tile, int i) {
-          load_prior<T, DT>(c, logits, i, shape.J);
-          if (t > 1) add_row_dots<DT>(c, u_hat, staged[0], shape.J, lane);
-          softmax<DT>(c, shape.J, arguments.leaky);
-          const int b = tile * kTileSamples + lane.own_row();
-          if (coupling != nullptr && b < shape.B && lane.writes_own_row()) {
-            T* to = coupling + (std::size_t(b) * shape.I + i) * shape.J;
+    sweep<P, T, DT>(shape, plan.sweep, share, lane, u, weight, exchange, &V, t > 1 ? 1 : 0, partial,
+                    [&](typename Tile<DT>::Row& c, const typename Tile<DT>::Values& u_hat,
+                        const float4* const(&staged)[2], int tile, int i) {
+                      load_prior<T, DT>(c, logits, i, shape.J);
+                      if (t > 1) add_row_dots<DT>(c, u_hat, staged[0], shape.J, lane);
+                      softmax<DT>(c, shape.J, arguments.leaky);
+                      const int b = tile * kTileSamples + lane.own_row();
+                      if (coupling != nullptr && b < shape.B && lane.writes_own_row()) {
+                        T* to = coupling + (std::size_t(b) * shape.I + i) * shape.J;
 #pragma unroll
-            for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-              if (j < shape.J) store(to + j, c[j]);
-            }
-          }
-        });
+                        for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+                          if (j < shape.J) store(to + j, c[j]);
+                        }
+                      }
+                    });
     grid_barrier();
 
     // s^t, v^t and V^t of one output capsule of a tile a block.
@@ -60,9 +59,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
       add_partial_sums<DT>(s, partial, offset, state_size, plan.sweep.capsule_groups, exchange,
                            lane);
       if (share.warp != 0) continue;
-      const auto index = [&](int b, int d) {
-        return (std::size_t(b) * shape.J + j) * shape.D + d;
-      };
+      const auto index = [&](int b, int d) { return (std::size_t(b) * shape.J + j) * shape.D + d; };
       for_each_element<DT>(tile, lane, [&](int n, int e, int b, int d) {
         if (bias != nullptr && d < shape.D) s[n][e] += to_float(bias[j * shape.D + d]);
         if (b < shape.B && d < shape.D) s_out[index(b, d)] = s[n][e];

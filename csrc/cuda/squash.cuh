@@ -1,4 +1,5 @@
-// squash(s) = s / (n + 1 / n), n = |s|, and its transposed Jacobian, for capsules spread over quads.
+// squash(s) = s / (n + 1 / n), n = |s|, and its transposed Jacobian, for capsules spread over
+// quads.
 //
 // A tile of 16 samples lies in registers as results of mma: of output capsule j, lane (g, q) of a
 // warp holds columns 8 f + 2 q and 8 f + 2 q + 1 of row g (elements 0, 1 of fragment f) and of row

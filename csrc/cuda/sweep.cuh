@@ -78,7 +78,8 @@ __device__ __forceinline__ void add_over_lanes(typename Tile<DT>::Values& sum, f
     if (sender >= 0 && sender < half) {
 #pragma unroll
       for (int n = 0; n < Tile<DT>::kFragments; ++n) {
-        if (n / DT < J) tile[n * kWarpSize] = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
+        if (n / DT < J)
+          tile[n * kWarpSize] = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
       }
     }
     __syncthreads();
@@ -102,11 +103,10 @@ __device__ __forceinline__ void add_over_lanes(typename Tile<DT>::Values& sum, f
 // owns, given u_hat of capsule i and the `state_count` state tiles of `states` [tiles][tile], which
 // lie at staged[0..] on chip. `partial` is [G_i][tiles][tile].
 template <class P, class T, int DT, class Coefficients>
-__device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan,
-                                      const Share& share, const Lane& lane, const T* u,
-                                      const T* weight, float4* exchange,
-                                      const float4* const* states, int state_count,
-                                      float4* partial, Coefficients coefficients) {
+__device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan, const Share& share,
+                                      const Lane& lane, const T* u, const T* weight,
+                                      float4* exchange, const float4* const* states,
+                                      int state_count, float4* partial, Coefficients coefficients) {
   const int tiles = ceil_div(shape.B, kTileSamples);
   const int tile_size = shape.J * DT * kWarpSize;  // float4s
   const int weight_elements = shape.J * DT * kTileDims * round_up(shape.K, kTileDims);
@@ -151,8 +151,7 @@ __device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan,
 #pragma unroll
       for (int n = 0; n < Tile<DT>::kFragments; ++n) {
         if (n / DT < shape.J) {
-          to[n * kWarpSize + lane.index] =
-              make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
+          to[n * kWarpSize + lane.index] = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
         }
       }
     }

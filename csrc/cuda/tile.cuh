@@ -24,8 +24,8 @@ struct Tile {
 
 // Where a thread is in its warp.
 struct Lane {
-  int index;  // in the warp
-  int g, q;   // index / 4, index % 4
+  int index;   // in the warp
+  int g, q;    // index / 4, index % 4
   bool upper;  // owns row g + 8 rather than g
 
   __device__ __forceinline__ Lane()
@@ -90,9 +90,9 @@ __device__ __forceinline__ void predict(typename Tile<DT>::Values& u_hat, const 
   };
   using A = typename P::template Operand<4>;
   using B = typename P::template Operand<2>;
-  step(0, [](float(&c)[4], const A& a, const B& b) { P::multiply(c, a, b); });
+  step(0, [](float (&c)[4], const A& a, const B& b) { P::multiply(c, a, b); });
   for (int k0 = kTileDims; k0 < padded_K; k0 += kTileDims) {
-    step(k0, [](float(&c)[4], const A& a, const B& b) { P::multiply_add(c, a, b); });
+    step(k0, [](float (&c)[4], const A& a, const B& b) { P::multiply_add(c, a, b); });
   }
 }
 

@@ -126,9 +126,7 @@ class Launch {
     wait(blocks_[block].arrived, threads_, block * threads_ / kWarp, threads_ / kWarp);
   }
 
-  void grid_barrier() {
-    wait(arrived_, int(warps_.size()) * kWarp, 0, warps_.size());
-  }
+  void grid_barrier() { wait(arrived_, int(warps_.size()) * kWarp, 0, warps_.size()); }
 
   [[noreturn]] void fail(const std::string& message) {
     failure_ = message;

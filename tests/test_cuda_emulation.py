@@ -1,0 +1,273 @@
+"""The CUDA kernels without a GPU: their own sources, run on the host by an emulation of the
+execution model with shuffled schedules, behind the public face and against the oracle."""
+
+import math
+
+import pytest
+import torch
+
+from capsule_kernels import fused_routing, reference_routing
+from capsule_kernels.backends import cuda
+
+from .cases import OPTIONS, Case, check_case, copies, make_inputs, run
+from .cuda_emulation.emulator import KERNELS, Device, Emulator, Shape, build, compiler
+from .tolerance import assert_as_good_as_reference
+
+pytestmark = [
+    pytest.mark.cuda_emulation,
+    pytest.mark.skipif(compiler() is None, reason="the emulation needs g++"),
+]
+
+SHAPES = [
+    Case(B=1), Case(B=3), Case(B=127, I=9), Case(I=1), Case(I=153), Case(J=1), Case(J=2),
+    Case(J=20, D=8), Case(J=10, D=16), Case(K=3), Case(K=6, D=8), Case(K=17), Case(B=48, D=1),
+    Case(D=7), Case(D=10), Case(D=24), Case(D=32), Case(R=1), Case(R=2), Case(R=10),
+    Case(B=33, I=40, J=10),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+    return Emulator(build(tmp_path_factory.mktemp("cuda_emulation")))
+
+
+@pytest.fixture
+def emulator(built: Emulator, monkeypatch: pytest.MonkeyPatch):
+    """The emulated kernels as backend "cuda" for CPU tensors."""
+    figures = cuda.Figures((9, 0), 132, 227 * 1024)
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(
+        cuda, "unsupported", lambda _, dtype, shape: cuda.does_not_fit(figures, dtype, shape)
+    )
+    built.reset()
+    registered = built.install()
+    yield built
+    registered._destroy()
+
+
+@pytest.mark.parametrize("case", [*SHAPES, *OPTIONS], ids=str)
+def test_float32_agrees_with_the_oracle(emulator: Emulator, case: Case) -> None:
+    check_case(case, torch.float32, "cuda")
+    assert emulator.launches == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(), Case(K=3, D=7), Case(D=24), Case(B=33, I=40, J=10), *OPTIONS[-2:]], ids=str
+)
+def test_16_bit_agrees_with_the_oracle(emulator: Emulator, case: Case, dtype: torch.dtype) -> None:
+    check_case(case, dtype, "cuda")
+    assert emulator.launches == ["forward", "backward"]
+
+
+def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """To the nearest value of 11 significant bits, ties away from zero."""
+    bits = x.detach().view(torch.int32) + 0x1000
+    return (bits & ~0x1FFF).view(torch.float32).requires_grad_()
+
+
+@pytest.mark.parametrize("case", [Case(), Case(B=33, I=40, J=10), *OPTIONS[-2:]], ids=str)
+def test_tf32_is_as_good_as_products_of_rounded_inputs(emulator: Emulator, case: Case) -> None:
+    inputs = make_inputs(case, torch.float32)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = run(fused_routing, case, inputs, backend="cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    # The oracle in the same precision: what enters a product is rounded to TF32.
+    rounded = inputs | {name: rounded_to_tf32(inputs[name]) for name in ("u", "weight")}
+    reference = run(reference_routing, case, rounded)
+    exact = run(reference_routing, case, copies(inputs, torch.float64))
+    for name in exact:
+        assert_as_good_as_reference(name, found[name], reference[name], exact[name])
+    strict = run(fused_routing, case, inputs, backend="cuda")
+    assert not torch.equal(strict["v"], found["v"]), "TF32 products were not used"
+
+
+@pytest.mark.parametrize(
+    ("sm_count", "expected"),
+    [(2, (2, 1, 2)), (5, (5, 1, 1)), (7, (3, 2, 1)), (40, (10, 4, 1))],
+)
+def test_layouts_over_devices_of_many_sizes(
+    emulator: Emulator, sm_count: int, expected: tuple[int, int, int]
+) -> None:
+    case = Case(B=50, I=40, J=10, logits=True)
+    emulator.device = Device(sm_count, 227 * 1024)
+    plan = emulator.plan(Shape(case.B, case.I, case.J, case.K, case.D, case.R, 1), torch.float32)
+    assert plan[:3] == expected
+    check_case(case, torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_schedule_gives_the_same_bits(emulator: Emulator, seed: int) -> None:
+    case = Case(B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=9)
+    inputs = make_inputs(case, torch.float32)
+    first = run(fused_routing, case, inputs, backend="cuda")
+    emulator.configure(seed=seed + 1)
+    second = run(fused_routing, case, inputs, backend="cuda")
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+# In these two calls every barrier matters: several tiles, groups of capsules and of samples, and
+# more output capsules than blocks.
+BARRIER_CASES = [Case(B=50, I=8, J=3, D=10, bias=True), Case(B=5, I=20, J=7, K=3, D=8)]
+# The mma before it lets no lane run ahead either, but only a barrier orders memory.
+ORDERS_MEMORY_ONLY = "__syncwarp();  // the previous pair is read"
+
+
+def test_a_missing_barrier_is_found(emulator: Emulator) -> None:
+    """Each barrier of the kernels is left out in turn: some schedule must then give other bits."""
+    inputs = [make_inputs(case, torch.float32) for case in BARRIER_CASES]
+
+    def results() -> list[dict[str, torch.Tensor]]:
+        return [
+            run(fused_routing, case, x, backend="cuda")
+            for case, x in zip(BARRIER_CASES, inputs, strict=True)
+        ]
+
+    def differs(whole: list[dict[str, torch.Tensor]]) -> bool:
+        try:
+            broken = results()
+        except RuntimeError:  # a deadlock, or lanes that stand at different collectives
+            return True
+        return any(
+            not torch.equal(x[name], y[name])
+            for x, y in zip(whole, broken, strict=True)
+            for name in x
+        )
+
+    whole = results()
+    barriers = emulator.barriers()
+    assert len(barriers) >= 15
+    unnoticed = []
+    for barrier in barriers:
+        noticed = False
+        for seed in range(8):
+            emulator.configure(seed, skip=barrier)
+            noticed = differs(whole)
+            if noticed:
+                break
+        if not noticed:
+            file, line = barrier.split(":")
+            unnoticed.append((KERNELS / file).read_text().splitlines()[int(line) - 1].strip())
+    assert unnoticed == [ORDERS_MEMORY_ONLY]
+
+
+@pytest.mark.parametrize("wanted", [("u",), ("weight",), ("logits",), ("bias",), ("u", "bias")])
+def test_only_the_gradients_that_are_wanted(emulator: Emulator, wanted: tuple[str, ...]) -> None:
+    case = Case(B=20, logits=True, bias=True)
+    inputs = make_inputs(case, torch.float32)
+    everything = run(fused_routing, case, inputs, backend="cuda")
+    some = {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+    found = run(fused_routing, case, some, backend="cuda")
+    assert {name for name in found if name.startswith("grad_")} == {f"grad_{n}" for n in wanted}
+    for name in found:
+        assert torch.equal(found[name], everything[name]), name
+
+
+def test_a_silent_capsule_stays_silent(emulator: Emulator) -> None:
+    """squash(0) = 0 with a gradient of exactly 0."""
+    case = Case()
+    inputs = make_inputs(case, torch.float32)
+    with torch.no_grad():
+        inputs["u"][1] = 0
+    found = run(fused_routing, case, inputs, backend="cuda")
+    assert (found["v"][1] == 0).all()
+    assert (found["grad_u"][1] == 0).all()
+    check = run(reference_routing, case, copies(inputs, torch.float32))
+    torch.testing.assert_close(found["grad_u"], check["grad_u"])
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e18])
+def test_no_square_of_a_length_leaves_the_range(emulator: Emulator, scale: float) -> None:
+    check_case(Case(R=1, scale=scale), torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_sample(emulator: Emulator, value: float) -> None:
+    case = Case(B=20)
+    inputs = make_inputs(case, torch.float32)
+    clean = run(fused_routing, case, inputs, backend="cuda")
+    with torch.no_grad():
+        inputs["u"][2, 3, 1] = value
+    found = run(fused_routing, case, inputs, backend="cuda")
+    oracle = run(reference_routing, case, copies(inputs, torch.float32))
+    for name in found:
+        assert torch.equal(found[name].isfinite(), oracle[name].isfinite()), name
+    others = torch.arange(case.B) != 2
+    for name in ("v", "coupling", "grad_u"):
+        assert torch.equal(found[name][others], clean[name][others]), name
+
+
+def test_a_prior_of_minus_infinity_closes_a_path(emulator: Emulator) -> None:
+    case = Case(logits=True)
+    inputs = make_inputs(case, torch.float32)
+    with torch.no_grad():
+        inputs["logits"][:, 2] = -math.inf
+    found = run(fused_routing, case, inputs, backend="cuda")
+    oracle = run(reference_routing, case, copies(inputs, torch.float32))
+    assert (found["coupling"][:, :, 2] == 0).all()
+    for name in found:
+        torch.testing.assert_close(found[name], oracle[name], msg=name)
+
+
+H200 = cuda.Figures((9, 0), 132, 227 * 1024)
+A100 = cuda.Figures((8, 0), 108, 163 * 1024)
+
+
+@pytest.mark.parametrize("figures", [H200, A100], ids=["sm_90", "sm_80"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_python_and_the_plan_agree_on_what_fits(
+    built: Emulator, figures: cuda.Figures, dtype: torch.dtype
+) -> None:
+    built.device = Device(figures.sm_count, figures.shared_per_block)
+    answers = set()
+    for I in (1, 7, 132, 133, 1152, 2048, 4608, 6000, 9216, 20000):
+        for J, D in ((1, 1), (1, 32), (5, 16), (10, 16), (10, 8), (20, 8), (5, 32)):
+            for K in (1, 8, 17, 64, 200):
+                plan = built.plan(Shape(64, I, J, K, D, 3, 1), dtype)
+                fits = plan.capsule_groups > 0 and plan.gradient_warps > 0
+                reason = cuda.does_not_fit(figures, dtype, (I, J, K, D, 3))
+                assert (reason is None) == fits, (I, J, K, D, reason, plan)
+                answers.add(fits)
+    assert answers == {True, False}
+    for J in range(1, 30):
+        for D in range(1, 40):
+            registers = bool(built.library.fits_registers(J, D))
+            reason = cuda.does_not_fit(H200, dtype, (1, J, 8, D, 3))
+            assert (reason is None) == registers, (J, D, reason)
+
+
+@pytest.mark.parametrize(
+    ("figures", "dtype", "shape", "message"),
+    [
+        (H200, torch.float32, (1152, 10, 8, 16, 3), None),
+        (H200, torch.float32, (4608, 10, 8, 16, 3), None),
+        (H200, torch.float32, (9216, 10, 8, 16, 3), "weight does not fit in shared memory"),
+        (H200, torch.bfloat16, (9216, 10, 8, 16, 3), None),
+        (A100, torch.float32, (4608, 10, 8, 16, 3), "weight does not fit in shared memory"),
+        (H200, torch.float32, (3872, 196, 8, 16, 3), "do not fit in registers"),
+        (H200, torch.float32, (10, 2, 8, 64, 3), "do not fit in registers"),
+        (H200, torch.float64, (1152, 10, 8, 16, 3), "got torch.float64"),
+        (cuda.Figures((7, 5), 40, 64 * 1024), torch.float16, (1, 1, 1, 1, 1), "has 7.5"),
+    ],
+)
+def test_the_reason_against_a_call(figures, dtype, shape, message: str | None) -> None:
+    reason = cuda.does_not_fit(figures, dtype, shape)
+    assert reason is None if message is None else message in reason
+
+
+def test_tensors_elsewhere_are_refused() -> None:
+    reason = cuda.unsupported(torch.device("cpu"), torch.float32, (1, 1, 1, 1, 1))
+    assert reason == "it takes CUDA tensors, got tensors on cpu"
+
+
+def test_kernels_know_nothing_of_torch() -> None:
+    named = [
+        path.name
+        for path in KERNELS.iterdir()
+        if "torch/" in path.read_text() or "ATen/" in path.read_text()
+    ]
+    assert named == ["bindings.cpp"]
