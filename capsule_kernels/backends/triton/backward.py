@@ -8,10 +8,12 @@ from .blocks import (
     agreement_vectors,
     capsules_to_columns,
     coupling_coefficients,
+    gradient_of_input,
     input_capsule,
     logit_gradients,
     prediction_vectors,
     prior_logits,
+    product,
     squash,
     squash_vjp,
     state_offsets,
@@ -184,6 +186,7 @@ def routing_gradients_kernel(
     WEIGHT_SHARING: tl.constexpr,
     LEAKY: tl.constexpr,
     FIRST: tl.constexpr,  # whether iteration 1 is differentiated,
+    PARTS: tl.constexpr,  # groups of j in the product W^T du_hat
     LATER: tl.constexpr,  # which of 2 ... R are: "all", "last" or "none"
     BLOCK_B: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -211,7 +214,7 @@ def routing_gradients_kernel(
     for i_j in range(0, J, BLOCK_J):
         j = i_j + tl.arange(0, BLOCK_J)
         W = weight_tile(weight_ptr, row, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC)
-        dW = tl.zeros([BLOCK_J * BLOCK_D, BLOCK_K], ACC)
+        dW = tl.zeros([BLOCK_K, BLOCK_J * BLOCK_D], ACC)  # transposed, as few rows as there are
         for i in range(i_first, i_end):
             prior = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC)
             dprior = tl.zeros([BLOCK_B, BLOCK_J], ACC)
@@ -248,14 +251,10 @@ def routing_gradients_kernel(
                             if LATER == "all":
                                 du_hat += dl[:, :, None] * V
                 columns = capsules_to_columns(du_hat, BLOCK_J, BLOCK_D)
-                # max_num_imprecise_acc: add dW outside the matrix unit, which rounds towards zero.
                 if grad_weight_ptr is not None:
-                    dW += tl.dot(
-                        tl.trans(columns), u, input_precision=PRECISION, out_dtype=ACC,
-                        max_num_imprecise_acc=BLOCK_B,
-                    )  # fmt: skip
+                    dW += product(tl.trans(u), columns, ACC, PRECISION)
                 if grad_u_ptr is not None:
-                    du = tl.dot(columns, W, input_precision=PRECISION, out_dtype=ACC)
+                    du = gradient_of_input(du_hat, W, PARTS, BLOCK_J, BLOCK_D, ACC, PRECISION)
                     o_u = (i_b * I + i)[:, None] * K + i_k[None, :]
                     m_u = (i_b < B)[:, None] & (i_k < K)[None, :]
                     if J > BLOCK_J:
@@ -276,7 +275,7 @@ def routing_gradients_kernel(
             o_w, m_w = weight_offsets(i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K)
             tl.store(
                 grad_weight_ptr + (split * rows + row) * (J * D * K) + o_w,
-                dW.to(grad_weight_ptr.dtype.element_ty),
+                tl.trans(dW).to(grad_weight_ptr.dtype.element_ty),
                 mask=m_w,
             )
         if J > BLOCK_J:

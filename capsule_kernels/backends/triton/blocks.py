@@ -15,6 +15,33 @@ def wide(x, OFFSET: tl.constexpr):
 
 
 @triton.jit
+def split_float32(x):
+    """x = high + low, both of which survive rounding to TF32 but for 2^-23 |x|."""
+    bits = x.to(tl.int32, bitcast=True)
+    high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)  # rounded to 11 bits
+    return high, x - high
+
+
+@triton.jit
+def product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The matrix product a b, in the precision that ``launch.precision_of`` chose.
+
+    "tf32x3" is float32 as three TF32 products, the smallest first; what is left out, low by low,
+    is below 2^-22 of |a| |b|. (Triton's own "tf32x3" spends twice the instructions, on telling
+    infinity from NaN: here infinite operands give NaN.)
+    """
+    if PRECISION == "tf32x3":
+        a_high, a_low = split_float32(a)
+        b_high, b_low = split_float32(b)
+        c = tl.dot(a_low, b_high, input_precision="tf32")
+        c = tl.dot(a_high, b_low, c, input_precision="tf32")
+        c = tl.dot(a_high, b_high, c, input_precision="tf32")
+    else:
+        c = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+    return c
+
+
+@triton.jit
 def column_of(BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
     """The (j, d) that each column n of a tile of weights holds, [BLOCK_J * BLOCK_D] each.
 
@@ -44,6 +71,27 @@ def capsules_to_columns(x, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
     PAIR: tl.constexpr = 2 if BLOCK_D > 1 else 1
     x = tl.reshape(x, [x.shape[0], BLOCK_J, BLOCK_D // PAIR, PAIR])
     return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [x.shape[0], BLOCK_J * BLOCK_D])
+
+
+@triton.jit
+def gradient_of_input(
+    du_hat, W, PARTS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """du = sum_j W_j^T du_hat_j, [BLOCK_B, BLOCK_K].
+
+    As a batched product over PARTS groups of j, added at the end: each warp then multiplies the
+    part of du_hat that it holds. The order (d, j) within a group is the one it holds it in.
+    """
+    B: tl.constexpr = du_hat.shape[0]
+    K: tl.constexpr = W.shape[1]
+    GROUP: tl.constexpr = BLOCK_J // PARTS
+    PAIR: tl.constexpr = 2 if BLOCK_D > 1 else 1
+    x = tl.permute(tl.reshape(du_hat, [B, PARTS, GROUP, BLOCK_D]), (1, 0, 3, 2))
+    x = tl.reshape(x, [PARTS, B, BLOCK_D * GROUP])
+    W = tl.reshape(W, [BLOCK_D // PAIR, PARTS, GROUP, PAIR, K])
+    W = tl.reshape(tl.permute(W, (1, 0, 3, 2, 4)), [PARTS, BLOCK_D * GROUP, K])
+    return tl.sum(product(x, W, ACC, PRECISION), axis=0)
 
 
 @triton.jit
@@ -85,7 +133,7 @@ def prediction_vectors(
     u, W, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
 ):
     """u_hat = W u, [BLOCK_B, BLOCK_J, BLOCK_D]."""
-    u_hat = tl.dot(u, tl.trans(W), input_precision=PRECISION, out_dtype=ACC)
+    u_hat = product(u, tl.trans(W), ACC, PRECISION)
     return columns_to_capsules(u_hat, BLOCK_J, BLOCK_D)
 
 

@@ -118,6 +118,13 @@ def split(rows: int, weight_sharing: int, tiles_B: int, processors: int) -> Spli
     return Split(parts, capsules, ceil_div(tiles_B, batch_tiles), batch_tiles)
 
 
+def parts_of_product(sweep: Sweep) -> int:
+    """Groups of j in W^T du_hat: one for every warp, of four j and of a legal contraction."""
+    tile = sweep.tile
+    columns = tile.BLOCK_J * tile.BLOCK_D
+    return max(1, min(sweep.num_warps, tile.BLOCK_J // 4, columns // MATRIX_ROWS))
+
+
 def needs_int64(*element_counts: int) -> bool:
     """Whether any tensor has elements beyond the reach of 32-bit offsets (masked ones included)."""
     return max(element_counts) > 2**31 - 2**22

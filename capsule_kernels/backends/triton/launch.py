@@ -286,7 +286,7 @@ def routing_backward(
                 grad_weight_ptr=weight_parts, grad_logits_ptr=logits_parts,
                 iterations=R, parts=split.parts, capsules=split.capsules,
                 batch_tiles=split.batch_tiles,
-                FIRST=earliest == 1,
+                PARTS=config.parts_of_product(sweep), FIRST=earliest == 1,
                 LATER="none" if R == 1 else "all" if full_gradient else "last",
             )  # fmt: skip
         sums = [(weight_parts, grad_weight), (logits_parts, grad_logits)]
