@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         description="Train a capsule network (Sabour, Frosst, Hinton 2017).",
         argument_default=argparse.SUPPRESS,
     )
+    flag_pair = argparse.BooleanOptionalAction
     run = p.add_argument_group("run")
     run.add_argument("--experiment", choices=EXPERIMENTS, metavar="NAME", help="see --list")
     run.add_argument("--list", action="store_true", help="show the experiments and leave")
@@ -52,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data's files")
     data.add_argument("--download", action="store_true", help="fetch files that are missing")
     data.add_argument("--shift-pixels", type=int, help="largest random shift of an image")
+    data.add_argument("--image-size", type=int, help="side of what the network sees, in pixels")
+    data.add_argument("--in-channels", type=int, choices=(1, 3), help="own pictures: grey, colour")
 
     train = p.add_argument_group("training (defaults are the experiment's)")
     train.add_argument("--epochs", type=int, help="0 only tests")
@@ -64,11 +67,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--lam-recon", type=float, help="weight of the summed squared error")
     train.add_argument("--margin", choices=("paper", "authors"), help="form of the margin loss")
     train.add_argument("--routings", type=int, help="routing iterations")
+    train.add_argument("--bias", action=flag_pair, help="of class capsules, as the authors'")
     train.add_argument("--seed", type=int)
     train.add_argument("--stop-accuracy", type=float, help="end once the test accuracy is this")
     train.add_argument("--backend", choices=("auto", *backends()), help="of the routing")
-    train.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast")
-    train.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile")
+    train.add_argument("--amp", action=flag_pair, help="bfloat16 autocast")
+    train.add_argument("--tf32", action=flag_pair, help="TF32 tensor cores for float32 products")
+    train.add_argument("--compile", action=flag_pair, help="torch.compile")
     return p
 
 

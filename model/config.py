@@ -11,6 +11,10 @@ Schedule = Literal["epoch", "steps", "linear"]
 MarginForm = Literal["paper", "authors"]
 
 
+ARCHITECTURE_FLAGS = ("routings", "image_size", "in_channels", "bias")
+"""Fields of Architecture that have a flag of their own."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Sizes of a network; the defaults are the paper's for MNIST. A checkpoint carries its own."""
@@ -71,9 +75,18 @@ class Config:
     margin: MarginForm = "paper"
     shift_pixels: int = 2
     """Largest random shift of a training image (of each digit of MultiMNIST), in pixels."""
+    pairs: bool = False
+    """Show two images of different classes laid over each other (MultiMNIST)."""
+    flip: bool = False
+    jitter: bool = False
+    """Random brightness and contrast."""
+    standardize: bool = False
+    """The network sees images of mean 0 and standard deviation 1; reconstructions are of 0..1."""
     seed: int = 0
     backend: str = "auto"
     amp: bool = False
+    tf32: bool = False
+    """Float32 matrix products may use TF32 tensor cores."""
     compile: bool = False
     stop_accuracy: float | None = None
     """End the run once the test accuracy reaches this."""
@@ -100,12 +113,11 @@ class Config:
         self.architecture.check()
 
     def replaced(self, changes: dict[str, Any]) -> Self:
-        """A copy with other values; ``routings`` and ``lam_recon`` reach the architecture."""
+        """A copy with other values; those of ARCHITECTURE_FLAGS and a ``lam_recon`` of 0 reach the
+        architecture."""
         changes = dict(changes)
-        network: dict[str, Any] = {}
-        if "routings" in changes:
-            network["routings"] = changes.pop("routings")
-        if "lam_recon" in changes:
+        network = {name: changes.pop(name) for name in ARCHITECTURE_FLAGS if name in changes}
+        if "lam_recon" in changes and self.architecture.network == "capsnet":
             network["reconstruction"] = changes["lam_recon"] > 0
         architecture = dataclasses.replace(self.architecture, **network)
         return dataclasses.replace(self, architecture=architecture, **changes)

@@ -4,32 +4,31 @@ Leaves in the run's directory: ``metrics.jsonl``, ``checkpoint.safetensors`` (to
 ``weights.safetensors`` (to evaluate and predict), ``reconstructions.png``, TensorBoard events.
 """
 
-import platform
-import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from . import arguments as command_line
 from . import checkpoint as checkpoints
 from .arguments import Arguments
-from .data import load_dataset
+from .capsnet import CapsNet
+from .config import Config
+from .data import Dataset, Source, load_dataset
+from .drawing import reconstruction_rows, save_png
+from .environment import choose_device, description
 from .errors import UserError, run_command
 from .experiments import EXPERIMENTS
 from .fit import Fit
 from .interrupt import Interrupted, Interruption
-from .losses import lengths
 from .metrics import MetricsLog
 from .networks import build
-from .pictures import grid, save_png
 from .trainer import Trainer
-from .views import evaluation_batch
 
 SHOWN = 20
 """How many test images the picture of reconstructions shows."""
@@ -37,10 +36,15 @@ SHOWN = 20
 
 def main(argv: list[str] | None = None) -> int:
     arguments = command_line.parse(argv)
-    console = Console(stderr=True, highlight=False)
     if arguments.list:
         list_experiments()
         return 0
+    trainer = prepare(arguments)
+    return train(trainer, arguments, Console(stderr=True, highlight=False))
+
+
+def prepare(arguments: Arguments) -> Trainer:
+    """Everything that can go wrong before training, in an order that writes nothing before it."""
     device = choose_device(arguments.device)
     state = None
     if arguments.resume is not None:
@@ -50,7 +54,17 @@ def main(argv: list[str] | None = None) -> int:
     else:
         config = command_line.new_config(arguments)
         directory = arguments.save_dir or command_line.default_directory(arguments, config)
-    dataset = load_dataset(config.dataset, arguments.data_dir, arguments.download).to(device)
+    a = config.architecture
+    source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
+    dataset = load_dataset(config.dataset, source).to(device)
+    config = fitted(config, dataset)
+    if state is not None and state.classes != dataset.classes:
+        raise UserError(
+            f"{arguments.resume}: a run with other classes: {', '.join(state.classes)} there, "
+            f"{', '.join(dataset.classes)} in the data"
+        )
+    if config.tf32:
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     model = build(config.architecture, config.backend)
     if arguments.weights is not None:
@@ -59,79 +73,21 @@ def main(argv: list[str] | None = None) -> int:
     trainer = Trainer(config, model, dataset, directory, device)
     if state is not None:
         trainer.restore(state, arguments.resume)
-    return train(trainer, arguments, console)
+    return trainer
 
 
-def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
-    """Run to the end and report; the exit code."""
-    config, directory, progress = trainer.config, trainer.directory, trainer.progress
-    log = MetricsLog(directory, progress.metrics_size, progress.step)
-    if progress.step == 0:
-        log.write("run", 0, description(trainer))
-    console.print(
-        f"{config.dataset}: {len(trainer.dataset.train):,} images to train on, "
-        f"{len(trainer.dataset.test):,} to test; {parameters(trainer.model):,} parameters; "
-        f"in {directory}"
+def fitted(config: Config, dataset: Dataset) -> Config:
+    """With as many classes and channels as the data has."""
+    architecture = replace(
+        config.architecture,
+        classes=len(dataset.classes),
+        in_channels=dataset.train.images.shape[1],
     )
-    with Interruption(console) as interruption:
-        fit = Fit(
-            trainer, log, console, interruption.check,
-            arguments.max_minutes, arguments.checkpoint_minutes,
-        )  # fmt: skip
-        try:
-            outcome = fit.run()
-            if outcome == "out of time":
-                fit.save()
-        except Interrupted as interrupted:
-            fit.save()
-            console.print(f"interrupted, saved; go on: {resume_command(arguments, directory)}")
-            log.close()
-            return interrupted.exit_code
-    report(trainer, fit, outcome, log, console)
-    if outcome == "out of time":
-        console.print(f"out of time; go on: {resume_command(arguments, directory)}")
-    log.close()
-    return 0
-
-
-def report(trainer: Trainer, fit: Fit, outcome: str, log: MetricsLog, console: Console) -> None:
-    """Test errors, weights and the picture of reconstructions at the end of a run."""
-    tests = {trainer.dataset.test_name: trainer.dataset.test, **trainer.dataset.further_tests}
-    results = {name: trainer.test(split) for name, split in tests.items()}
-    weights = trainer.save_weights()
-    values: dict[str, Any] = {"outcome": outcome, "seconds": fit.seconds()}
-    for name, result in results.items():
-        values[name] = {"error": result.error, "wrong": result.wrong, "count": result.count}
-        console.print(
-            f"{name}: error {result.error:.2f} % ({result.wrong} of {result.count:,} wrong)"
-        )
-    log.write("final", trainer.progress.step, values)
-    console.print(f"weights: {weights}")
-    if trainer.config.architecture.reconstruction:
-        picture = trainer.directory / "reconstructions.png"
-        pixels = reconstruction_picture(trainer)
-        save_png(picture, pixels)
-        log.image("reconstructions", pixels, trainer.progress.step)
-        console.print(f"inputs above their reconstructions: {picture}")
-
-
-@torch.no_grad()
-def reconstruction_picture(trainer: Trainer) -> Any:
-    """Test images in rows, each row above its reconstructions from the predicted capsules."""
-    trainer.model.eval()
-    index = torch.arange(min(SHOWN, len(trainer.dataset.test)), device=trainer.device)
-    batch = evaluation_batch(trainer.config, trainer.dataset.test, index)
-    capsules = trainer.model.capsules(batch.images)
-    predicted = lengths(capsules).topk(batch.labels.shape[1]).indices
-    drawn = trainer.model.reconstruct(capsules, predicted).sum(1).clamp(max=1)
-    columns = 10
-    pairs = zip(batch.images.split(columns), drawn.split(columns), strict=True)
-    rows = [images for pair in pairs for images in pair]
-    return grid(torch.cat(rows), columns)
+    return replace(config, architecture=architecture)
 
 
 def prepare_directory(directory: Path, fresh: bool) -> None:
-    """Make the run's directory and see that it can be written, before anything else takes time."""
+    """Make the run's directory and see that it can be written."""
     if fresh and (directory / checkpoints.CHECKPOINT).exists():
         raise UserError(
             f"--save-dir {directory} holds a run already: --resume {directory} goes on with it, "
@@ -145,69 +101,71 @@ def prepare_directory(directory: Path, fresh: bool) -> None:
         raise UserError(f"--save-dir {directory} can't be written: {error.strerror}") from None
 
 
-def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} can't be used: {reason}") from None
-    return device
+def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
+    """Run to the end and report; the exit code."""
+    config, directory, progress = trainer.config, trainer.directory, trainer.progress
+    dataset = trainer.dataset
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    log = MetricsLog(directory, progress.metrics_size, progress.step)
+    if progress.step == 0:
+        about = {"experiment": arguments.experiment or config.dataset, "config": config.to_dict()}
+        log.write("run", 0, about | {"parameters": parameters} | description(trainer.device))
+    console.print(
+        f"{config.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to "
+        f"test; {parameters:,} parameters; in {directory}"
+    )
+    go_on = f"python -m model.train --resume {directory} --data-dir {arguments.data_dir}"
+    with Interruption(console) as interruption:
+        fit = Fit(
+            trainer, log, console, interruption.check,
+            arguments.max_minutes, arguments.checkpoint_minutes,
+        )  # fmt: skip
+        try:
+            outcome = fit.run()
+            if outcome == "out of time":
+                fit.save()
+        except Interrupted as interrupted:
+            fit.save()
+            log.close()
+            console.print(f"interrupted, saved; go on: {go_on}", soft_wrap=True)
+            return interrupted.exit_code
+    report(trainer, fit, outcome, log, console)
+    if outcome == "out of time":
+        console.print(f"out of time, saved; go on: {go_on}", soft_wrap=True)
+    log.close()
+    return 0
 
 
-def description(trainer: Trainer) -> dict[str, Any]:
-    """What a reader of the metrics needs to judge them."""
-    return {
-        "config": trainer.config.to_dict(),
-        "command": " ".join(["python -m model.train", *sys.argv[1:]]),
-        "parameters": parameters(trainer.model),
-        "device": device_name(trainer.device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit(),
-    }
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+def report(trainer: Trainer, fit: Fit, outcome: str, log: MetricsLog, console: Console) -> None:
+    """Test errors, weights and the picture of reconstructions at the end of a run."""
+    tests = {trainer.dataset.test_name: trainer.dataset.test, **trainer.dataset.further_tests}
+    results = {name: trainer.test(split) for name, split in tests.items()}
+    weights = trainer.save_weights()
+    values: dict[str, Any] = {"outcome": outcome, "seconds": fit.seconds(), "tests": {}}
+    for name, result in results.items():
+        values["tests"][name] = {
+            "error": result.error, "wrong": result.wrong, "count": result.count
+        }  # fmt: skip
+        console.print(
+            f"{name}: error {result.error:.2f} % ({result.wrong:,} of {result.count:,} wrong)"
         )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit of this source, where it is a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def resume_command(arguments: Arguments, directory: Path) -> str:
-    data = "" if arguments.data_dir == Path("data") else f" --data-dir {arguments.data_dir}"
-    return f"python -m model.train --resume {directory}{data}"
+    log.write("final", trainer.progress.step, values)
+    console.print(f"weights: {weights}", soft_wrap=True)
+    if isinstance(trainer.model, CapsNet) and trainer.model.decoder is not None:
+        picture = trainer.directory / "reconstructions.png"
+        pixels = reconstruction_rows(trainer.model, trainer.test_batch(SHOWN))
+        save_png(picture, pixels)
+        log.image("reconstructions", pixels, trainer.progress.step)
+        console.print(f"inputs above their reconstructions: {picture}", soft_wrap=True)
 
 
 def list_experiments() -> None:
-    table = Table("experiment", "what", "the paper's figure")
+    """One line for each experiment, with the paper's test error."""
+    table = Table("experiment", "what", "the paper's test error", box=None, pad_edge=False)
     for name, experiment in EXPERIMENTS.items():
         table.add_row(name, experiment.about, experiment.paper)
-    Console().print(table)
+    # Piped into a file or grep, a line stays a line.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from .config import Config
 from .data import Dataset, Split
 from .losses import correct, total_loss
 from .networks import Network
-from .views import Batch, evaluation_batch, training_batch
+from .views import Batch, evaluation_views, show, training_batch
 
 EVALUATION_BATCH = 250
 TRAINING, ORDER = range(2)
@@ -146,14 +146,20 @@ class Trainer:
     def test(self, split: Split, between: Callable[[], None] = lambda: None) -> TestResult:
         """Loss (the margin alone) and errors on a split; ``between`` is called after each batch."""
         self.model.eval()
+        views = evaluation_views(self.config, split)
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for index in torch.arange(len(split), device=self.device).split(EVALUATION_BATCH):
-            batch = evaluation_batch(self.config, split, index)
+        for start in range(0, len(views), EVALUATION_BATCH):
+            batch = show(self.config, split, views[start : start + EVALUATION_BATCH])
             loss, right = self.loss(batch, with_reconstruction=False)
-            sums += torch.stack([loss * len(index), (~right).sum()])
+            sums += torch.stack([loss * len(right), (~right).sum()])
             between()
         loss_sum, wrong = sums.tolist()
-        return TestResult(loss_sum / len(split), int(wrong), len(split))
+        return TestResult(loss_sum / len(views), int(wrong), len(views))
+
+    def test_batch(self, count: int) -> Batch:
+        """The first images of the test."""
+        split = self.dataset.test
+        return show(self.config, split, evaluation_views(self.config, split)[:count])
 
     def save(self) -> None:
         """The whole state, atomically."""

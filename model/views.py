@@ -1,19 +1,26 @@
-"""What a network sees of a data set: windows onto images, drawn and cut on the training device.
+"""What a network sees of a data set, drawn and cut on the training device.
 
-Everything random comes from the generator given, so that a batch follows from its seed.
+A view is a window onto one image, or onto two of different classes laid over each other. Everything
+random comes from the generator given, so that a batch follows from its seed.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Generator, Tensor
 
+from .augment import flip_some, jitter, standardize
 from .config import Config
 from .data import Split
+from .windows import window
+
+TEST_SEED = 20171026
+"""Of the views that are drawn once for testing: the same in every run."""
 
 
 class Batch(NamedTuple):
-    """``images`` [B, C, S, S] in 0..1, ``labels`` [B, T], ``originals`` [B, T, C, S, S].
+    """``images`` [B, C, S, S], ``labels`` [B, T], ``originals`` [B, T, C, S, S] in 0..1.
 
     T is how many objects an image shows; ``originals`` are what reconstructions are compared with:
     each object alone.
@@ -24,73 +31,95 @@ class Batch(NamedTuple):
     originals: Tensor
 
 
-def window(images: Tensor, index: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
-    """Square windows onto some of the images; what lies outside an image is 0.
+@dataclass(frozen=True)
+class Views:
+    """``index``: which images, ``top`` and ``left``: where their windows begin; all [B, T]."""
 
-    Args:
-        images: [N, C, H, W].
-        index: which of them, [B].
-        top, left: where the window begins in its image, in pixels, may be negative, [B].
-        size: side of the windows.
+    index: Tensor
+    top: Tensor
+    left: Tensor
 
-    Returns:
-        [B, C, size, size]: ``out[b, c, y, x] = images[index[b], c, top[b] + y, left[b] + x]``.
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, part: slice) -> Self:
+        return type(self)(self.index[part], self.top[part], self.left[part])
+
+
+def uniform(low: int, high: int, shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """Whole numbers from low to high, both included, on the generator's device."""
+    return torch.randint(low, high + 1, shape, generator=generator, device=generator.device)
+
+
+def other_class(split: Split, index: Tensor, generator: Generator) -> Tensor:
+    """For each image [B] another one of the split, uniform among those of different class [B]."""
+    by_class, start, count = split.class_blocks
+    label = split.labels[index]
+    # A place among all images of other classes, in order of class; jump over the own class's block.
+    others = len(split) - count[label]
+    share = torch.rand(index.shape, generator=generator, device=index.device, dtype=torch.float64)
+    place = (share * others).long().minimum(others - 1)
+    return by_class[place + torch.where(place >= start[label], count[label], 0)]
+
+
+def random_views(
+    config: Config, split: Split, index: Tensor, generator: Generator, shift: int
+) -> Views:
+    """Randomly placed views whose first object is ``index`` [B].
+
+    A window smaller than the image lies anywhere inside it. A larger one lies anywhere around it,
+    or, if it shows pairs, centrally. Then each is moved by up to ``shift`` pixels.
     """
-    _, C, H, W = images.shape
-    steps = torch.arange(size, device=images.device)
-    y, x = top[:, None] + steps, left[:, None] + steps  # [B, size]
-    inside = ((y >= 0) & (y < H))[:, None, :, None] & ((x >= 0) & (x < W))[:, None, None, :]
-    cut = images[
-        index[:, None, None, None],
-        torch.arange(C, device=images.device)[None, :, None, None],
-        y.clamp(0, H - 1)[:, None, :, None],
-        x.clamp(0, W - 1)[:, None, None, :],
-    ]
-    return cut * inside
-
-
-def random_starts(
-    count: int, native: int, size: int, shift: int, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """Where ``count`` random windows begin (top, left), uniformly: [count] each.
-
-    A window smaller than the image lies anywhere inside it, a larger one anywhere around it; then
-    it is moved by up to ``shift`` pixels in each direction.
-    """
+    native, size = split.images.shape[-1], config.architecture.image_size
     margin = native - size
+    if config.pairs:
+        index = torch.stack([index, other_class(split, index, generator)], -1)
+        low = high = margin // 2
+    else:
+        index = index.unsqueeze(-1)
+        low, high = min(margin, 0), max(margin, 0)
 
     def draw() -> Tensor:
-        start = uniform(min(margin, 0), max(margin, 0), count, generator)
-        return start + uniform(-shift, shift, count, generator)
+        shape = tuple(index.shape)
+        return uniform(low, high, shape, generator) + uniform(-shift, shift, shape, generator)
 
-    return draw(), draw()
-
-
-def uniform(low: int, high: int, count: int, generator: Generator) -> Tensor:
-    """Whole numbers from low to high, both included: [count], on the generator's device."""
-    return torch.randint(low, high + 1, (count,), generator=generator, device=generator.device)
+    return Views(index, draw(), draw())
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 to float32 in 0..1."""
-    return images.float() / 255
+def evaluation_views(config: Config, split: Split, repeats: int = 1) -> Views:
+    """The views a network is tested on: the same in every run.
+
+    Central windows; but where an image is placed on a larger canvas or over another one, this is
+    drawn once, ``repeats`` times for each image.
+    """
+    device = split.labels.device
+    index = torch.arange(len(split), device=device).repeat(repeats)
+    margin = split.images.shape[-1] - config.architecture.image_size
+    if config.pairs or margin < 0:
+        generator = torch.Generator(device).manual_seed(TEST_SEED)
+        shift = config.shift_pixels if config.pairs else 0
+        return random_views(config, split, index, generator, shift)
+    start = torch.full_like(index, margin // 2).unsqueeze(-1)
+    return Views(index.unsqueeze(-1), start, start)
+
+
+def show(config: Config, split: Split, views: Views, generator: Generator | None = None) -> Batch:
+    """The images of views; with a generator, flipped and jittered where ``config`` says so."""
+    size = config.architecture.image_size
+    index, top, left = (x.flatten() for x in (views.index, views.top, views.left))
+    objects = window(split.images, index, top, left, size).float() / 255  # [B * T, C, S, S]
+    if generator is not None and config.flip:
+        objects = flip_some(objects, generator)
+    if generator is not None and config.jitter:
+        objects = jitter(objects, generator)
+    originals = objects.unflatten(0, tuple(views.index.shape))
+    images = originals.sum(1).clamp(max=1)
+    if config.standardize:
+        images = standardize(images)
+    return Batch(images, split.labels[views.index], originals)
 
 
 def training_batch(config: Config, split: Split, index: Tensor, generator: Generator) -> Batch:
-    """A randomly placed view of each of the images ``index`` [B]."""
-    native, size = split.images.shape[-1], config.architecture.image_size
-    top, left = random_starts(len(index), native, size, config.shift_pixels, generator)
-    return single(split, index, top, left, size)
-
-
-def evaluation_batch(config: Config, split: Split, index: Tensor) -> Batch:
-    """The one view by which each of the images ``index`` [B] is tested: the central one."""
-    native, size = split.images.shape[-1], config.architecture.image_size
-    start = torch.full_like(index, (native - size) // 2)
-    return single(split, index, start, start, size)
-
-
-def single(split: Split, index: Tensor, top: Tensor, left: Tensor, size: int) -> Batch:
-    """Views that show one object each, T = 1."""
-    images = to_unit(window(split.images, index, top, left, size))
-    return Batch(images, split.labels[index, None], images.unsqueeze(1))
+    """A random view of each of the images ``index`` [B]."""
+    views = random_views(config, split, index, generator, config.shift_pixels)
+    return show(config, split, views, generator)

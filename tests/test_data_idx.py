@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.data import load_dataset
+from model.data import Source, load_dataset
 from model.data.idx import FILES, read_idx
 from model.errors import UserError
 
@@ -36,7 +36,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 def test_reads_every_pixel(data_dir: Path) -> None:
-    dataset = load_dataset("mnist", data_dir)
+    dataset = load_dataset("mnist", Source(data_dir))
     rng = np.random.default_rng(0)
     assert dataset.train.images.dtype == torch.uint8
     np.testing.assert_array_equal(dataset.train.images[:, 0], rng.integers(0, 256, (20, 28, 28)))
@@ -46,7 +46,7 @@ def test_reads_every_pixel(data_dir: Path) -> None:
     packed = data_dir / "mnist" / TRAIN_IMAGES
     (data_dir / "mnist" / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
     packed.unlink()
-    again = load_dataset("mnist", data_dir / "mnist")
+    again = load_dataset("mnist", Source(data_dir / "mnist"))
     assert torch.equal(again.train.images, dataset.train.images)
 
 
@@ -54,7 +54,7 @@ def test_reads_every_pixel(data_dir: Path) -> None:
 def test_the_publishers_own_files(name: str) -> None:
     if not (SHARED / name).is_dir():
         pytest.skip(f"the original files of {name} are not here")
-    dataset = load_dataset(name, SHARED)
+    dataset = load_dataset(name, Source(SHARED))
     assert dataset.train.images.shape == (60_000, 1, 28, 28)
     assert dataset.test.images.shape == (10_000, 1, 28, 28)
     content = gzip.decompress((SHARED / name / FILES["test"][0]).read_bytes())
@@ -122,7 +122,7 @@ def test_bad_files_are_named_in_one_line(data_dir: Path, damage) -> None:  # typ
     path = data_dir / "mnist" / TRAIN_IMAGES
     expected = damage(path)
     with pytest.raises(UserError) as caught:
-        load_dataset("mnist", data_dir)
+        load_dataset("mnist", Source(data_dir))
     message = str(caught.value)
     assert expected in message
     assert str(path) in message
@@ -133,7 +133,7 @@ def test_labels_must_be_digits(data_dir: Path) -> None:
     path = data_dir / "mnist" / TRAIN_LABELS
     path.write_bytes(gzip.compress(idx(np.arange(20))))
     with pytest.raises(UserError, match=r"labels must be 0 to 9, got 0 to 19"):
-        load_dataset("mnist", data_dir)
+        load_dataset("mnist", Source(data_dir))
 
 
 def test_read_idx_of_other_rank(tmp_path: Path) -> None:

@@ -6,25 +6,37 @@ import torch
 from capsule_kernels import squash
 from model.capsnet import CapsNet, PrimaryCapsules
 from model.config import Architecture
+from model.experiments import EXPERIMENTS
+from model.networks import build
 
 from .tiny import tiny_capsnet
 
 
 def parameters(architecture: Architecture) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in CapsNet(architecture).parameters())
+        return sum(p.numel() for p in build(architecture).parameters())
 
 
 @pytest.mark.parametrize(
-    ("architecture", "expected"),
+    ("experiment", "expected"),
     [
-        (Architecture(), 8_215_568),
-        (Architecture(reconstruction=False), 6_804_224),
-        (Architecture(image_size=36), 11_361_808),
+        ("mnist", 8_215_568),
+        ("mnist-r1", 8_215_568),
+        ("mnist-no-reconstruction", 6_804_224),
+        ("digits", 8_215_568),
+        ("fashion-mnist", 8_215_568),
+        ("baseline-mnist", 35_445_522),
+        ("multimnist", 11_361_808),
+        ("baseline-multimnist", 24_563_978),
+        ("affnist", 13_475_648),
+        ("baseline-affnist", 11_719_458),
+        ("cifar10", 22_476_288),
+        ("smallnorb", 6_661_120),
+        ("svhn", 1_004_896),
     ],
 )
-def test_parameter_counts(architecture: Architecture, expected: int) -> None:
-    assert parameters(architecture) == expected
+def test_parameter_counts(experiment: str, expected: int) -> None:
+    assert parameters(EXPERIMENTS[experiment].config.architecture) == expected
 
 
 def test_bias_adds_one_vector_a_class() -> None:
@@ -32,20 +44,22 @@ def test_bias_adds_one_vector_a_class() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "capsules"),
+    ("experiment", "capsules"),
     [
-        (Architecture(), 1152),
-        (Architecture(image_size=36), 3200),
-        (Architecture(image_size=40), 4608),
-        (Architecture(image_size=24, capsule_types=64, same_padding=True), 9216),
-        (Architecture(image_size=32, capsule_types=16, capsule_dim=6), 1024),
+        ("mnist", 1152),
+        ("multimnist", 3200),
+        ("affnist", 4608),
+        ("smallnorb", 2048),
+        ("cifar10", 9216),
+        ("svhn", 1024),
     ],
 )
-def test_capsule_counts_of_the_paper(architecture: Architecture, capsules: int) -> None:
+def test_capsule_counts_of_the_paper(experiment: str, capsules: int) -> None:
+    a = EXPERIMENTS[experiment].config.architecture
     with torch.device("meta"):
-        network = CapsNet(architecture)
-        images = torch.zeros(2, 1, architecture.image_size, architecture.image_size)
-        assert network.primary_capsules(images).shape == (2, capsules, architecture.capsule_dim)
+        network = CapsNet(a)
+        images = torch.zeros(2, a.in_channels, a.image_size, a.image_size)
+        assert network.primary_capsules(images).shape == (2, capsules, a.capsule_dim)
         assert network.digits.in_capsules == capsules
 
 

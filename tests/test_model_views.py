@@ -1,11 +1,13 @@
-"""Windows onto images, and where random ones lie."""
+"""Windows onto images, where random ones lie, and what networks are trained and tested on."""
 
 import pytest
 import torch
 
+from model.augment import flip_some, jitter, standardize
 from model.config import Architecture, Config
 from model.data import Split
-from model.views import evaluation_batch, random_starts, training_batch, window
+from model.views import evaluation_views, random_views, show, training_batch
+from model.windows import window
 
 
 def split(count: int = 6, size: int = 10, channels: int = 2) -> Split:
@@ -13,6 +15,10 @@ def split(count: int = 6, size: int = 10, channels: int = 2) -> Split:
     shape = (count, channels, size, size)
     images = torch.randint(1, 256, shape, generator=generator, dtype=torch.uint8)
     return Split(images, torch.arange(count))
+
+
+def seen(size: int, **changes: object) -> Config:
+    return Config(architecture=Architecture(image_size=size), **changes)  # type: ignore[arg-type]
 
 
 def test_window_pixel_by_pixel() -> None:
@@ -38,22 +44,24 @@ def test_window_pixel_by_pixel() -> None:
         (32, 30, 1, {-1, 0, 1, 2, 3}),
     ],
 )
-def test_random_starts_reach_every_place(
+def test_random_views_reach_every_place(
     native: int, size: int, shift: int, expected: set[int]
 ) -> None:
-    top, left = random_starts(500, native, size, shift, torch.Generator().manual_seed(0))
-    assert set(top.tolist()) == expected
-    assert set(left.tolist()) == expected
-    assert not torch.equal(top, left)
+    data = split(1, native)
+    index = torch.zeros(500, dtype=torch.long)
+    views = random_views(seen(size), data, index, torch.Generator().manual_seed(0), shift)
+    assert views.index.shape == (500, 1)
+    assert set(views.top.flatten().tolist()) == expected
+    assert set(views.left.flatten().tolist()) == expected
+    assert not torch.equal(views.top, views.left)
 
 
 def test_training_batch_follows_from_the_generator() -> None:
-    config = Config(architecture=Architecture(image_size=10), shift_pixels=2)
     index = torch.tensor([5, 0, 1, 1])
 
     def draw(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        batch = training_batch(config, split(), index, generator)
+        batch = training_batch(seen(10, shift_pixels=2), split(), index, generator)
         assert batch.labels.tolist() == [[5], [0], [1], [1]]
         assert torch.equal(batch.images, batch.originals[:, 0])
         assert 0 <= batch.images.min() <= batch.images.max() <= 1
@@ -63,15 +71,54 @@ def test_training_batch_follows_from_the_generator() -> None:
     assert not torch.equal(draw(1), draw(2))
 
 
-@pytest.mark.parametrize("size", [8, 10, 12])
-def test_test_batch_is_central(size: int) -> None:
-    images = split().images
-    config = Config(architecture=Architecture(image_size=size))
-    batch = evaluation_batch(config, split(), torch.tensor([4]))
-    edge = abs(10 - size) // 2
-    if size <= 10:
-        expected = images[4, :, edge : edge + size, edge : edge + size] / 255
-        torch.testing.assert_close(batch.images[0], expected)
-    else:
-        torch.testing.assert_close(batch.images[0, :, edge:-edge, edge:-edge], images[4] / 255)
-        assert batch.images.sum() == pytest.approx(float(images[4].sum() / 255), rel=1e-5)
+@pytest.mark.parametrize("size", [8, 10])
+def test_evaluation_is_central(size: int) -> None:
+    data, edge = split(), (10 - size) // 2
+    batch = show(seen(size), data, evaluation_views(seen(size), data))
+    expected = data.images[..., edge : edge + size, edge : edge + size] / 255
+    torch.testing.assert_close(batch.images, expected)
+    assert batch.labels.flatten().tolist() == list(range(6))
+
+
+def test_evaluation_places_small_images_once_and_for_all() -> None:
+    data = split(200)
+    first, again = (evaluation_views(seen(13), data) for _ in range(2))
+    assert torch.equal(first.top, again.top)
+    assert set(first.top.flatten().tolist()) == {-3, -2, -1, 0}
+    batch = show(seen(13), data, first)
+    torch.testing.assert_close(batch.images.sum((1, 2, 3)), data.images.sum((1, 2, 3)) / 255)
+
+
+def test_flips_mirror_about_half() -> None:
+    images = split(400).images / 255
+    flipped = flip_some(images, torch.Generator().manual_seed(0))
+    same = (flipped == images).flatten(1).all(1)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    assert (same ^ mirrored).all()
+    assert 150 < int(same.sum()) < 250
+
+
+def test_jitter_moves_brightness_and_contrast_within_range() -> None:
+    images = 0.4 + 0.2 * torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    changed = jitter(images, torch.Generator().manual_seed(1))
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    shift = (changed.mean((1, 2, 3)) - images.mean((1, 2, 3))).abs()
+    assert 0.2 < shift.max() <= 0.2501
+    ratio = changed.std((1, 2, 3)) / images.std((1, 2, 3))
+    assert 0.49 < ratio.min() < 0.55
+    assert 1.45 < ratio.max() < 1.51
+
+
+def test_standardized_images() -> None:
+    images = standardize(torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(images.mean((1, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(images.std((1, 2, 3), correction=0), torch.ones(3))
+    assert (standardize(torch.full((1, 1, 8, 8), 0.7)).abs() < 1e-5).all()
+
+
+def test_only_the_input_is_standardized() -> None:
+    config, data = seen(10, standardize=True), split()
+    batch = show(config, data, evaluation_views(config, data))
+    torch.testing.assert_close(batch.originals[:, 0], data.images / 255)
+    torch.testing.assert_close(batch.images, standardize(data.images / 255))

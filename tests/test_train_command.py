@@ -42,7 +42,8 @@ def test_flags_reach_the_configuration() -> None:
         "dataset": "mnist", "epochs": 7, "batch_size": 100, "lr": 0.002, "lr_decay": 0.95,
         "lam_recon": 0.001, "shift_pixels": 3, "seed": 5, "backend": "reference", "amp": True,
         "accumulate": 4, "margin": "authors", "lr_schedule": "steps", "lr_decay_steps": 99,
-        "compile": False, "stop_accuracy": None,
+        "compile": False, "stop_accuracy": None, "pairs": False, "flip": False, "jitter": False,
+        "standardize": False, "tf32": False,
     }  # fmt: skip
     assert not new_config(parse(["--lam-recon", "0"])).architecture.reconstruction
 
@@ -176,5 +177,8 @@ def test_one_line_and_exit_code_2_in_a_fresh_process(tmp_path: Path) -> None:
 
 def test_list_shows_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--list"]) == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in EXPERIMENTS)
+    lines = capsys.readouterr().out.splitlines()
+    for name, experiment in EXPERIMENTS.items():
+        (line,) = [line for line in lines if line.startswith(name + " ")]
+        assert experiment.about in line
+        assert experiment.paper in line

@@ -137,4 +137,4 @@ def test_metrics_are_json_lines_with_all_that_judges_them(uninterrupted: Path) -
     assert lines[0].keys() >= {"command", "device", "threads", "torch", "commit", "parameters"}
     assert lines[2]["epoch"] == 2
     assert lines[2]["train_loss"] < lines[1]["train_loss"]
-    assert lines[3]["test"]["count"] == 50
+    assert lines[3]["tests"]["test"]["count"] == 50

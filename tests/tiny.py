@@ -3,13 +3,11 @@
 ``python -m tests.tiny FLAGS`` is ``python -m model.train`` with the experiment "tiny" added.
 """
 
-from pathlib import Path
-
 import pytest
 
 from model.capsnet import CapsNet
 from model.config import Architecture, Config
-from model.data import DATASETS, Dataset, Split
+from model.data import DATASETS, Dataset, Source, Split
 from model.data.digits import load
 from model.errors import run_command
 from model.experiments import EXPERIMENTS, Experiment
@@ -22,7 +20,7 @@ CONFIG = Config("tiny", ARCHITECTURE, epochs=2, batch_size=64, lr=3e-3)
 STEPS_PER_EPOCH = 4
 
 
-def load_tiny(data_dir: Path, download: bool) -> Dataset:
+def load_tiny(source: Source) -> Dataset:
     """Some of scikit-learn's digits."""
     digits = load()
     train, test = (

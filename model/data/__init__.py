@@ -4,6 +4,7 @@ One module a file format; :func:`load_dataset` is the only door.
 """
 
 from .registry import DATASETS, load_dataset
+from .source import Source
 from .splits import Dataset, Split
 
-__all__ = ["DATASETS", "Dataset", "Split", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Source", "Split", "load_dataset"]

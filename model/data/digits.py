@@ -8,13 +8,14 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import UserError
+from .source import Source
 from .splits import Dataset, Split
 
 HELD_OUT = 0.2
 IMAGE_SIZE = 28
 
 
-def load() -> Dataset:
+def load(_source: Source | None = None) -> Dataset:
     """1,437 digits to train on and 360 held out, resized to [1, 28, 28].
 
     The same digits are held out whatever a run's seed: a fifth of each class, drawn once.

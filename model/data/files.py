@@ -7,8 +7,10 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
+from .source import Source
 
 UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
@@ -25,28 +27,26 @@ class Remote:
     checksum: str
 
 
-def find(data_dir: Path, dataset: str, name: str) -> Path | None:
+def find(source: Source, dataset: str, name: str) -> Path | None:
     """``name``, or a packed or unpacked form of it, in ``data_dir/dataset`` or ``data_dir``."""
-    bare = Path(name).with_suffix("").name if Path(name).suffix in UNPACK else name
-    for folder in (data_dir / dataset, data_dir):
+    bare = Path(name).stem if Path(name).suffix in UNPACK else name
+    for folder in (source.data_dir / dataset, source.data_dir):
         for candidate in (name, bare, *(bare + suffix for suffix in UNPACK)):
             if (folder / candidate).is_file():
                 return folder / candidate
     return None
 
 
-def require(
-    data_dir: Path, dataset: str, name: str, remote: Remote | None = None, download: bool = False
-) -> Path:
+def require(source: Source, dataset: str, name: str, remote: Remote | None = None) -> Path:
     """The path of a file that is there, or was downloaded if asked for; UserError otherwise."""
-    found = find(data_dir, dataset, name)
+    found = find(source, dataset, name)
     if found is not None:
         return found
-    if download and remote is not None:
-        return fetch(remote, data_dir / dataset / name)
-    hint = "; --download fetches it" if remote is not None and not download else ""
+    if source.download and remote is not None:
+        return fetch(remote, source.data_dir / dataset / name)
+    hint = "; --download fetches it" if remote is not None else ""
     raise UserError(
-        f"{data_dir / dataset / name} is not there (nor {data_dir / name}); "
+        f"{source.data_dir / dataset / name} is not there (nor {source.data_dir / name}); "
         f"--data-dir names the folder of the data{hint}"
     )
 
@@ -55,13 +55,12 @@ def fetch(remote: Remote, path: Path) -> Path:
     """Download to ``path`` with a progress bar; it appears there only with the right checksum."""
     try:
         import pooch
-    except ImportError:
-        raise UserError(f"downloading {remote.url} needs pooch: pip install pooch tqdm") from None
+
+        downloader = pooch.HTTPDownloader(progressbar=True)
+    except (ImportError, ValueError):  # it wants tqdm for the bar
+        raise UserError("--download needs two packages: pip install pooch tqdm") from None
     try:
-        pooch.retrieve(
-            remote.url, remote.checksum, path.name, path.parent,
-            downloader=pooch.HTTPDownloader(progressbar=True),
-        )  # fmt: skip
+        pooch.retrieve(remote.url, remote.checksum, path.name, path.parent, downloader=downloader)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: downloading {remote.url} failed: {reason}") from None
@@ -83,3 +82,18 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(
             f"{path}: not a whole {path.suffix[1:]} file, truncated or damaged ({error})"
         ) from None
+
+
+def read_mat(path: Path) -> dict[str, Any]:
+    """The variables of a MATLAB file (version 5); UserError if it is none or damaged."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError(f"{path}: reading .mat files needs scipy: pip install scipy") from None
+    try:
+        return loadmat(path, squeeze_me=False)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+    except Exception as error:  # scipy raises many kinds for a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a whole MATLAB file, damaged ({reason})") from None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .files import Remote, read_bytes, require
+from .source import Source
 from .splits import Dataset, Split
 
 DIGITS = tuple("0123456789")
@@ -66,19 +67,15 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
 
 
-def load(dataset: str, data_dir: Path, download: bool = False) -> Dataset:
+def load(dataset: str, source: Source) -> Dataset:
     """MNIST or Fashion-MNIST: 60,000 and 10,000 images [1, 28, 28]."""
     splits = {}
-    for name, (images_name, labels_name) in FILES.items():
+    for name, files in FILES.items():
         images, labels = (
             require(
-                data_dir,
-                dataset,
-                file,
-                Remote(URLS[dataset] + file, "md5:" + MD5[dataset][file]),
-                download,
+                source, dataset, file, Remote(URLS[dataset] + file, "md5:" + MD5[dataset][file])
             )
-            for file in (images_name, labels_name)
+            for file in files
         )
         split = Split(read_idx(images, 3).unsqueeze(1), read_idx(labels, 1).long())
         splits[name] = split.check(str(images), 10)

@@ -2,22 +2,27 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from . import digits, idx
+from . import affnist, cifar10, digits, idx, pictures, smallnorb, svhn
+from .source import Source
 from .splits import Dataset
 
-DATASETS: dict[str, Callable[[Path, bool], Dataset]] = {
-    "digits": lambda data_dir, download: digits.load(),
+DATASETS: dict[str, Callable[[Source], Dataset]] = {
+    "digits": digits.load,
     "mnist": partial(idx.load, "mnist"),
     "fashion-mnist": partial(idx.load, "fashion-mnist"),
+    "affnist": affnist.load,
+    "cifar10": cifar10.load,
+    "smallnorb": smallnorb.load,
+    "svhn": svhn.load,
+    "folder": pictures.load,
 }
 
 
-def load_dataset(name: str, data_dir: Path, download: bool = False) -> Dataset:
-    """A data set by name, its files taken from ``data_dir/name`` or ``data_dir``, on the CPU.
+def load_dataset(name: str, source: Source) -> Dataset:
+    """A data set by name, on the CPU, its files in ``data_dir/name`` or ``data_dir``.
 
-    With ``download``, files that are missing are fetched there, checksums compared. Raises
+    With ``source.download``, files that are missing are fetched there, checksums compared. Raises
     UserError, naming the file, where one is missing, damaged or of another format.
     """
-    return DATASETS[name](data_dir, download)
+    return DATASETS[name](source)

@@ -1,6 +1,7 @@
 """The form every data set takes in memory."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -18,6 +19,12 @@ class Split:
 
     def __len__(self) -> int:
         return self.labels.shape[0]
+
+    @cached_property
+    def class_blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images in order of class [N], where each class begins and how many it has [classes]."""
+        count = self.labels.bincount()
+        return self.labels.argsort(stable=True), count.cumsum(0) - count, count
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.images.to(device), self.labels.to(device))

@@ -1,12 +1,16 @@
 """Pictures of tensors as PNG files."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .capsnet import CapsNet
 from .checkpoint import write_atomically
+from .losses import lengths
+from .views import Batch
 
 GAP = 2
 """Pixels between the images of a grid."""
@@ -29,10 +33,20 @@ def grid(images: Tensor, columns: int) -> np.ndarray:
     return (canvas * 255).round().byte().permute(1, 2, 0).numpy()
 
 
+@torch.no_grad()
+def reconstruction_rows(model: CapsNet, batch: Batch, columns: int = 10) -> np.ndarray:
+    """Rows of inputs, each above its reconstructions from the capsules found longest."""
+    model.eval()
+    capsules = model.capsules(batch.images)
+    found = lengths(capsules).topk(batch.labels.shape[1]).indices
+    drawn = model.reconstruct(capsules, found).sum(1).clamp(max=1)
+    originals = batch.originals.sum(1).clamp(max=1)
+    pairs = zip(originals.split(columns), drawn.split(columns), strict=True)
+    return grid(torch.cat([images for pair in pairs for images in pair]), columns)
+
+
 def save_png(path: Path, pixels: np.ndarray, zoom: int = 3) -> None:
     """Write uint8 pixels [H, W, 3], each ``zoom`` pixels large."""
-    import io
-
     from PIL import Image
 
     buffer = io.BytesIO()
