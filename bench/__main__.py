@@ -5,6 +5,7 @@ Whatever was measured is printed, and written where asked, even after Ctrl-C.
 
 import argparse
 import importlib
+import signal
 import sys
 from pathlib import Path
 
@@ -140,6 +141,8 @@ def show(records: list[Record], machine_line: Record, ceilings: Record, markdown
 
 
 def main(arguments: list[str] | None = None) -> int:
+    # Also where a shell started this in the background, with the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if options.command == "aot":
         return importlib.import_module(".aot", __package__).run(options)

@@ -104,8 +104,9 @@ def measure_routing(
         reason = implementation.reason_to_skip(shape, B, settings.device)
         if reason is None:
             try:
-                routings[name] = implementation.make()
-                check_equal(outputs_and_gradients(routings[name], checked, settings.R), expected)
+                routing = implementation.make()
+                check_equal(outputs_and_gradients(routing, checked, settings.R), expected)
+                routings[name] = routing
             except Exception as error:
                 reason = reason_of(error)
         if reason is not None:

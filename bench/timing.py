@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-PATIENCE = 60.0
+PATIENCE = 20.0
 Call = Callable[[], object]
 Sampler = Callable[[], float]
 """Runs its calls once and returns the seconds that one of them took."""

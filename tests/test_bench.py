@@ -1,0 +1,221 @@
+"""The benchmarks' own arithmetic: counts, medians, goals, exponents, tables, memory."""
+
+import ctypes
+import math
+
+import pytest
+import torch
+
+from bench import goals, scaling, tables
+from bench.goals import GOALS, Goal
+from bench.memory import extra_bytes, saved_bytes
+from bench.peers import EAGER, Implementation, check_equal, oracle, outputs_and_gradients
+from bench.records import select
+from bench.routing import Settings, measure_routing
+from bench.shapes import MNIST, SHAPES, Shape, make_inputs
+from bench.timing import CpuTimer, Timing, interleave
+
+SMALL = Shape("small", 12, 3, K=4, D=5)
+CEILINGS = {"gemm": 1e11, "copy": 1e10}
+
+
+def routing_record(family: str, seconds: float, **fields: object) -> dict:
+    return {
+        "table": "routing",
+        "case": "MNIST",
+        "B": 128,
+        "pass": "forward",
+        "precision": "ieee",
+        "dtype": "float32",
+        "implementation": family,
+        "family": family,
+        "operations": 1e9,
+        "bytes": 1e7,
+        "product_rate": 1e11,
+        "seconds": seconds,
+        "spread": seconds / 10,
+        "status": "ok",
+    } | fields
+
+
+def test_operations_are_those_of_the_paper_account():
+    """By hand, MNIST: N = 160, forward 3 * 160 * 8 + 4 * 160 multiply-adds for each (b, i)."""
+    assert MNIST.forward_operations(128) == 2 * 128 * 1152 * 4480
+    assert MNIST.backward_operations(1) == 2 * 1152 * (2 * (1280 + 480) + 3 * 1280 + 9 * 160)
+    assert MNIST.operations(7, 3, True) == MNIST.forward_operations(7) + MNIST.backward_operations(
+        7
+    )
+    assert {s.name: s.prediction_bytes(128) // 2**20 for s in SHAPES}["many classes"] == 5929
+
+
+@pytest.mark.parametrize("name", EAGER)
+@pytest.mark.parametrize("R", [1, 3])
+def test_eager_peers_equal_the_oracle(name, R):
+    inputs = make_inputs(SMALL, 6, "cpu")
+    expected = outputs_and_gradients(oracle, inputs, R)
+    check_equal(outputs_and_gradients(EAGER[name][0], inputs, R), expected)
+
+
+def test_a_peer_that_computes_something_else_is_told_apart():
+    inputs = make_inputs(SMALL, 6, "cpu")
+    expected = outputs_and_gradients(oracle, inputs, 3)
+    with pytest.raises(ValueError, match=r"^v \[6, 3, 5\] is off the oracle's by"):
+        check_equal(outputs_and_gradients(oracle, inputs, 2), expected)
+
+
+def test_wrong_and_failing_implementations_become_rows_and_the_rest_goes_on():
+    def broken(u, weight, R):
+        raise MemoryError("no room")
+
+    implementations = [
+        Implementation("good", "ours", lambda: oracle),
+        Implementation("wrong", "eager", lambda: lambda u, W, R: oracle(u, W, 1)),
+        Implementation("broken", "eager", lambda: broken),
+        Implementation("absent", "eager", lambda: oracle, missing="not built"),
+        Implementation("huge", "eager", lambda: oracle, stored=1e12),
+    ]
+    settings = Settings(rounds=1, slice_seconds=0)
+    records = list(measure_routing(SMALL, 2, implementations, settings, ["forward"]))
+    status = {record["implementation"]: record["status"] for record in records}
+    assert status["good"] == "ok"
+    assert "is off the oracle's by" in status["wrong"]
+    assert status["broken"] == "MemoryError: no room"
+    assert status["absent"] == "not built"
+    assert status["huge"].startswith("too little memory: needs about")
+    assert [r["implementation"] for r in records if "seconds" in r] == ["good"]
+    assert select(records, implementation="good")[0]["product_rate"] > 0
+
+
+def test_interleaving_samples_every_variant_in_every_round():
+    order = []
+
+    def sampler(name, seconds):
+        return lambda: order.append(name) or seconds
+
+    samplers = {name: sampler(name, number) for number, name in enumerate("abc", start=1)}
+    timings = interleave(samplers, "clock", rounds=4, slice_seconds=0)
+    assert order == list("abc") * 5, "one warm-up, then four rounds"
+    assert [timing.median for timing in timings.values()] == [1, 2, 3]
+    assert Timing.of([1.0, 2.0, 3.0, 4.0, 100.0], "clock").median == 3.0
+
+
+def test_cpu_timer_takes_turns():
+    turns = []
+    sample = CpuTimer().sampler([lambda: turns.append(0), lambda: turns.append(1)])
+    assert all(sample() >= 0 for _ in range(4))
+    assert turns == [0, 1, 0, 1]
+
+
+def test_goals_are_judged_against_the_fastest_peer():
+    records = [
+        routing_record("ours", 1e-3),
+        routing_record("eager", 40e-3),
+        routing_record("eager", 29e-3, implementation="another"),
+    ]
+    goal = Goal("forward", goals.speedup(goals.EAGER, "forward", 128), tables.ratio, least=30)
+    verdict = goal.judge(records, CEILINGS)
+    assert (verdict["measured"], verdict["verdict"]) == ("29.0x", "no")
+    assert goal.judge(records[:2], CEILINGS)["verdict"] == "yes"
+
+
+def test_a_goal_without_a_measurement_is_not_met_and_says_why():
+    failed = routing_record("eager", 1.0, status="RuntimeError: no compiler")
+    del failed["seconds"]
+    goal = Goal("forward", goals.speedup(goals.EAGER, "forward", 128), tables.ratio, least=30)
+    verdict = goal.judge([routing_record("ours", 1e-3), failed], CEILINGS)
+    assert verdict["verdict"] == "not measured"
+    assert verdict["reason"] == "RuntimeError: no compiler"
+
+
+@pytest.mark.parametrize("device", GOALS)
+def test_every_goal_of_a_device_is_met_by_some_measurement(device):
+    """No goal asks for a record that no measurement makes: perfect records meet them all."""
+    names = {"cpu": ["cpu"], "cuda": ["triton", "cuda"]}[device]
+    ours = [(f"ours ({name})", "ours", 1e-9) for name in names]
+    slow = [
+        ("eager einsum", "eager", 1.0),
+        ("compiled einsum", "compiled", 1.0),
+        ("compiled einsum (max-autotune)", "compiled", 1.0),
+    ]
+    records = [
+        routing_record(family, seconds, case=shape.name, B=B, implementation=name)
+        | {"pass": direction, "precision": precision}
+        for shape in SHAPES
+        for B in (1, 16, 32, 128, 1024)
+        for direction in ("forward", "forward+backward")
+        for precision in ("ieee", "tf32")
+        for name, family, seconds in ours + slow
+    ]
+    records += [
+        {"table": "memory", "case": shape.name, "B": B, "implementation": name, "family": family}
+        | {"extra_bytes": 1000 * seconds, "status": "ok"}
+        for shape in SHAPES
+        for B in (32, 128)
+        for name, family, seconds in ours + slow
+    ]
+    records += [
+        {"table": "training", "part": "whole step", "B": 128, "implementation": name}
+        | {"seconds": seconds, "status": "ok"}
+        for name, seconds in (("fused", 1e-3), ("oracle", 1.0), ("popular", 1.0))
+    ]
+    verdicts = goals.conclude(records, device, CEILINGS)
+    assert {verdict["verdict"] for verdict in verdicts} == {"yes"}
+    nothing = goals.conclude([], device, CEILINGS)
+    assert {verdict["verdict"] for verdict in nothing} == {"not measured"}
+
+
+def test_exponents():
+    sizes = (10, 20, 50, 100)
+    assert scaling.exponent(sizes, [3e-6 * s for s in sizes]) == pytest.approx(1)
+    assert scaling.exponent(sizes, [3e-6 * s**2 for s in sizes]) == pytest.approx(2)
+    points = [
+        {"table": "scaling", "axis": "B", "size": s, "pass": "forward", "implementation": "x"}
+        | {"seconds": math.sqrt(s)}
+        for s in sizes
+    ]
+    (fit,) = scaling.conclude([*points, {"table": "scaling", "status": "failed"}], "cpu", {})
+    assert fit["exponent"] == pytest.approx(0.5)
+    assert (fit["from"], fit["to"]) == (10, 100)
+
+
+def test_tables_show_figures_and_put_reasons_below():
+    failed = routing_record("compiled", 1.0, status="no compiler")
+    del failed["seconds"]
+    records = [routing_record("ours", 20e-3), routing_record("eager", 0.5), failed]
+    summary, every = (
+        table.markdown()
+        for table in sorted(tables.tables(records, CEILINGS), key=lambda t: -len(t.headers))
+    )
+    assert "| MNIST | 128 | forward | 500 ms | - | 20.0 ms | 25.0x | - | 50 % |" in summary
+    assert "| eager | MNIST | 128 | forward | 500 ms | 10 % | 25.0x | 2 % |" in every
+    assert every.endswith("[1] no compiler")
+    assert [tables.duration(t) for t in (1.234, 0.5, 1.2e-3, 20e-6)] == [
+        "1.23 s",
+        "500 ms",
+        "1.20 ms",
+        "20.0 µs",
+    ]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs Linux and glibc")
+def test_extra_memory_sees_allocations_that_torch_does_not():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    MiB = 2**20
+
+    def call():
+        block = libc.malloc(64 * MiB)
+        ctypes.memset(block, 1, 64 * MiB)
+        libc.free(block)
+        return (torch.ones(8 * MiB // 4),)
+
+    found = extra_bytes(call, "cpu")  # peak of 64 MiB, of which 8 are the result's size
+    assert 50 * MiB < found < 72 * MiB
+
+
+def test_saved_bytes_leaves_inputs_out():
+    inputs = make_inputs(SMALL, 2, "cpu")
+    assert saved_bytes(lambda u, W, R: (u * u).sum() + W.sum(), inputs, 3) == 0
+    doubled = saved_bytes(lambda u, W, R: (2 * u).square().sum(), inputs, 3)
+    assert doubled == inputs.u.nbytes

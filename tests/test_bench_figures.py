@@ -1,0 +1,125 @@
+"""scripts/fill_figures.py: tables in documents come from committed reports, or CI says so."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench.records import save
+from bench.sources import digest
+
+ROOT = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("fill_figures", ROOT / "scripts/fill_figures.py")
+assert spec is not None
+assert spec.loader is not None
+fill_figures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fill_figures)
+
+MACHINE = {
+    "device": "cpu",
+    "name": "A processor",
+    "threads": 2,
+    "instructions": "AVX2",
+    "python": "3.11",
+    "torch": "2.13",
+    "cuda": None,
+    "triton": None,
+    "commit": "abc",
+}
+DOCUMENT = "Before.\n\n<!-- figures:cpu goals -->\n<!-- /figures -->\n\nAfter.\n"
+
+
+def add_report(root: Path, date: str, measured: str) -> Path:
+    folder = root / "bench" / "results" / "a-processor" / date
+    folder.mkdir(parents=True)
+    machine = MACHINE | {"date": f"{date} 10:00"}
+    goal = {"table": "goals", "what": "speed", "goal": ">= 1x", "measured": measured}
+    save(folder / "goals.json", machine, {"gemm": 1e11, "copy": 1e10}, [goal | {"verdict": "yes"}])
+    content = {"machine": machine, "kernels": {"cpu": digest("cpu", root)}, "steps": []}
+    (folder / "report.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with one kernel, two reports and a document."""
+    kernels = tmp_path / "csrc" / "cpu"
+    kernels.mkdir(parents=True)
+    (kernels / "kernels.cpp").write_text("int kernel;\n")
+    add_report(tmp_path, "2026-01-01", "2x")
+    add_report(tmp_path, "2026-02-01", "3x")
+    (tmp_path / "README.md").write_text(DOCUMENT)
+    return tmp_path
+
+
+def run(root: Path, *options: str) -> int:
+    return fill_figures.main(["--root", str(root), *options])
+
+
+def test_fill_takes_the_newest_report_and_can_be_repeated(checkout):
+    assert run(checkout, "--check") == 1, "an empty block differs from its report"
+    assert run(checkout) == 0
+    text = (checkout / "README.md").read_text()
+    assert "| speed | >= 1x | 3x | yes |" in text
+    assert "A processor, 2 threads" in text
+    assert text.startswith("Before.")
+    assert text.endswith("After.\n")
+    assert run(checkout) == 0
+    assert (checkout / "README.md").read_text() == text
+    assert run(checkout, "--check") == 0
+
+
+def test_an_edited_figure_fails(checkout, capsys):
+    run(checkout)
+    path = checkout / "README.md"
+    path.write_text(path.read_text().replace("3x", "9x"))
+    assert run(checkout, "--check") == 1
+    assert "README.md: differs from its reports" in capsys.readouterr().err
+
+
+def test_a_figure_outside_of_a_block_fails(checkout, capsys):
+    run(checkout)
+    path = checkout / "README.md"
+    path.write_text(path.read_text() + "It takes 12 ms.\nIts goal is 10 ms.\n")
+    assert run(checkout, "--check") == 1
+    assert capsys.readouterr().err == "README.md: a figure without a report: It takes 12 ms.\n"
+
+
+def test_changed_kernels_earn_a_warning_line_but_no_failure(checkout, capsys):
+    run(checkout)
+    fresh = (checkout / "README.md").read_text()
+    assert fill_figures.WARNING not in fresh
+    (checkout / "csrc/cpu/kernels.cpp").write_text("int faster_kernel;\n")
+    assert run(checkout, "--check") == 0
+    assert "README.md: a warning about stale figures is missing" in capsys.readouterr().err
+    run(checkout)
+    warned = (checkout / "README.md").read_text()
+    assert f"{fill_figures.WARNING} the kernels of cpu have changed" in warned
+    assert run(checkout, "--check") == 0
+    assert capsys.readouterr().err == ""
+    (checkout / "csrc/cpu/kernels.cpp").write_text("int kernel;\n")
+    run(checkout)
+    assert (checkout / "README.md").read_text() == fresh
+
+
+def test_without_a_report_a_block_holds_no_figure(checkout):
+    run(checkout)
+    path = checkout / "README.md"
+    shutil.rmtree(checkout / "bench")
+    assert run(checkout, "--check") == 1, "figures whose report is gone"
+    run(checkout)
+    assert "3x" not in path.read_text()
+    assert fill_figures.NO_REPORT in path.read_text()
+    assert run(checkout, "--check") == 0
+
+
+def test_an_unknown_view_is_named(checkout):
+    (checkout / "README.md").write_text("<!-- figures:cpu gaols -->\n<!-- /figures -->\n")
+    with pytest.raises(ValueError, match=r"README\.md: there is no view 'gaols', only goals"):
+        run(checkout)
+
+
+def test_the_documents_of_this_checkout_agree_with_its_reports(capsys):
+    assert run(ROOT, "--check") == 0, capsys.readouterr().err
