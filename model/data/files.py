@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Callable
@@ -90,10 +91,9 @@ def read_mat(path: Path) -> dict[str, Any]:
         from scipy.io import loadmat
     except ImportError:
         raise UserError(f"{path}: reading .mat files needs scipy: pip install scipy") from None
+    content = read_bytes(path)
     try:
-        return loadmat(path, squeeze_me=False)
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror or error}") from None
+        return loadmat(io.BytesIO(content))
     except Exception as error:  # scipy raises many kinds for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: not a whole MATLAB file, damaged ({reason})") from None

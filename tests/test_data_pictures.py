@@ -1,0 +1,120 @@
+"""Anybody's pictures: every size and mode becomes what a network was trained on, or is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model.data import Source, load_dataset
+from model.data.pictures import read_picture
+from model.errors import UserError
+
+
+def save(path: Path, array: np.ndarray, mode: str | None = None) -> Path:
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path)
+    return path
+
+
+def ramp(size: int = 28) -> np.ndarray:
+    return np.linspace(0, 255, size * size).reshape(size, size).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("mode", [None, "RGB", "P", "RGBA", "LA"])
+def test_every_mode_gives_the_same_grey(mode: str | None, tmp_path: Path) -> None:
+    picture = read_picture(save(tmp_path / "x.png", ramp(), mode), 1, 28)
+    assert picture.shape == (1, 28, 28)
+    assert picture.dtype == torch.uint8
+    np.testing.assert_allclose(picture[0].numpy().astype(int), ramp().astype(int), atol=1)
+
+
+def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
+    deep = ramp().astype(np.uint16) * 257
+    picture = read_picture(save(tmp_path / "x.png", deep), 1, 28)
+    np.testing.assert_array_equal(picture[0].numpy(), ramp())
+    picture = read_picture(save(tmp_path / "x.tiff", ramp().astype(np.float32) / 255), 1, 28)
+    np.testing.assert_array_equal(picture[0].numpy(), ramp())
+    with pytest.raises(UserError, match=r"x\.tiff: its values must be 0 to 1"):
+        read_picture(save(tmp_path / "x.tiff", ramp().astype(np.float32) / 255 - 1), 1, 28)
+
+
+def test_transparent_is_black(tmp_path: Path) -> None:
+    array = np.full((28, 28, 4), 255, np.uint8)
+    array[:14, :, 3] = 0
+    picture = read_picture(save(tmp_path / "x.png", array), 1, 28)
+    assert (picture[0, :14] == 0).all()
+    assert (picture[0, 14:] == 255).all()
+
+
+def test_other_sizes_keep_their_proportions(tmp_path: Path) -> None:
+    picture = read_picture(save(tmp_path / "x.png", np.full((100, 50), 200, np.uint8)), 1, 28)
+    assert (picture[0, :, 7:21] == 200).all()
+    assert (picture[0, :, :7] == 0).all()
+    assert (picture[0, :, 21:] == 0).all()
+
+
+def test_colour(tmp_path: Path) -> None:
+    array = np.zeros((24, 24, 3), np.uint8)
+    array[..., 0], array[..., 2] = 10, 250
+    picture = read_picture(save(tmp_path / "x.png", array), 3, 24)
+    assert picture.flatten(1)[:, 0].tolist() == [10, 0, 250]
+
+
+def test_what_is_no_picture(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    whole = save(path, ramp(200)).read_bytes()
+    for content in (b"", b"hello", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.png: not a whole picture") as caught:
+            read_picture(path, 1, 28)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"nowhere\.png: can't be read: No such file"):
+        read_picture(tmp_path / "nowhere.png", 1, 28)
+    with pytest.raises(UserError, match="can't be read: Is a directory"):
+        read_picture(tmp_path, 1, 28)
+
+
+def fill(folder: Path, count: int, value: int) -> None:
+    folder.mkdir(parents=True)
+    for n in range(count):
+        save(folder / f"{n}.png", np.full((20, 20), value + n, np.uint8))
+
+
+def test_a_folder_for_each_class(tmp_path: Path) -> None:
+    fill(tmp_path / "owls", 10, 100)
+    fill(tmp_path / "cats", 3, 200)
+    (tmp_path / "owls" / "notes.txt").write_text("not a picture")
+    dataset = load_dataset("folder", Source(tmp_path, image_size=24))
+    assert dataset.classes == ("cats", "owls")
+    assert dataset.train.images.shape == (2 + 8, 1, 24, 24)
+    assert dataset.test.labels.tolist() == [0, 1, 1]
+    assert dataset.test.images.amax((1, 2, 3)).tolist() == [201, 101, 106]
+    assert "held-out" in dataset.test_name
+
+
+def test_folders_train_and_test(tmp_path: Path) -> None:
+    for part, count in (("train", 4), ("test", 1)):
+        for value, name in enumerate("ab"):
+            fill(tmp_path / part / name, count, 10 * value)
+    dataset = load_dataset("folder", Source(tmp_path, channels=3))
+    assert dataset.train.images.shape == (8, 3, 28, 28)
+    assert dataset.test.labels.tolist() == [0, 1]
+    fill(tmp_path / "test" / "c", 1, 0)
+    with pytest.raises(UserError, match="same classes, only one has c"):
+        load_dataset("folder", Source(tmp_path))
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere is not there; --data-dir must hold"):
+        load_dataset("folder", Source(tmp_path / "nowhere"))
+    fill(tmp_path / "a", 3, 0)
+    with pytest.raises(UserError, match="must have at least 2 classes, got 1"):
+        load_dataset("folder", Source(tmp_path))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(UserError, match="b: no pictures in it"):
+        load_dataset("folder", Source(tmp_path))
+    save(tmp_path / "b" / "0.png", ramp())
+    with pytest.raises(UserError, match="b: must have at least 2 pictures"):
+        load_dataset("folder", Source(tmp_path))
