@@ -7,10 +7,15 @@ from .blocks import (
     agreement,
     agreement_vectors,
     capsules_to_columns,
+    capsules_to_lanes,
     coupling_coefficients,
     gradient_of_input,
     input_capsule,
+    lane_agreement,
+    lane_offsets,
+    lanes_to_capsules,
     logit_gradients,
+    over_lanes,
     prediction_vectors,
     prior_logits,
     product,
@@ -18,6 +23,7 @@ from .blocks import (
     squash_vjp,
     state_offsets,
     sum_of_partials,
+    table_offsets,
     weight_offsets,
     weight_tile,
     wide,
@@ -121,11 +127,12 @@ def routing_state_kernel(
     G_before_ptr,  # [B, J, D]: G^(t+1); None where it is 0
     G_ptr,  # [B, J, D]: G^t, written; None where it is 0
     ds_ptr,  # [R, B, J, D]: ds^t, written
-    V_ptr,  # [R, B, J, D]: V^1 ... V^(iterations - 1), written; None where not needed
+    table_ptr,  # [R, 2, table_size]: V^(t-1) and ds^t from t on, written; or None
     B,
     t,  # the iteration, from 1
     groups,
     iterations,  # R
+    table_size,  # elements of one table
     J: tl.constexpr,
     D: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -153,13 +160,20 @@ def routing_state_kernel(
     tl.store(ds_ptr + (t - 1) * size + offsets, ds, mask=mask)
     if G_ptr is not None:
         tl.store(G_ptr + offsets, G, mask=mask)
-    if V_ptr is not None:
-        V = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
-        for _ in range(1, iterations):
-            V += squash(tl.load(s_ptr + offsets, mask=mask, other=0.0))
-            s_ptr += size
-            V_ptr += size
-            tl.store(V_ptr + offsets, V, mask=mask)
+    if table_ptr is not None:
+        j = (i_j + tl.arange(0, BLOCK_J))[None, :, None]
+        d = tl.arange(0, BLOCK_D)[None, None, :]
+        p_table = table_ptr + table_offsets(i_b[:, None, None], j, d, J, BLOCK_J, BLOCK_D)
+        p_table += wide(t - 1, OFFSET) * (2 * table_size)
+        V = agreement_vectors(s_ptr, offsets, mask, size, t - 1, ACC)
+        tl.store(p_table, V)
+        tl.store(p_table + table_size, ds)
+        for later in range(t + 1, iterations + 1):
+            p_table += 2 * table_size
+            V += squash(tl.load(s_ptr + (later - 2) * size + offsets, mask=mask, other=0.0))
+            ds = tl.load(ds_ptr + (later - 1) * size + offsets, mask=mask, other=0.0)
+            tl.store(p_table, V)
+            tl.store(p_table + table_size, ds)
 
 
 @triton.jit
@@ -167,8 +181,7 @@ def routing_gradients_kernel(
     u_ptr,  # [B, I, K]
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     logits_ptr,  # [I, J] or None
-    ds_ptr,  # [R, B, J, D]
-    V_ptr,  # [R, B, J, D]: V^(t-1)
+    table_ptr,  # [R, 2, table_size]: V^(t-1) and ds^t (table_offsets)
     statistics_ptr,  # [R, 3, B, I]: of the softmax where J takes several tiles, else None
     grad_u_ptr,  # [B, I, K] or None, written
     du_ptr,  # [B, I, K]: sums over the tiles of J, where there are several; may be grad_u
@@ -177,6 +190,7 @@ def routing_gradients_kernel(
     B,
     I,
     iterations,  # R
+    table_size,  # elements of one table
     parts,  # how many programs share the capsules of one row of the weights
     capsules,  # how many of them each takes
     batch_tiles,  # how many batch tiles each takes
@@ -205,7 +219,6 @@ def routing_gradients_kernel(
     i_split = tl.program_id(1)
     i_first = row * WEIGHT_SHARING + part * capsules
     i_end = min(i_first + capsules, (row + 1) * WEIGHT_SHARING)
-    size = wide(B, OFFSET) * (J * D)
     plane = wide(B, OFFSET) * I
     i_k = tl.arange(0, BLOCK_K)
     b_first = i_split * batch_tiles * BLOCK_B
@@ -220,36 +233,57 @@ def routing_gradients_kernel(
             dprior = tl.zeros([BLOCK_B, BLOCK_J], ACC)
             for b_start in range(b_first, b_end, BLOCK_B):
                 i_b = (b_start + tl.arange(0, BLOCK_B)).to(OFFSET)
-                offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
+                offsets = lane_offsets(i_b, i_j, J, BLOCK_J, BLOCK_D)
                 u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
                 u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
-                du_hat = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
+                u_hat = capsules_to_lanes(u_hat, BLOCK_J, BLOCK_D)
+                du_hat = tl.zeros_like(u_hat)
                 if FIRST:
-                    ds = tl.load(ds_ptr + offsets, mask=mask, other=0.0)
+                    ds = tl.load(table_ptr + table_size + offsets)
                     c = coupling_coefficients(prior, statistics_ptr, i_b, i, B, I, LEAKY)
-                    du_hat += c[:, :, None] * ds
+                    du_hat += over_lanes(c) * ds
                     if grad_logits_ptr is not None:
                         dprior += logit_gradients(
-                            c, agreement(u_hat, ds), statistics_ptr, i_b, i, i_j, B, I, J, BLOCK_J
+                            c,
+                            lane_agreement(u_hat, ds),
+                            statistics_ptr,
+                            i_b,
+                            i,
+                            i_j,
+                            B,
+                            I,
+                            J,
+                            BLOCK_J,
                         )
                 if LATER != "none":
                     for t in range(iterations if LATER == "last" else 2, iterations + 1):
-                        V = tl.load(V_ptr + (t - 1) * size + offsets, mask=mask, other=0.0)
-                        ds = tl.load(ds_ptr + (t - 1) * size + offsets, mask=mask, other=0.0)
+                        p_table = table_ptr + wide(t - 1, OFFSET) * (2 * table_size) + offsets
+                        V = tl.load(p_table)
+                        ds = tl.load(p_table + table_size)
                         if statistics_ptr is None:
                             p_statistics = None
                         else:
                             p_statistics = statistics_ptr + (t - 1) * 3 * plane
-                        b = prior + agreement(u_hat, V)
+                        b = prior + lane_agreement(u_hat, V)
                         c = coupling_coefficients(b, p_statistics, i_b, i, B, I, LEAKY)
-                        du_hat += c[:, :, None] * ds
+                        du_hat += over_lanes(c) * ds
                         if LATER == "all" or grad_logits_ptr is not None:
                             dl = logit_gradients(
-                                c, agreement(u_hat, ds), p_statistics, i_b, i, i_j, B, I, J, BLOCK_J
+                                c,
+                                lane_agreement(u_hat, ds),
+                                p_statistics,
+                                i_b,
+                                i,
+                                i_j,
+                                B,
+                                I,
+                                J,
+                                BLOCK_J,
                             )
                             dprior += dl
                             if LATER == "all":
-                                du_hat += dl[:, :, None] * V
+                                du_hat += over_lanes(dl) * V
+                du_hat = lanes_to_capsules(du_hat, BLOCK_J, BLOCK_D)
                 columns = capsules_to_columns(du_hat, BLOCK_J, BLOCK_D)
                 if grad_weight_ptr is not None:
                     dW += product(tl.trans(u), columns, ACC, PRECISION)

@@ -150,6 +150,58 @@ def state_offsets(
 
 
 @triton.jit
+def table_offsets(b, j, d, J: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets of (b, j, d), shapes that broadcast, in a table [B, BLOCK_D // Q, J, Q].
+
+    Q = 4 (or BLOCK_D if that is less); B, J and D are padded to whole tiles, with zeros, so that
+    tiles of a table need no masks.
+    """
+    Q: tl.constexpr = 4 if BLOCK_D >= 4 else BLOCK_D
+    PADDED_J: tl.constexpr = (J + BLOCK_J - 1) // BLOCK_J * BLOCK_J
+    return b * (BLOCK_D * PADDED_J) + (d // Q) * (PADDED_J * Q) + j * Q + d % Q
+
+
+@triton.jit
+def lane_offsets(i_b, i_j, J: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets of a tile [BLOCK_J, BLOCK_B, BLOCK_D // Q, Q] of such a table.
+
+    Loaded so, with Q neighbours a thread and then j along the threads, a thread holds all d of
+    one j: as in column_of, u_hat . V needs no exchange; and here the softmax stays in a warp.
+    """
+    Q: tl.constexpr = 4 if BLOCK_D >= 4 else BLOCK_D
+    b = i_b[None, :, None, None]
+    j = (i_j + tl.arange(0, BLOCK_J))[:, None, None, None]
+    d = (tl.arange(0, BLOCK_D // Q) * Q)[None, None, :, None] + tl.arange(0, Q)[None, None, None, :]
+    return table_offsets(b, j, d, J, BLOCK_J, BLOCK_D)
+
+
+@triton.jit
+def capsules_to_lanes(x, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_B, BLOCK_J, BLOCK_D] to [BLOCK_J, BLOCK_B, BLOCK_D // Q, Q]."""
+    Q: tl.constexpr = 4 if BLOCK_D >= 4 else BLOCK_D
+    x = tl.reshape(x, [x.shape[0], BLOCK_J, BLOCK_D // Q, Q])
+    return tl.permute(x, (1, 0, 2, 3))
+
+
+@triton.jit
+def lanes_to_capsules(x, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of capsules_to_lanes."""
+    return tl.reshape(tl.permute(x, (1, 0, 2, 3)), [x.shape[1], BLOCK_J, BLOCK_D])
+
+
+@triton.jit
+def lane_agreement(u_hat, x):
+    """u_hat . x over d: [BLOCK_J, BLOCK_B, BLOCK_D // Q, Q] twice to [BLOCK_B, BLOCK_J]."""
+    return tl.trans(tl.sum(tl.sum(u_hat * x, axis=3), axis=2))
+
+
+@triton.jit
+def over_lanes(c):
+    """[BLOCK_B, BLOCK_J] so that it multiplies [BLOCK_J, BLOCK_B, BLOCK_D // Q, Q]."""
+    return tl.trans(c)[:, :, None, None]
+
+
+@triton.jit
 def length_and_direction(s):
     """n = |s| and s / n of vectors along the last axis, with no square that over- or underflows.
 

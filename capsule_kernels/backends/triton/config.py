@@ -53,6 +53,16 @@ class Sweep:
         """Whether a program sees all of J: then it takes the softmax by itself."""
         return self.tiles_J == 1
 
+    @property
+    def table_size(self) -> int:
+        """Elements of a [B, J, D] table padded to whole tiles."""
+        return self.tiles_B * self.tiles_J * self.tile.BLOCK_B * self.columns
+
+    @property
+    def columns(self) -> int:
+        """(j, d) of a tile."""
+        return self.tile.BLOCK_J * self.tile.BLOCK_D
+
 
 def tile_of(J: int, K: int, D: int) -> Tile | None:
     """The tile for a shape, or None where not even one output capsule fits into one."""

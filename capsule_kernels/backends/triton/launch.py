@@ -113,7 +113,7 @@ class Routing:
         state = self.s[0].numel()
         wide = config.needs_int64(
             self.u.numel(), self.weight.numel(), B * I * J, 3 * R * B * I,
-            max(R, self.sweep.groups) * state,
+            self.sweep.groups * state, 2 * R * self.sweep.table_size,
         )  # fmt: skip
         return {
             "ACC": tl.float64 if self.s.dtype == torch.float64 else tl.float32,
@@ -136,7 +136,7 @@ class Routing:
         B, _, J, _, D, _ = self.sizes
         tile = self.sweep.tile
         self.launch(
-            kernel, (B, self.sweep.tiles_J), 2, 1,
+            kernel, (self.sweep.tiles_B * tile.BLOCK_B, self.sweep.tiles_J), 2, 1,
             B=B, groups=self.sweep.groups, J=J, D=D,
             BLOCK_B=1, BLOCK_J=tile.BLOCK_J, BLOCK_D=tile.BLOCK_D, **self.types, **arguments,
         )  # fmt: skip
@@ -235,7 +235,7 @@ def routing_backward(
     # The iterations that are differentiated, and the earliest whose ds is needed.
     earliest = 1 if full_gradient else R
     ds = torch.empty_like(s)
-    V = torch.empty_like(s) if R > 1 else None
+    table = s.new_empty(R, 2, sweep.table_size)
     G = s.new_empty(2, *s.shape[1:])
     partials = s.new_empty(2, sweep.groups, *s.shape[1:]) if earliest < R else None
     statistics = None if one_tile else s.new_empty(R, 3, B, I)
@@ -254,7 +254,11 @@ def routing_backward(
             last = t == earliest
             if last or statistics is not None:
                 routing.over_state(
-                    routing_state_kernel, **state(t), V_ptr=V if last else None, iterations=R
+                    routing_state_kernel,
+                    **state(t),
+                    table_ptr=table if last else None,
+                    iterations=R,
+                    table_size=sweep.table_size,
                 )
             if statistics is not None:
                 routing.tabulate(statistics[t - 1], t, ds[t - 1])
@@ -281,11 +285,11 @@ def routing_backward(
         if not (grad_u is None and grad_weight is None and grad_logits is None):
             routing.over_capsules(
                 routing_gradients_kernel, (rows * split.parts, split.splits),
-                ds_ptr=ds, V_ptr=V, statistics_ptr=statistics,
+                table_ptr=table, statistics_ptr=statistics,
                 grad_u_ptr=grad_u, du_ptr=du,
                 grad_weight_ptr=weight_parts, grad_logits_ptr=logits_parts,
-                iterations=R, parts=split.parts, capsules=split.capsules,
-                batch_tiles=split.batch_tiles,
+                iterations=R, table_size=sweep.table_size,
+                parts=split.parts, capsules=split.capsules, batch_tiles=split.batch_tiles,
                 PARTS=config.parts_of_product(sweep), FIRST=earliest == 1,
                 LATER="none" if R == 1 else "all" if full_gradient else "last",
             )  # fmt: skip
