@@ -84,7 +84,7 @@ def does_not_fit(figures: Figures, dtype: torch.dtype, shape: tuple[int, ...]) -
         + max(SWEEP_WARPS // 2 * fragments, (SWEEP_WARPS - 1) * per_capsule) * FRAGMENT_BYTES
     )
     gradients = (
-        (2 * fragments + 2) * FRAGMENT_BYTES
+        (4 * fragments + 2) * FRAGMENT_BYTES
         + weight_bytes
         + -(-fragments // 2) * 2 * 8 * padded_K * 4
     )

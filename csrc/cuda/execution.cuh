@@ -44,8 +44,29 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+// Copies 16 bytes to shared memory in the background; they are there after `wait_for_copies`, for
+// other threads after a barrier behind it.
+__device__ __forceinline__ void copy_in_background(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global)
+               : "memory");
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" : : : "memory");
+}
+
 // All blocks of a cooperative launch; what was written before is seen after by everybody.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// To the nearest TF32 value, ties away from zero; infinities and NaN stay. Volatile: the compiler
+// must not hoist it out of a loop, where the rounded copies would take registers.
+__device__ __forceinline__ unsigned round_to_tf32(float x) {
+  unsigned bits;
+  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
 
 // c [16, 8] += a [16, 8] b [8, 8]; the low 13 bits of the operands are ignored by the hardware.
 // With g = lane / 4 and q = lane % 4: a holds (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4);

@@ -33,7 +33,7 @@ constexpr int kMaxFragments = 20;  // mma results of a tile [16, J * D] that fit
 constexpr int kFragmentBytes = kTileSamples * kTileDims * 4;
 constexpr int kWarpSize = 32;
 constexpr int kSweepWarps = 8;
-constexpr int kGradientWarps = 8;  // at most; fewer where that fills the device better
+constexpr int kGradientWarps = 12;  // at most; fewer where that fills the device better
 
 CAPSULE_KERNELS_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 CAPSULE_KERNELS_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -145,8 +145,8 @@ struct GradientPlan {
 
 inline GradientPlan plan_gradients(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
-  // Shared by the block: V and ds of a tile. By warp: W_i, dW_i and a transposition buffer.
-  const double staged = 2.0 * padded.fragments * kFragmentBytes;
+  // Shared by the block: V and ds of a tile, twice. By warp: W_i, dW_i, a transposition buffer.
+  const double staged = 4.0 * padded.fragments * kFragmentBytes;
   const double per_warp = double(padded.weight_elements) * scalar_bytes +
                           double(round_up(padded.fragments, 2)) * kTileDims * padded.K * 4 +
                           2 * kFragmentBytes;

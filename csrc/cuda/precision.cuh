@@ -38,10 +38,7 @@ struct Tf32 {
     Operand<N> result;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      unsigned bits = bits_of(x[n]);
-      // To nearest, ties away from zero; the hardware drops the rest. NaN must not carry over.
-      if (sizeof(T) > 2 && (bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;
-      result.bits[n] = bits;
+      result.bits[n] = sizeof(T) > 2 ? round_to_tf32(x[n]) : bits_of(x[n]);
     }
     return result;
   }

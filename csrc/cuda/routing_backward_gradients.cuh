@@ -88,11 +88,13 @@ __device__ __forceinline__ void add_grad_weight(const CapsuleStore<T>& own,
           const float* x = own.transposed + (b0 + lane.q) * kTileDims + lane.g;
           constexpr int kHalf = kTileSamples * kTileDims;
           const float a[4] = {x[0], x[kHalf], x[4 * kTileDims], x[kHalf + 4 * kTileDims]};
-          const int b = tile * kTileSamples + b0 + lane.q, k = k0 + lane.g;
-          const T* low = u_row(u, b, i, shape);
-          const T* high = u_row(u, b + 4, i, shape);
-          const float u_pair[2] = {low != nullptr && k < shape.K ? to_float(low[k]) : 0.0f,
-                                   high != nullptr && k < shape.K ? to_float(high[k]) : 0.0f};
+          float u_pair[2];
+          for (int e = 0; e < 2; ++e) {
+            const int b = tile * kTileSamples + b0 + lane.q + 4 * e, k = k0 + lane.g;
+            u_pair[e] = b < shape.B && k < shape.K
+                            ? to_float(u[(std::size_t(b) * shape.I + i) * shape.K + k])
+                            : 0.0f;
+          }
           P::multiply_add(dW, P::template operand<float>(a), P::template operand<T>(u_pair));
         }
         total = make_float4(total.x + dW[0], total.y + dW[1], total.z + dW[2], total.w + dW[3]);
@@ -164,15 +166,14 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
   const int tile_size = int(w.tile_size);
   const int first_t = arguments.full_gradient ? 1 : shape.R;
 
-  const auto staged_V = static_cast<float4*>(shared_memory());
-  float4* const staged_ds = staged_V + tile_size;
+  const auto staged = static_cast<float4*>(shared_memory());  // [2][V, ds][tile]
   const CapsuleStore<T> own(
-      reinterpret_cast<char*>(staged_ds + tile_size) + warp * CapsuleStore<T>::bytes(padded),
+      reinterpret_cast<char*>(staged + 4 * tile_size) + warp * CapsuleStore<T>::bytes(padded),
       padded);
 
   if (arguments.grad_bias != nullptr) {
     write_grad_bias<T, DT>(static_cast<T*>(arguments.grad_bias), w, shape, first_t,
-                           reinterpret_cast<float*>(staged_V));
+                           reinterpret_cast<float*>(staged));
   }
   if (arguments.grad_u == nullptr && arguments.grad_weight == nullptr &&
       arguments.grad_logits == nullptr) {
@@ -190,45 +191,69 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     for (int e = lane.index; e < CapsuleStore<T>::size_of_dW(padded); e += kWarpSize) {
       own.dW[e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
-    __syncwarp();
   }
 
-  for (int tile = split; tile < padded.tiles; tile += plan.gradients.splits) {
-    typename Tile<DT>::Values u_hat, du_hat;
-#pragma unroll
-    for (int n = 0; n < Tile<DT>::kFragments; ++n) {
-      for (int e = 0; e < 4; ++e) du_hat[n][e] = 0.0f;
+  // Steps: t = first_t..R of each tile. The states of the next step come while one is worked on.
+  const int steps_of_tile = shape.R - first_t + 1;
+  const int splits = plan.gradients.splits;
+  const int steps = (padded.tiles - split + splits - 1) / splits * steps_of_tile;
+  const auto tile_of = [&](int step) { return split + step / steps_of_tile * splits; };
+  const auto t_of = [&](int step) { return first_t + step % steps_of_tile; };
+  const auto stage = [&](int step) {
+    const std::size_t from = std::size_t(tile_of(step)) * tile_size;
+    const int t = t_of(step);
+    float4* to = staged + step % 2 * 2 * tile_size;
+    for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
+      if (t > 1) copy_in_background(to + e, w.V + (t - 2) * w.state_size + from + e);
+      copy_in_background(to + tile_size + e, w.ds + (t - 1) * w.state_size + from + e);
     }
-    if (active) {
-      const int b = tile * kTileSamples + lane.g;
-      predict<P, T, DT>(u_hat, own.weight, u_row(u, b, i, shape), u_row(u, b + 8, i, shape), shape,
-                        lane);
-    }
-    for (int t = first_t; t <= shape.R; ++t) {
-      __syncthreads();  // the previous states are read
-      for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
-        const std::size_t from = std::size_t(tile) * tile_size + e;
-        if (t > 1) staged_V[e] = w.V[(t - 2) * w.state_size + from];
-        staged_ds[e] = w.ds[(t - 1) * w.state_size + from];
-      }
-      __syncthreads();
-      if (!active) continue;
-      typename Tile<DT>::Row c, dl;
-      load_prior<T, DT>(c, logits, i, shape.J);
-      if (t > 1) add_row_dots<DT>(c, u_hat, staged_V, shape.J, lane);
-      softmax<DT>(c, shape.J, arguments.leaky);
-      add_scaled_state<DT>(du_hat, c, staged_ds, shape.J, lane);
-#pragma unroll
-      for (int j = 0; j < Tile<DT>::kCapsules; ++j) dl[j] = 0.0f;
-      add_row_dots<DT>(dl, u_hat, staged_ds, shape.J, lane);
-      softmax_backward<DT>(dl, c, shape.J);
-#pragma unroll
-      for (int j = 0; j < Tile<DT>::kCapsules; ++j) dprior[j] += dl[j];
-      if (arguments.full_gradient && t > 1) {
-        add_scaled_state<DT>(du_hat, dl, staged_V, shape.J, lane);
-      }
-    }
+  };
+
+  typename Tile<DT>::Values du_hat;
+  float first_u[4], next_u[4] = {};
+  stage(0);
+  if (active) InputRows<T>(u, tile_of(0), i, shape, lane).load(next_u, 0, shape.K, lane);
+  for (int step = 0; step < steps; ++step) {
+    const int tile = tile_of(step), t = t_of(step);
+    wait_for_copies();  // W too, in the first step
+    __syncthreads();    // all see this step's states, and none reads those of the last
+    if (step + 1 < steps) stage(step + 1);
     if (!active) continue;
+
+    const InputRows<T> rows(u, tile, i, shape, lane);
+    if (t == first_t) {
+#pragma unroll
+      for (int n = 0; n < Tile<DT>::kFragments; ++n) {
+        for (int e = 0; e < 4; ++e) du_hat[n][e] = 0.0f;
+      }
+      for (int e = 0; e < 4; ++e) first_u[e] = next_u[e];
+      if (tile + splits < padded.tiles) {
+        InputRows<T>(u, tile + splits, i, shape, lane).load(next_u, 0, shape.K, lane);
+      }
+    }
+    const float4* V = staged + step % 2 * 2 * tile_size;
+    const float4* ds = V + tile_size;
+    typename Tile<DT>::Row c, dl;  // dl holds dc first
+    load_prior<T, DT>(c, logits, i, shape.J);
+#pragma unroll
+    for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+      dl[j] = 0.0f;
+      if (j < shape.J) {
+        // u_hat is computed anew for each t: cheaper than the registers to keep it.
+        float u_hat[DT][4];
+        predict<P, T, DT>(u_hat, j * DT, own.weight, first_u, rows, shape, lane);
+        if (t > 1) c[j] += row_dot<DT>(u_hat, V + j * DT * kWarpSize, lane);
+        dl[j] = row_dot<DT>(u_hat, ds + j * DT * kWarpSize, lane);
+      }
+    }
+    softmax<DT>(c, shape.J, arguments.leaky);
+    softmax_backward<DT>(dl, c, shape.J);
+#pragma unroll
+    for (int j = 0; j < Tile<DT>::kCapsules; ++j) dprior[j] += dl[j];
+    add_scaled_state<DT>(du_hat, c, ds, shape.J, lane);
+    if (arguments.full_gradient && t > 1) add_scaled_state<DT>(du_hat, dl, V, shape.J, lane);
+
+    if (t < shape.R) continue;
     if (arguments.grad_u != nullptr) {
       write_grad_u<P, T, DT>(static_cast<T*>(arguments.grad_u), du_hat, own.weight, tile, i, shape,
                              padded, lane);

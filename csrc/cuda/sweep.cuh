@@ -34,16 +34,16 @@ struct Share {
 };
 
 // `count` rows of W [.., J, D, K] to chip, D and K padded with zeros to multiples of 8; all of
-// `threads` take part.
+// `threads` take part. They are there after `wait_for_copies` and a barrier.
 template <class T>
 __device__ __forceinline__ void load_weight(T* to, const T* from, int count, const Shape& shape,
                                             const Padded& padded, int thread, int threads) {
   const int elements = count * padded.weight_elements;
   if (padded.D == shape.D && padded.K == shape.K) {
-    const auto source = reinterpret_cast<const uint4*>(from);
-    const auto target = reinterpret_cast<uint4*>(to);
-#pragma unroll 8
-    for (int e = thread; e < elements / int(16 / sizeof(T)); e += threads) target[e] = source[e];
+    constexpr int kCopied = 16 / sizeof(T);
+    for (int e = thread * kCopied; e < elements; e += threads * kCopied) {
+      copy_in_background(to + e, from + e);
+    }
     return;
   }
   for (int e = thread; e < elements; e += threads) {
@@ -56,12 +56,6 @@ __device__ __forceinline__ void load_weight(T* to, const T* from, int count, con
       store(to + e, 0.0f);
     }
   }
-}
-
-// u [K] of sample b and capsule i; null past the batch.
-template <class T>
-__device__ __forceinline__ const T* u_row(const T* u, int b, int i, const Shape& shape) {
-  return b < shape.B ? u + (std::size_t(b) * shape.I + i) * shape.K : nullptr;
 }
 
 // Adds the sums of the warps that share a tile, in a fixed order, into those of its first warp.
@@ -119,6 +113,7 @@ __device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan,
             states[state][std::size_t(first) * tile_size + e];
       }
     }
+    wait_for_copies();  // W, in the first sweep
     __syncthreads();
 
     typename Tile<DT>::Values sum;
@@ -132,14 +127,22 @@ __device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan,
           exchange + share.slot * tile_size,
           exchange + (plan.tiles_per_pass + share.slot) * tile_size,
       };
-      for (int i = share.first_capsule + share.lane_of_capsules; i < share.last_capsule;
-           i += share.lanes) {
-        const int b = tile * kTileSamples + lane.g;
+      // u of the next capsule is loaded while this one is worked on.
+      float next_u[4] = {};
+      int i = share.first_capsule + share.lane_of_capsules;
+      if (i < share.last_capsule) {
+        InputRows<T>(u, tile, i, shape, lane).load(next_u, 0, shape.K, lane);
+      }
+      for (; i < share.last_capsule; i += share.lanes) {
+        const float first_u[4] = {next_u[0], next_u[1], next_u[2], next_u[3]};
+        if (i + share.lanes < share.last_capsule) {
+          InputRows<T>(u, tile, i + share.lanes, shape, lane).load(next_u, 0, shape.K, lane);
+        }
         const int row = i / shape.weight_sharing - share.first_row;
         typename Tile<DT>::Values u_hat;
         typename Tile<DT>::Row own;
-        predict<P, T, DT>(u_hat, weight + row * weight_elements, u_row(u, b, i, shape),
-                          u_row(u, b + 8, i, shape), shape, lane);
+        predict<P, T, DT>(u_hat, 0, weight + row * weight_elements, first_u,
+                          InputRows<T>(u, tile, i, shape, lane), shape, lane);
         coefficients(own, u_hat, staged, tile, i);
         add_scaled<DT>(sum, own, u_hat, shape.J, lane);
       }

@@ -65,35 +65,71 @@ __device__ __forceinline__ void load_pair(const T* x, int k, int K, float& first
   }
 }
 
-// u_hat = W_i u_i for 16 samples. `weight` is W_i on chip, [J, D, K] padded to multiples of 8;
-// `u_low`, `u_high` are u [K] of rows g and g + 8, null past the batch. In the products' K, slots q
-// and q + 4 of lane q are elements 2q and 2q + 1: a pair is one load on either side.
-template <class P, class T, int DT>
-__device__ __forceinline__ void predict(typename Tile<DT>::Values& u_hat, const T* weight,
-                                        const T* u_low, const T* u_high, const Shape& shape,
-                                        const Lane& lane) {
+// u [K] of one input capsule for rows g and g + 8 of a tile; null past the batch.
+template <class T>
+struct InputRows {
+  const T* low;
+  const T* high;
+
+  __device__ __forceinline__ InputRows(const T* u, int tile, int i, const Shape& shape,
+                                       const Lane& lane) {
+    const int b = tile * kTileSamples + lane.g;
+    low = u + (std::size_t(b) * shape.I + i) * shape.K;
+    high = b + 8 < shape.B ? low + std::size_t(8) * shape.I * shape.K : nullptr;
+    if (b >= shape.B) low = nullptr;
+  }
+
+  // The lane's elements k0 + 2q and k0 + 2q + 1 of both rows, as the left side of a product: in its
+  // contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so that a pair is one
+  // load.
+  __device__ __forceinline__ void load(float (&a)[4], int k0, int K, const Lane& lane) const {
+    load_pair(low, k0 + 2 * lane.q, K, a[0], a[2]);
+    load_pair(high, k0 + 2 * lane.q, K, a[1], a[3]);
+  }
+};
+
+// u_hat = W_i u_i for 16 samples: the N fragments from `first` on, as far as there are any.
+// `weight` is W_i on chip, [J, D, K] padded to multiples of 8; `first_u` are the first 8 elements
+// of `rows`, which the caller has loaded ahead of time.
+template <class P, class T, int DT, int N>
+__device__ __forceinline__ void predict(float (&u_hat)[N][4], int first, const T* weight,
+                                        const float (&first_u)[4], const InputRows<T>& rows,
+                                        const Shape& shape, const Lane& lane) {
+  using A = typename P::template Operand<4>;
+  using B = typename P::template Operand<2>;
   const int padded_K = round_up(shape.K, kTileDims);
-  const auto step = [&](int k0, auto multiply) {
-    const int k = k0 + 2 * lane.q;
-    float a[4];
-    load_pair(u_low, k, shape.K, a[0], a[2]);
-    load_pair(u_high, k, shape.K, a[1], a[3]);
-    const auto A = P::template operand<T>(a);
+  const auto step = [&](const A& a, int k0, auto multiply) {
 #pragma unroll
-    for (int n = 0; n < Tile<DT>::kFragments; ++n) {
-      if (n / DT < shape.J) {
+    for (int n = 0; n < N; ++n) {
+      if ((first + n) / DT < shape.J) {
         float b[2];
-        load_pair(weight + (n * kTileDims + lane.g) * padded_K, k, padded_K, b[0], b[1]);
-        multiply(u_hat[n], A, P::template operand<T>(b));
+        load_pair(weight + ((first + n) * kTileDims + lane.g) * padded_K, k0 + 2 * lane.q, padded_K,
+                  b[0], b[1]);
+        multiply(u_hat[n], a, P::template operand<T>(b));
       }
     }
   };
-  using A = typename P::template Operand<4>;
-  using B = typename P::template Operand<2>;
-  step(0, [](float (&c)[4], const A& a, const B& b) { P::multiply(c, a, b); });
+  step(P::template operand<T>(first_u), 0,
+       [](float (&c)[4], const A& a, const B& b) { P::multiply(c, a, b); });
   for (int k0 = kTileDims; k0 < padded_K; k0 += kTileDims) {
-    step(k0, [](float (&c)[4], const A& a, const B& b) { P::multiply_add(c, a, b); });
+    float a[4];
+    rows.load(a, k0, shape.K, lane);
+    step(P::template operand<T>(a), k0,
+         [](float (&c)[4], const A& a, const B& b) { P::multiply_add(c, a, b); });
   }
+}
+
+// x_j . y_j over d of one output capsule, for the row this lane owns; y on chip.
+template <int DT>
+__device__ __forceinline__ float row_dot(const float (*x)[4], const float4* y, const Lane& lane) {
+  float low = 0, high = 0;
+#pragma unroll
+  for (int n = 0; n < DT; ++n) {
+    const float4 other = y[n * kWarpSize + lane.index];
+    low += x[n][0] * other.x + x[n][1] * other.y;
+    high += x[n][2] * other.z + x[n][3] * other.w;
+  }
+  return quad_row_sum(low, high, lane);
 }
 
 // own_j += x_j . state_j over d, for the row this lane owns; `state` is a state tile on chip.
@@ -103,16 +139,7 @@ __device__ __forceinline__ void add_row_dots(typename Tile<DT>::Row& own,
                                              const float4* state, int J, const Lane& lane) {
 #pragma unroll
   for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-    if (j < J) {
-      float low = 0, high = 0;
-#pragma unroll
-      for (int n = j * DT; n < (j + 1) * DT; ++n) {
-        const float4 y = state[n * kWarpSize + lane.index];
-        low += x[n][0] * y.x + x[n][1] * y.y;
-        high += x[n][2] * y.z + x[n][3] * y.w;
-      }
-      own[j] += quad_row_sum(low, high, lane);
-    }
+    if (j < J) own[j] += row_dot<DT>(x + j * DT, state + j * DT * kWarpSize, lane);
   }
 }
 

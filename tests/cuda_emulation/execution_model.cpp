@@ -8,6 +8,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulation.h"
@@ -28,6 +29,7 @@ struct Fiber {
   jmp_buf env;
   ucontext_t start;
   bool started = false, waits = false, done = false;
+  std::vector<std::pair<void*, const void*>> copies;
 };
 
 struct Warp {
@@ -127,6 +129,8 @@ class Launch {
   }
 
   void grid_barrier() { wait(arrived_, int(warps_.size()) * kWarp, 0, warps_.size()); }
+
+  Fiber& fiber() { return warp_->lanes[lane_]; }
 
   [[noreturn]] void fail(const std::string& message) {
     failure_ = message;
@@ -285,6 +289,16 @@ void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     }
   });
   std::copy(operands, operands + 4, c);
+}
+
+void copy_in_background(void* shared, const void* global) {
+  emulation::Launch::running->fiber().copies.emplace_back(shared, global);
+}
+
+void wait_for_copies() {
+  auto& copies = emulation::Launch::running->fiber().copies;
+  for (const auto& [to, from] : copies) std::memcpy(to, from, 16);
+  copies.clear();
 }
 
 void grid_barrier(const char* file, int line) {

@@ -101,6 +101,16 @@ inline float shuffle_xor(float x, int lane_mask) {
   return operands[0];
 }
 
+inline unsigned round_to_tf32(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
+}
+
+// Copied only when waited for, as late as can be.
+void copy_in_background(void* shared, const void* global);
+void wait_for_copies();
+
 void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 void grid_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
