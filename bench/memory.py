@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .fits import CONSTANT, exponents
 from .peers import Implementation, Routing, ours, outputs_and_gradients, peers
-from .records import Record, reason_of
+from .records import Record, reason_of, select
 from .routing import Settings
 from .shapes import MANY_CLASSES, MNIST, Inputs, Shape, make_inputs
 
@@ -139,5 +140,11 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
         yield from measure_memory(MNIST, B, everyone, settings)
     for times in TIMES_I:
         shape = replace(MNIST, name=f"MNIST, I = {times * MNIST.I}", I=times * MNIST.I)
-        yield from measure_memory(shape, 32, fused, settings)
+        for record in measure_memory(shape, 32, fused, settings):
+            yield record | {"axis": "I", "size": shape.I, "pass": "extra memory"}
     yield from measure_memory(MANY_CLASSES, 32, fused, settings)
+
+
+def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Record]:
+    """How the fused backends' extra memory grows with I."""
+    return exponents(select(records, table="memory", axis="I"), "extra_bytes", CONSTANT)

@@ -63,11 +63,16 @@ def lines(axes: Axes, records: list[Record], field: str, scale: float) -> None:
 
 
 def panels(height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(10, height), layout="constrained")
+    figure = Figure(figsize=(11, height), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, name in zip((left, right), PASSES, strict=True):
         axes.set_title(name)
     return figure, [left, right]
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """One legend beside the panels: it must not hide a point."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
 def time_against_batch(timed: list[Record]) -> Figure:
@@ -75,17 +80,17 @@ def time_against_batch(timed: list[Record]) -> Figure:
     for axes, name in zip(both, PASSES, strict=True):
         lines(axes, select(timed, **{"pass": name}), "seconds", 1e3)
     both[0].set_ylabel("median time [ms]")
-    both[1].legend(fontsize=8)
+    add_legend(figure, both[1])
     figure.suptitle("Routing layer at the MNIST shape")
     return figure
 
 
 def memory_against_batch(measured: list[Record]) -> Figure:
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     lines(axes, measured, "extra_bytes", 2**-20)
     axes.set_ylabel("extra memory of forward+backward [MiB]")
-    axes.legend(fontsize=8)
+    add_legend(figure, axes)
     axes.set_title("Beyond inputs, outputs and gradients, at the MNIST shape")
     return figure
 
@@ -115,6 +120,6 @@ def roofline(timed: list[Record], ceilings: Record) -> Figure:
         axes.set_xlabel("operations a byte (both as the fused op needs them)")
         axes.grid(alpha=0.3, which="both")
     both[0].set_ylabel("GFLOP/s")
-    both[1].legend(fontsize=8)
+    add_legend(figure, both[1])
     figure.suptitle("Roofline: measured matrix product and copy, MNIST shape, B growing rightwards")
     return figure

@@ -1,22 +1,20 @@
 """How the time of the fused op grows: against B, I, J, R and threads, with fitted exponents.
 
-The exponent p of "time ~ size^p" is the slope of a line through (log size, log time). 1 means that
-the cost grows linearly; sizes start where the fixed cost of a call no longer counts.
+Sizes start where the fixed cost of a call no longer counts.
 """
 
 import argparse
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
+from .fits import LINEAR, exponents
 from .peers import Implementation, ours
 from .records import Record, select
 from .routing import Settings, measure_routing
 from .shapes import Shape
-from .tables import groups
 
 BASE = Shape("scaling", I=1152, J=10)
 BASE_B = {"cpu": 64, "cuda": 512}
@@ -26,14 +24,6 @@ RANGES: dict[str, dict[str, tuple[int, ...]]] = {
 }
 """A decade of each size."""
 ITERATIONS = (1, 2, 3, 5, 10)
-
-
-def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """Least-squares slope of log seconds against log size."""
-    x, y = [math.log(s) for s in sizes], [math.log(t) for t in seconds]
-    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
-    covariance = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - x_mean) ** 2 for a in x)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,18 +67,5 @@ def measure_point(
 
 
 def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Record]:
-    """The exponent of each implementation, axis and pass that has more than one point."""
-    timed = [record for record in select(records, table="scaling") if "seconds" in record]
-    return [
-        {
-            "table": "exponents",
-            "family": "ours",
-            **key,
-            "from": line[0]["size"],
-            "to": line[-1]["size"],
-            "exponent": exponent([p["size"] for p in line], [p["seconds"] for p in line]),
-            "status": "ok",
-        }
-        for key, line in groups(timed, "implementation", "axis", "pass")
-        if len(line) > 1
-    ]
+    """The exponent of each implementation, axis and pass."""
+    return exponents(select(records, table="scaling"), "seconds", LINEAR)

@@ -210,12 +210,14 @@ def scaling_table(records: list[Record], _ceilings: Record) -> Table:
 
 def exponents_table(records: list[Record], _ceilings: Record) -> Table:
     table = Table(
-        "Fitted exponents of time against size", ["implementation", "axis", "pass", "exponent"]
+        "Fitted exponents of growth",
+        ["implementation", "over", "of", "exponent", "goal", "met"],
     )
     for record in records:
-        axis = f"{record['axis']} from {record['from']} to {record['to']}"
-        row = [record["implementation"], axis, record["pass"], f"{record['exponent']:.2f}"]
-        table.rows.append(row)
+        goal = f"<= {record['most']}" if "most" in record else ""
+        over = f"{record['axis']} from {record['from']} to {record['to']}"
+        row = [record["implementation"], over, record["pass"], f"{record['exponent']:.2f}"]
+        table.rows.append([*row, goal, record.get("verdict", "")])
     return table
 
 

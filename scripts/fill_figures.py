@@ -58,6 +58,7 @@ VIEWS = {
     "peers": View("goals", tables.routing_table, "routing", (("case", "MNIST"), ("B", 128))),
     "batches": View("routing", tables.summary_table, "routing", (("case", "MNIST"),)),
     "memory": View("memory", tables.memory_table, "memory"),
+    "memory-growth": View("memory", tables.exponents_table, "exponents"),
     "training": View("training", tables.training_table, "training"),
     "scaling": View("scaling", tables.exponents_table, "exponents"),
     "accuracy": View("accuracy", tables.accuracy_table, "accuracy"),

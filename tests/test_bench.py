@@ -1,12 +1,11 @@
 """The benchmarks' own arithmetic: counts, medians, goals, exponents, tables, memory."""
 
 import ctypes
-import math
 
 import pytest
 import torch
 
-from bench import goals, scaling, tables
+from bench import fits, goals, scaling, tables
 from bench.goals import GOALS, Goal
 from bench.memory import extra_bytes, saved_bytes
 from bench.peers import EAGER, Implementation, check_equal, oracle, outputs_and_gradients
@@ -166,16 +165,21 @@ def test_every_goal_of_a_device_is_met_by_some_measurement(device):
 
 def test_exponents():
     sizes = (10, 20, 50, 100)
-    assert scaling.exponent(sizes, [3e-6 * s for s in sizes]) == pytest.approx(1)
-    assert scaling.exponent(sizes, [3e-6 * s**2 for s in sizes]) == pytest.approx(2)
+    assert fits.exponent(sizes, [3e-6 * s for s in sizes]) == pytest.approx(1)
+    assert fits.exponent(sizes, [3e-6 * s**2 for s in sizes]) == pytest.approx(2)
     points = [
-        {"table": "scaling", "axis": "B", "size": s, "pass": "forward", "implementation": "x"}
-        | {"seconds": math.sqrt(s)}
+        {"table": "scaling", "axis": axis, "size": s, "pass": "forward", "implementation": "x"}
+        | {"seconds": s**power}
+        for axis, power in (("B", 0.5), ("I", 1.2), ("threads", -0.9))
         for s in sizes
     ]
-    (fit,) = scaling.conclude([*points, {"table": "scaling", "status": "failed"}], "cpu", {})
-    assert fit["exponent"] == pytest.approx(0.5)
-    assert (fit["from"], fit["to"]) == (10, 100)
+    failed = {"table": "scaling", "axis": "B", "implementation": "x", "status": "failed"}
+    B, I, threads = scaling.conclude([failed, *points], "cpu", {})
+    assert [B["exponent"], I["exponent"], threads["exponent"]] == pytest.approx([0.5, 1.2, -0.9])
+    assert (B["from"], B["to"], B["verdict"], I["verdict"]) == (10, 100, "yes", "no")
+    assert "verdict" not in threads
+    (table,) = tables.tables([I], {})
+    assert table.rows == [["x", "I from 10 to 100", "forward", "1.20", "<= 1.05", "no"]]
 
 
 def test_tables_show_figures_and_put_reasons_below():

@@ -1,0 +1,46 @@
+"""Exponents of growth: the p of "cost ~ size^p", fitted to measurements over a decade of a size."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from .records import Record
+from .tables import groups
+
+LINEAR = 1.05
+"""An exponent up to here is "grows linearly"."""
+CONSTANT = 0.1
+"""An exponent up to here is "does not grow": the resident set is exact to some pages only."""
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Least-squares slope of log cost against log size."""
+    x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
+    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
+    covariance = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
+    return covariance / sum((a - x_mean) ** 2 for a in x)
+
+
+def exponents(points: Iterable[Record], cost: str, most: float | None) -> list[Record]:
+    """One record for each implementation, axis and pass with more than one point.
+
+    Points hold ``axis``, ``size`` and, if they were measured, a figure in the field ``cost``.
+    ``most`` is the goal; thread counts, which should shrink the cost, have none.
+    """
+    measured = [point for point in points if point.get(cost, 0) > 0]
+    fitted = []
+    for key, line in groups(measured, "implementation", "axis", "pass"):
+        if len(line) < 2:
+            continue
+        found = exponent([point["size"] for point in line], [point[cost] for point in line])
+        record = {
+            "table": "exponents",
+            **key,
+            "from": line[0]["size"],
+            "to": line[-1]["size"],
+            "exponent": found,
+            "status": "ok",
+        }
+        if most is not None and key["axis"] != "threads":
+            record |= {"most": most, "verdict": "yes" if found <= most else "no"}
+        fitted.append(record)
+    return fitted
