@@ -1,0 +1,86 @@
+"""``python -m bench aot``: the GPU kernels compiled ahead of time, without a GPU.
+
+For every kernel that a forward and backward launch: registers, spilled bytes, shared memory,
+matrix instructions, occupancy, and how much of the padded tile is not padding.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from . import aot_triton
+from .aot_rows import TARGETS, Row
+from .shapes import MNIST, SHAPES
+from .tables import Table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = [shape.name.split()[0] for shape in SHAPES]
+    parser.add_argument("--shape", nargs="+", choices=names, default=names, help="shapes (all)")
+    parser.add_argument(
+        "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="targets (all)"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=aot_triton.PRECISIONS,
+        default=["float32", "TF32", "bfloat16"],
+        help="precisions (float32, TF32 and bfloat16)",
+    )
+    parser.add_argument("--batch", type=int, default=128, metavar="B", help="batch size (128)")
+    parser.add_argument("--iterations", type=int, default=3, metavar="R", help="iterations (3)")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 if a kernel of the MNIST shape spills"
+    )
+
+
+def compiled(options: argparse.Namespace) -> Iterator[Row]:
+    for shape in SHAPES:
+        if shape.name.split()[0] in options.shape:
+            for target in options.target:
+                for precision in options.precision:
+                    yield from aot_triton.rows(
+                        shape, options.batch, options.iterations, precision, target
+                    )
+
+
+def table(rows: list[Row]) -> Table:
+    found = Table(
+        "Kernels compiled ahead of time",
+        ["kernel", "shape", "precision", "target", "warps", "registers", "spilled", "shared",
+         "matrix", "blocks", "occupancy", "useful", "loops"],
+    )  # fmt: skip
+    for row in rows:
+        found.rows.append([
+            row.kernel, row.shape, row.precision, row.target, str(row.warps), str(row.registers),
+            f"{row.spilled_bytes} B", f"{row.shared_bytes} B", str(row.matrix_instructions),
+            str(row.blocks), f"{row.occupancy:.0%}", f"{row.useful:.0%}", row.loops,
+        ])  # fmt: skip
+    return found
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compile, print, and with --check judge; 2 where nothing can be compiled."""
+    reason = aot_triton.missing()
+    if reason is not None:
+        print(f"aot: {reason}", file=sys.stderr)
+        return 2
+    progress = Console(stderr=True)
+    rows: list[Row] = []
+    with progress.status("compiling") as status:
+        for row in compiled(options):
+            rows.append(row)
+            status.update(f"{len(rows)}: {row.kernel}, {row.shape}, {row.precision}, {row.target}")
+    if options.markdown:
+        print(table(rows).markdown())
+    else:
+        Console(width=None if sys.stdout.isatty() else 200).print(table(rows).rich())
+    spilling = [row for row in rows if row.shape == MNIST.name and row.spilled_bytes]
+    for row in spilling:
+        progress.print(
+            f"{row.kernel} spills {row.spilled_bytes} bytes ({row.precision}, {row.target})"
+        )
+    return 1 if options.check and spilling else 0

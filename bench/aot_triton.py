@@ -1,0 +1,207 @@
+"""Compiles the Triton kernels that a call would launch, without a GPU.
+
+The backend's own host code runs on meta tensors, with a launcher that compiles instead. So what is
+examined here is what a GPU would be given: the same kernels, tiles, warps and constants.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .aot_rows import Row
+from .shapes import Shape
+
+PRECISIONS = {
+    "float32": (torch.float32, "highest"),
+    "TF32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "highest"),
+    "float16": (torch.float16, "highest"),
+    "float64": (torch.float64, "highest"),
+}
+"""What may be compiled: the dtype of the tensors, and torch's float32 matmul precision."""
+
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+}
+
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+"""Multiprocessors of the usual GPU of each target."""
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed; `pip install triton` installs it"
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET=1 is set, so Triton would interpret; unset it to compile"
+    return None
+
+
+def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[Row]:
+    """Every kernel of a forward and backward with the default options."""
+    from capsule_kernels.backends.triton import launch
+
+    gpu = launch.Gpu(PROCESSORS[target], hip=target.startswith("gfx"))
+    dtype, matmul_precision = PRECISIONS[precision]
+    compiled: dict[str, Row] = {}
+
+    def record(
+        kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any
+    ) -> None:
+        signature, constants, attributes = specialise(kernel, arguments)
+        key = f"{kernel.__name__} {signature} {constants} {attributes}"
+        if key not in compiled:
+            useful = 1.0
+            if {"BLOCK_B", "BLOCK_J", "BLOCK_D"} <= arguments.keys():
+                columns = -(-shape.J // arguments["BLOCK_J"]) * arguments["BLOCK_J"]
+                padded_B = -(-B // arguments["BLOCK_B"]) * arguments["BLOCK_B"]
+                useful = B / padded_B * shape.J * shape.D / (columns * arguments["BLOCK_D"])
+            facts = compile_for(
+                target, kernel, signature, constants, attributes, num_warps, num_stages
+            )
+            compiled[key] = Row(
+                "triton", kernel.__name__, shape.name, precision, target, num_warps,
+                useful=useful, **facts,
+            )  # fmt: skip
+
+    u = torch.empty(B, shape.I, shape.K, dtype=dtype, device="meta")
+    weight = torch.empty(shape.I, shape.J, shape.D, shape.K, dtype=dtype, device="meta")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul_precision)
+    try:
+        v, s, _ = launch.routing_forward(
+            u, weight, None, None, R, False, 1, False, launch=record, gpu=gpu
+        )
+        launch.routing_backward(
+            v, u, weight, None, s, False, 1, True, [True, True, False, False],
+            launch=record, gpu=gpu,
+        )  # fmt: skip
+    finally:
+        torch.set_float32_matmul_precision(before)
+    yield from compiled.values()
+
+
+def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes as Triton's launcher derives them from arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list] = {}
+    for position, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]  # torch's allocator aligns so
+        elif parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_for(
+    target: str,
+    kernel: Any,
+    signature: dict,
+    constants: dict,
+    attributes: dict,
+    warps: int,
+    stages: int,
+) -> dict[str, Any]:
+    """Registers, spilled bytes, shared bytes, matrix instructions and loops of one kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    nvidia = target.startswith("sm_")
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    if not nvidia:
+        code = compiled.asm["amdgcn"]
+        return {
+            "registers": number(r"\.vgpr_count:\s*(\d+)", code),  # counts the AGPRs too
+            "spilled_bytes": number(r"\.private_segment_fixed_size:\s*(\d+)", code),
+            "shared_bytes": compiled.metadata.shared,
+            "matrix_instructions": len(re.findall(r"\bv_mfma_", code)),
+        }
+    usage, listing = examine_cubin(compiled.asm["cubin"])
+    matrix = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
+    return {
+        "registers": number(r"REG:(\d+)", usage),
+        "spilled_bytes": number(r"STACK:(\d+)", usage),
+        "shared_bytes": compiled.metadata.shared + number(r"SHARED:(\d+)", usage),
+        "matrix_instructions": len(re.findall(matrix, compiled.asm["ptx"])),
+        "loops": loops(listing),
+    }
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's output has no {pattern!r}; this Triton is not known")
+    return int(found[1])
+
+
+def examine_cubin(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code, by the tools that Triton brings along."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def output(*command: str) -> str:
+            return subprocess.run(
+                [str(tools / command[0]), *command[1:], file.name],
+                capture_output=True, text=True, check=True,
+            ).stdout  # fmt: skip
+
+        return output("cuobjdump", "-res-usage"), output("nvdisasm", "-c")
+
+
+def loops(listing: str) -> str:
+    """Instructions of the loops in machine code that hold a matrix instruction or a tile's loads.
+
+    A loop is what lies between a label and a branch back to it; "673 > 275" is a loop of 673
+    instructions with one of 275 in it. Loops that differ only in where they are entered count once.
+    """
+    labels: dict[str, int] = {}
+    spans: list[tuple[int, int]] = []
+    length = 0
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = length
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
+            branch = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
+            if branch and labels.get(branch[1], length) < length:
+                spans.append((labels[branch[1]], length))
+            length += 1
+    spans.sort(key=lambda span: (span[0], -span[1]))
+    chains: list[list[tuple[int, int]]] = []
+    for first, last in spans:
+        if chains and first <= chains[-1][0][1]:
+            # A loop about a loop with little between them is the outer one's entry.
+            if last - first < 0.9 * (chains[-1][-1][1] - chains[-1][-1][0]):
+                chains[-1].append((first, last))
+        else:
+            chains.append([(first, last)])
+    texts = (" > ".join(str(last - first + 1) for first, last in chain) for chain in chains)
+    return ", ".join(text for text, _ in groupby(texts))
