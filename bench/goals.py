@@ -242,16 +242,20 @@ def conclude(records: list[Record], device: str, ceilings: Record) -> list[Recor
     return [goal.judge(records, ceilings) for goal in GOALS[device]]
 
 
-PARTS = ("batches", "shapes", "memory", "training")
+PARTS = {
+    "cpu": ("batches", "shapes", "memory", "training"),
+    "cuda": ("batches", "memory", "training", "autotuned"),
+}
+"""What is measured on a device, the most wanted first."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only",
         action="append",
-        choices=PARTS,
+        choices=sorted({part for parts in PARTS.values() for part in parts}),
         help="measure only a part (may be repeated): MNIST at several batches; the seven shapes at "
-        "B = 32; memory; a training step",
+        "B = 32; memory; a training step; against torch.compile(mode='max-autotune')",
     )
 
 
@@ -262,23 +266,28 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
         "shapes": lambda: shapes(settings, options.quick),
         "memory": lambda: memories(settings),
         "training": lambda: training.measure_steps(128, settings, (training.FUSED,)),
+        "autotuned": lambda: autotuned(settings),
     }
-    for name in options.only or PARTS:
+    for name in options.only or PARTS[settings.device]:
         yield from parts[name]()
 
 
 def batches(settings: Settings) -> Iterator[Record]:
     """MNIST at the batches of the goals; on a GPU with TF32, too."""
-    fused = ours(settings.device)
     if settings.device == "cpu":
-        for B in (1, 16, 128):
-            yield from measure_routing(MNIST, B, [*fused, *strong_peers()], settings)
-        return
-    for precision in ("tf32", "ieee"):
-        chosen = replace(settings, precision=precision)
-        for B in (128, 1024, 16, 1):
-            modes = ("default", "max-autotune") if (precision, B) == ("tf32", 128) else ("default",)
-            yield from measure_routing(MNIST, B, [*fused, *strong_peers(modes)], chosen)
+        points = [("ieee", 1), ("ieee", 16), ("ieee", 128)]
+    else:
+        points = [(precision, B) for B in (128, 1024, 16, 1) for precision in ("tf32", "ieee")]
+    everyone = [*ours(settings.device), *strong_peers()]
+    for precision, B in points:
+        yield from measure_routing(MNIST, B, everyone, replace(settings, precision=precision))
+
+
+def autotuned(settings: Settings) -> Iterator[Record]:
+    """MNIST at B = 128 with TF32 against the peers that Inductor tunes for minutes."""
+    slowest_to_compile = [peer for peer in peers(("max-autotune",)) if peer.family == "compiled"]
+    everyone = [*ours(settings.device), *slowest_to_compile]
+    yield from measure_routing(MNIST, 128, everyone, replace(settings, precision="tf32"))
 
 
 def shapes(settings: Settings, quick: bool) -> Iterator[Record]:
@@ -293,5 +302,5 @@ def memories(settings: Settings) -> Iterator[Record]:
     yield from memory.measure_memory(MANY_CLASSES, 32, ours(settings.device), settings)
 
 
-def strong_peers(modes: tuple[str, ...] = ("default",)) -> list[Implementation]:
-    return [peer for peer in peers(modes) if "tiled" not in peer.name]
+def strong_peers() -> list[Implementation]:
+    return [peer for peer in peers() if "tiled" not in peer.name]

@@ -1,9 +1,9 @@
 """Extra memory of forward+backward: the peak beyond inputs, outputs and gradients.
 
-Measured in a fresh process for each implementation. On a CPU it is the process's peak resident set
-(Linux ``VmHWM``) above the resident set before the call, which sees every allocation that is
-touched, whoever makes it; pages make it exact to about a MiB. On a GPU it is torch's peak of
-allocated bytes, in which the fused backends' workspaces are, too.
+On a CPU it is the peak resident set of a fresh process (Linux ``VmHWM``) above the resident set
+before the call: it sees every allocation that is touched, whoever makes it, and is exact to some
+pages. On a GPU it is torch's peak of allocated bytes, in which the fused backends' workspaces are,
+too.
 """
 
 import argparse
@@ -46,7 +46,8 @@ def measure_memory(
         reason = implementation.reason_to_skip(shape, B, settings.device)
         if reason is None:
             try:
-                extra, saved = in_fresh_process(probe, implementation.name, shape, B, settings)
+                where = in_fresh_process if settings.device == "cpu" else call_here
+                extra, saved = where(probe, implementation.name, shape, B, settings)
                 record |= {"extra_bytes": extra, "saved_bytes": saved}
             except Exception as error:
                 reason = reason_of(error)
@@ -63,6 +64,11 @@ def in_fresh_process(function: Callable, *arguments: object) -> tuple[int, int]:
             return executor.submit(function, *arguments).result()
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
+
+
+def call_here(function: Callable, *arguments: object) -> tuple[int, int]:
+    torch._dynamo.reset()
+    return function(*arguments)
 
 
 def probe(name: str, shape: Shape, B: int, settings: Settings) -> tuple[int, int]:

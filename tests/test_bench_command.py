@@ -121,6 +121,7 @@ def test_a_report_whose_time_is_over_says_so(tmp_path):
 
 def test_every_step_of_a_report_is_a_command_that_parses(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     for device in ("cpu", "cuda"):
         for step in report.steps(device, tmp_path, tmp_path):
             if "bench" in step.command and "aot" not in step.command:
