@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from .errors import UserError
 
@@ -57,3 +58,8 @@ def description(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": commit(),
     }
+
+
+def table_console() -> Console:
+    """For tables on stdout; piped into a file or grep, a row stays a line."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)

@@ -4,7 +4,6 @@ Leaves in the run's directory: ``metrics.jsonl``, ``checkpoint.safetensors`` (to
 ``weights.safetensors`` (to evaluate and predict), ``reconstructions.png``, TensorBoard events.
 """
 
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from .capsnet import CapsNet
 from .config import Config
 from .data import Dataset, Source, load_dataset
 from .drawing import reconstruction_rows, save_png
-from .environment import choose_device, description
+from .environment import choose_device, description, table_console
 from .errors import UserError, run_command
 from .experiments import EXPERIMENTS
 from .fit import Fit
@@ -164,8 +163,7 @@ def list_experiments() -> None:
     table = Table("experiment", "what", "the paper's test error", box=None, pad_edge=False)
     for name, experiment in EXPERIMENTS.items():
         table.add_row(name, experiment.about, experiment.paper)
-    # Piped into a file or grep, a line stays a line.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    table_console().print(table)
 
 
 if __name__ == "__main__":

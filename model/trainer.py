@@ -17,11 +17,11 @@ from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .config import Config
 from .data import Dataset, Split
+from .evaluation import TestResult, scores_of
 from .losses import correct, total_loss
 from .networks import Network
 from .views import Batch, evaluation_views, show, training_batch
 
-EVALUATION_BATCH = 250
 TRAINING, ORDER = range(2)
 """Purposes of a seed: streams of different purposes never meet."""
 
@@ -43,20 +43,6 @@ class Progress:
     metrics_size: int = 0
     accuracy_reached: bool = False
     """``stop_accuracy`` was."""
-
-
-@dataclass(frozen=True)
-class TestResult:
-    """Of one test set: mean loss, how many were counted wrong, of how many."""
-
-    loss: float
-    wrong: int
-    count: int
-
-    @property
-    def error(self) -> float:
-        """Percent."""
-        return 100 * self.wrong / self.count
 
 
 class Trainer:
@@ -101,10 +87,10 @@ class Trainer:
             return c.lr * c.lr_decay ** (step / c.lr_decay_steps)
         return c.lr * c.lr_decay ** (step // self.steps_per_epoch)
 
-    def loss(self, batch: Batch, with_reconstruction: bool = True) -> tuple[Tensor, Tensor]:
-        """Loss of a batch, a scalar, and which of its samples are right, bool [B]."""
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of a training batch, a scalar, and which of its samples are right, bool [B]."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            output = self.forward(batch.images, batch.labels if with_reconstruction else None)
+            output = self.forward(batch.images, batch.labels)
         return total_loss(output, batch, self.config), correct(output.scores, batch.labels)
 
     def batch_index(self, step: int) -> Tensor:
@@ -142,19 +128,11 @@ class Trainer:
         loss_sum, right, seen = self.sums.tolist()
         return loss_sum / max(seen, 1), right / max(seen, 1)
 
-    @torch.no_grad()
     def test(self, split: Split, between: Callable[[], None] = lambda: None) -> TestResult:
-        """Loss (the margin alone) and errors on a split; ``between`` is called after each batch."""
+        """Loss (without reconstruction) and errors on a split."""
         self.model.eval()
-        views = evaluation_views(self.config, split)
-        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for start in range(0, len(views), EVALUATION_BATCH):
-            batch = show(self.config, split, views[start : start + EVALUATION_BATCH])
-            loss, right = self.loss(batch, with_reconstruction=False)
-            sums += torch.stack([loss * len(right), (~right).sum()])
-            between()
-        loss_sum, wrong = sums.tolist()
-        return TestResult(loss_sum / len(views), int(wrong), len(views))
+        scores, labels = scores_of(self.forward, self.config, split, between=between)
+        return TestResult.of(scores, labels, self.config)
 
     def test_batch(self, count: int) -> Batch:
         """The first images of the test."""

@@ -42,7 +42,7 @@ class Views:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, part: slice) -> Self:
+    def __getitem__(self, part: slice | Tensor) -> Self:
         return type(self)(self.index[part], self.top[part], self.left[part])
 
 

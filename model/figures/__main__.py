@@ -1,0 +1,104 @@
+"""``python -m model.figures RUN...``: draw the paper's figures from trained networks."""
+
+import argparse
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from capsule_kernels import backends
+
+from .. import checkpoint as checkpoints
+from ..capsnet import CapsNet
+from ..data import Source, load_dataset
+from ..environment import choose_device
+from ..errors import UserError, run_command
+from ..networks import build
+from .decoded import perturbations, reconstructions, segmentations
+from .equivariance import equivariance
+from .routing import coupling_maps, error_by_iterations
+from .trained import Trained
+
+NEEDS_DECODER: dict[str, Callable[[Trained], Figure]] = {
+    "reconstructions": reconstructions,
+    "perturbations": perturbations,
+    "segmentations": segmentations,
+}
+ANY_CAPSNET: dict[str, Callable[[Trained], Figure]] = {
+    "couplings": coupling_maps,
+    "equivariance": equivariance,
+}
+NAMES = (*NEEDS_DECODER, *ANY_CAPSNET, "iterations")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m model.figures", description=__doc__)
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories or weights")
+    p.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    p.add_argument("--save-dir", type=Path, metavar="DIR", help="default: the first run's")
+    p.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR")
+    p.add_argument("--download", action="store_true", help="fetch files that are missing")
+    p.add_argument("--backend", choices=("auto", *backends()), default="auto")
+    p.add_argument("--device")
+    return p
+
+
+def load_trained(run: Path, arguments: argparse.Namespace, device: torch.device) -> Trained:
+    state = checkpoints.load(run)
+    config, a = state.config, state.config.architecture
+    network = build(a, arguments.backend).to(device).eval()
+    if not isinstance(network, CapsNet):
+        raise UserError(f"{run}: figures need a capsule network, this is a {a.network}")
+    checkpoints.restore_model(network, state, run)
+    source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
+    split = load_dataset(config.dataset, source).test.to(device)
+    return Trained(run.name, config, network, split, state.classes)
+
+
+def wanted(trained: Trained, only: list[str] | None) -> list[str]:
+    """Which figures to draw; UserError for one that was asked for and can't be drawn."""
+    possible = [*ANY_CAPSNET, "iterations"]
+    if trained.network.decoder is not None:
+        possible += [n for n in NEEDS_DECODER if n != "segmentations" or trained.config.pairs]
+    for name in only or ():
+        if name not in possible:
+            reason = (
+                "it shows overlapping pairs"
+                if trained.network.decoder is not None
+                else "its network has no decoder"
+            )
+            raise UserError(f"--only {name} can't be drawn of {trained.name}: {reason}")
+    return [name for name in NAMES if name in (only or possible)]
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    device = choose_device(arguments.device)
+    runs = [load_trained(run, arguments, device) for run in arguments.runs]
+    first = arguments.runs[0]
+    directory = arguments.save_dir or (first if first.is_dir() else first.parent)
+    names = wanted(runs[0], arguments.only)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save-dir {directory} can't be written: {error.strerror}") from None
+    console = Console(highlight=False)
+    for name in names:
+        if name == "iterations":
+            figure = error_by_iterations(runs)
+        else:
+            figure = (NEEDS_DECODER | ANY_CAPSNET)[name](runs[0])
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+        path = directory / f"figure-{name}.png"
+        checkpoints.write_atomically(path, buffer.getvalue())
+        console.print(str(path), soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

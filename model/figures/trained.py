@@ -1,0 +1,37 @@
+"""A trained capsule network with its data, as every figure needs it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..capsnet import CapsNet
+from ..config import Config
+from ..data import Split
+from ..evaluation import TestResult, scores_of
+from ..views import Batch, evaluation_views, show
+
+
+@dataclass
+class Trained:
+    """``name`` says where the network came from; ``split`` is its test set, on its device."""
+
+    name: str
+    config: Config
+    network: CapsNet
+    split: Split
+    classes: tuple[str, ...]
+
+    def batch(self, count: int) -> Batch:
+        """The first test images, one of each class in turn as far as the classes reach."""
+        views = evaluation_views(self.config, self.split)
+        labels = self.split.labels[views.index[:, 0]]
+        rank = torch.zeros_like(labels)  # how many of its class came before
+        for j in range(len(self.classes)):
+            own = labels == j
+            rank[own] = torch.arange(int(own.sum()), device=labels.device)
+        order = (rank * len(self.classes) + labels).argsort()[:count]
+        return show(self.config, self.split, views[order])
+
+    def error(self) -> float:
+        """Test error in percent."""
+        return TestResult.of(*scores_of(self.network, self.config, self.split), self.config).error

@@ -1,0 +1,85 @@
+"""``python -m model.predict --weights RUN IMAGE...``: what a network sees in anybody's pictures."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from capsule_kernels import backends
+
+from . import checkpoint as checkpoints
+from .capsnet import CapsNet
+from .data import Split
+from .data.pictures import read_picture
+from .drawing import reconstruction_rows, save_png
+from .environment import choose_device, table_console
+from .errors import UserError, run_command
+from .networks import build
+from .views import evaluation_views, show
+
+BEST = 3
+"""How many classes are shown for a picture."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m model.predict", description=__doc__)
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="picture files")
+    p.add_argument("--weights", type=Path, required=True, metavar="RUN", help="run or its weights")
+    p.add_argument("--invert", action="store_true", help="for dark strokes on bright paper")
+    p.add_argument("--reconstructions", type=Path, metavar="FILE", help="draw them into a PNG")
+    p.add_argument("--json", action="store_true", help="one JSON object a picture")
+    p.add_argument("--backend", choices=("auto", *backends()), default="auto")
+    p.add_argument("--device")
+    return p
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    device = choose_device(arguments.device)
+    state = checkpoints.load(arguments.weights)
+    config, a = state.config, state.config.architecture
+    if a.in_channels not in (1, 3):
+        raise UserError(
+            f"{arguments.weights}: sees images of {a.in_channels} channels; pictures have 1 or 3"
+        )
+    pixels = torch.stack(
+        [read_picture(path, a.in_channels, a.image_size) for path in arguments.images]
+    )
+    if arguments.invert:
+        pixels = 255 - pixels
+    network = build(a, arguments.backend).to(device).eval()
+    checkpoints.restore_model(network, state, arguments.weights)
+    if arguments.reconstructions and not (isinstance(network, CapsNet) and network.decoder):
+        raise UserError(f"--reconstructions: the network in {arguments.weights} has no decoder")
+
+    objects = 2 if config.pairs else 1
+    config = config.replaced({"pairs": False})  # whatever a picture shows, it is one picture
+    split = Split(pixels, torch.zeros(len(pixels), dtype=torch.long)).to(device)
+    batch = show(config, split, evaluation_views(config, split))
+    scores = network(batch.images).scores
+    if a.network != "capsnet":
+        scores = scores.softmax(-1)
+    values, order = scores.topk(min(BEST, a.classes))
+    names = [[state.classes[j] for j in row] for row in order.tolist()]
+    if arguments.json:
+        for path, found, value in zip(arguments.images, names, values.tolist(), strict=True):
+            best = dict(zip(found, value, strict=True))
+            print(json.dumps({"image": str(path), "classes": found[:objects], "scores": best}))
+    else:
+        title = "capsule lengths" if a.network == "capsnet" else "probabilities"
+        table = Table("image", "classes" if config.pairs else "class", title, box=None)
+        for path, found, value in zip(arguments.images, names, values.tolist(), strict=True):
+            best_three = ", ".join(f"{n} {x:.2f}" for n, x in zip(found, value, strict=True))
+            table.add_row(str(path), " and ".join(found[:objects]), best_three)
+        table_console().print(table)
+    if isinstance(network, CapsNet) and arguments.reconstructions:
+        batch = batch._replace(labels=order[:, :objects])
+        save_png(arguments.reconstructions, reconstruction_rows(network, batch))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,102 @@
+"""``python -m model.figures``: every figure is drawn, and shows what it says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from model import train
+from model.checkpoint import CHECKPOINT, load, save
+from model.config import Config
+from model.errors import UserError
+from model.figures.__main__ import main
+from model.figures.equivariance import rotated, shifted, thickened
+from model.figures.routing import couplings
+from model.figures.trained import Trained
+
+from .tiny import CONFIG, add_tiny, load_tiny, tiny_capsnet
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_tiny(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("figures") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        add_tiny(patch)
+        train.main(["--experiment", "tiny", "--epochs", "1", "--save-dir", str(directory)])
+    return directory
+
+
+def variant(run: Path, directory: Path, **changes: object) -> Path:
+    """The same weights under another configuration."""
+    state = load(run)
+    state.config = state.config.replaced(changes)
+    directory.mkdir()
+    save(directory / CHECKPOINT, state)
+    return directory
+
+
+def test_figures_of_one_object_and_of_pairs(run: Path, tmp_path: Path) -> None:
+    assert main([str(run)]) == 0
+    single = {path.stem for path in run.glob("figure-*.png")}
+    assert single == {
+        f"figure-{name}"
+        for name in ("reconstructions", "perturbations", "couplings", "equivariance", "iterations")
+    }
+    pairs = variant(run, tmp_path / "pairs", pairs=True)
+    assert main([str(pairs), "--only", "segmentations"]) == 0
+    with Image.open(pairs / "figure-segmentations.png") as picture:
+        red, green, _ = picture.convert("RGB").split()
+        assert red.tobytes() != green.tobytes()
+
+
+def test_what_figures_refuse(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--only segmentations can't be drawn of run: it shows"):
+        main([str(run), "--only", "segmentations"])
+    with pytest.raises(UserError, match="nowhere is not there"):
+        main([str(tmp_path / "nowhere")])
+
+
+def trained(config: Config = CONFIG) -> Trained:
+    torch.manual_seed(0)
+    data = load_tiny(None)
+    return Trained("x", config, tiny_capsnet().eval(), data.test, data.classes)
+
+
+def test_the_batch_shows_every_class() -> None:
+    assert trained().batch(10).labels.flatten().tolist() == list(range(10))
+
+
+@torch.no_grad()
+def test_couplings_are_those_of_the_layer() -> None:
+    one = trained()
+    images = one.batch(2).images
+    c = couplings(one, images)
+    grid = one.network.architecture.capsule_grid
+    assert c.shape == (2, 2, grid, grid, 10)
+    torch.testing.assert_close(c.sum(-1), torch.ones(2, 2, grid, grid))
+    # The class capsules are the votes summed with these coefficients.
+    u = one.network.primary_capsules(images)
+    votes = torch.einsum("ijdk,bik->bijd", one.network.digits.weight, u)
+    s = torch.einsum("bij,bijd->bjd", c.flatten(1, 3), votes)
+    n = s.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(n / (1 + n * n) * s, one.network.capsules(images))
+
+
+def test_changes_do_what_they_say() -> None:
+    image = torch.zeros(1, 9, 9)
+    image[0, 2, 3] = 1
+    assert shifted(image, 2)[0, 2, 5] == 1
+    assert shifted(image, -4).sum() == 0
+    # A quarter turn about the middle (4, 4) takes what is above to the side.
+    turned = rotated(image, 90)
+    assert turned.sum() == pytest.approx(1, abs=1e-4)
+    assert turned[0, 3, 6] + turned[0, 5, 2] == pytest.approx(1, abs=1e-4)
+    assert thickened(image, 1).sum() == 9
+    assert thickened(image, -1).sum() == 0
+    assert torch.equal(thickened(image, 0), image)
