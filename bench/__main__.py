@@ -7,12 +7,12 @@ import argparse
 import importlib
 import signal
 import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from . import machine
+from .options import common_arguments, reason_against_device
 from .records import Record, save
 from .routing import Settings
 from .tables import describe_record, tables
@@ -30,46 +30,19 @@ COMMANDS = {
 ``measure(options, settings, ceilings)``, a generator of records; where more follows from them,
 ``conclude(records, device, ceilings)``. aot has ``run(options)`` instead."""
 
+DESCRIPTION = (
+    "Measure fused routing against its peers. Without a command: the table of goals. Whatever was "
+    "measured is printed, and written where asked, even after Ctrl-C."
+)
 INTERRUPTED = 130
 WIDTH = 130
 """Columns of the tables where the output is no terminal."""
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
-
-
-def common_arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to measure (default: a GPU if there is one)",
-    )
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--iterations", type=positive, default=3, help="routing iterations R (3)")
-    parser.add_argument(
-        "--precision",
-        choices=("ieee", "tf32"),
-        default="ieee",
-        help="true float32 products (default), or TF32 where the hardware has it",
-    )
-    parser.add_argument("--rounds", type=positive, default=5, help="rounds over all variants (5)")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, batches and rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
-    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into FOLDER")
-    return parser
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["goals", *arguments]
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     common = common_arguments()
     for name, text in COMMANDS.items():
@@ -80,8 +53,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             importlib.import_module(f".{name}", __package__).add_arguments(subparser)
     options = parser.parse_args(arguments)
     if options.command != "aot":
-        if options.device == "cuda" and not torch.cuda.is_available():
-            parser.error("--device cuda: torch sees no GPU here")
+        if reason := reason_against_device(options.device):
+            parser.error(reason)
         for option, path in (("--json", options.json), ("--plots", options.plots)):
             if path is not None and not path.absolute().parent.is_dir():
                 parser.error(f"{option} {path}: there is no folder {path.absolute().parent}")

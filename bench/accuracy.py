@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .options import positive
 from .peers import Implementation, oracle, ours, outputs_and_gradients
 from .records import Record, reason_of
 from .routing import Settings
@@ -16,7 +17,7 @@ QUANTITIES = ("v", "grad u", "grad weight")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=int, default=8, metavar="B", help="samples (8)")
+    parser.add_argument("--batch", type=positive, default=8, metavar="B", help="samples (8)")
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:

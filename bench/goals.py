@@ -254,7 +254,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         action="append",
         choices=sorted({part for parts in PARTS.values() for part in parts}),
-        help="measure only a part (may be repeated): MNIST at several batches; the seven shapes at "
+        help="measure only a part (repeatable): MNIST at several batches; the seven shapes at "
         "B = 32; memory; a training step; against torch.compile(mode='max-autotune')",
     )
 

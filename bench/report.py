@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import machine
+from .options import default_device, positive, reason_against_device
 from .peers import BACKENDS
 from .sources import ROOT, digest
 
@@ -87,7 +88,7 @@ def end_group(process: subprocess.Popen) -> None:
         process.wait()
 
 
-def steps(device: str, folder: Path, scratch: Path) -> list[Step]:
+def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[Step]:
     """Everything a report consists of, the most wanted first."""
     python = sys.executable
 
@@ -100,14 +101,10 @@ def steps(device: str, folder: Path, scratch: Path) -> list[Step]:
         # Only what runs here: every further architecture costs a compilation.
         major, minor = torch.cuda.get_device_capability()
         build.environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
-    training_run = Step(
-        "training-run",
-        [
-            *(python, "-m", "model.train", "--epochs=1", "--max-minutes=1", f"--device={device}"),
-            *(f"--save-dir={scratch / 'run'}", *data_options()),
-        ],
-        2,
-    )
+    train = [python, "-m", "model.train", "--epochs=1", "--max-minutes=1", f"--device={device}"]
+    if data is not None:
+        train += ["--dataset=mnist", f"--data-dir={data}"]
+    training_run = Step("training-run", [*train, f"--save-dir={scratch / 'run'}"], 2)
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     plots = ("--plots", str(folder))
     if device == "cpu":
@@ -161,24 +158,19 @@ def sanitizer_path() -> str:
     return os.pathsep.join([os.environ["PATH"], *(f"{home}/bin" for home in homes if home)])
 
 
-def data_options() -> list[str]:
-    """Real MNIST where its files lie in or beside the checkout; else the training's own default."""
-    folders = (place / "data" / "mnist" for place in (ROOT, ROOT.parent / "shared"))
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    return ["--dataset=mnist", f"--data-dir={folder}"] if folder else []
-
-
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def make_anonymous(folder: Path) -> None:
+def make_anonymous(folder: Path, data: Path | None) -> None:
     """Replace paths of this machine in every text file of the folder."""
-    places = {str(ROOT): ".", sys.prefix: "<python>", str(Path.home()): "~"}
+    places = {sys.prefix: "<python>", str(ROOT): ".", str(Path.home()): "~"}
+    if data is not None:
+        places[str(data)] = "<data>"
     for path in filter(Path.is_file, folder.rglob("*")):
         text = path.read_text(errors="replace")
-        for place, name in sorted(places.items(), key=lambda item: -len(item[0])):
-            text = text.replace(place, name)
+        for place in sorted(places, key=len, reverse=True):
+            text = text.replace(place, places[place])
         path.write_text(text)
 
 
@@ -191,7 +183,7 @@ def write_report(folder: Path, device: str, done: list[Step]) -> None:
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def make_report(device: str, minutes: float, results: Path) -> Path:
+def make_report(device: str, minutes: float, results: Path, data: Path | None = None) -> Path:
     """Run every step and write the folder; returns it."""
     screen = Console(stderr=True)
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
@@ -200,7 +192,7 @@ def make_report(device: str, minutes: float, results: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as scratch:
-        planned = steps(device, folder, Path(scratch))
+        planned = steps(device, folder, Path(scratch), data)
         try:
             for step in planned:
                 if step.outcome == "not run":
@@ -212,7 +204,7 @@ def make_report(device: str, minutes: float, results: Path) -> Path:
         for metrics in Path(scratch).rglob("metrics.jsonl"):
             shutil.copy(metrics, folder)
     write_report(folder, device, planned)
-    make_anonymous(folder)
+    make_anonymous(folder, data)
     table = Table("step", "outcome", "seconds")
     for step in planned:
         table.add_row(step.name, step.outcome, f"{step.seconds:.0f}")
@@ -222,17 +214,20 @@ def make_report(device: str, minutes: float, results: Path) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--minutes", type=float, help="time for everything (GPU: 8, CPU: 45)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
+    parser.add_argument("--minutes", type=positive, help="time for everything (GPU: 8, CPU: 45)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the folder goes")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    folder = make_report(
-        options.device, options.minutes or TOTAL_MINUTES[options.device], options.results
+    parser.add_argument(
+        "--data-dir", type=Path, help="MNIST's files, for the training run (default: digits)"
     )
+    options = parser.parse_args(arguments)
+    if reason := reason_against_device(options.device):
+        parser.error(reason)
+    data = options.data_dir
+    if data is not None and not data.is_dir():
+        parser.error(f"--data-dir {data}: there is no such folder")
+    minutes = options.minutes or TOTAL_MINUTES[options.device]
+    folder = make_report(options.device, minutes, options.results, data and data.resolve())
     print(folder)
     return 0
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from .machine import product
+from .options import positive
 from .peers import (
     ORACLE_STORED,
     Implementation,
@@ -169,10 +170,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         choices=[shape.name for shape in SHAPES],
-        help="only this shape (may be repeated)",
+        metavar="NAME",
+        help="only this shape (repeatable): " + ", ".join(shape.name for shape in SHAPES),
     )
     parser.add_argument(
-        "--batch", action="append", type=int, metavar="B", help="only this batch (may be repeated)"
+        "--batch",
+        action="append",
+        type=positive,
+        metavar="B",
+        help="only this batch (may be repeated)",
     )
     parser.add_argument(
         "--dtype", choices=("float64", "float32", "bfloat16", "float16"), default="float32"

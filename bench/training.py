@@ -10,6 +10,7 @@ from model.capsnet import CapsNet
 from model.config import Architecture
 from model.losses import margin_loss, multi_hot, reconstruction_loss
 
+from .options import positive
 from .peers import oracle
 from .popular import PopularCapsNet
 from .records import Record, reason_of
@@ -131,7 +132,7 @@ def measure_steps(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, help="samples a step (128; 16 with --quick)")
+    parser.add_argument("--batch-size", type=positive, help="samples a step (128; 16 with --quick)")
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:

@@ -59,6 +59,7 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path):
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["--rounds", "0"], "must be 1 or more, got 0"),
         (["--json", "no/such/folder/file.json"], "there is no folder"),
+        (["routing", "--batch", "-1"], "must be 1 or more, got -1"),
         (["routing", "--shape", "cube"], "invalid choice: 'cube'"),
     ],
 )
@@ -83,7 +84,7 @@ def test_a_file_that_is_no_report_is_named(tmp_path):
 def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsys):
     """Steps that work, fail, hang and come too late; and no path of this machine in the folder."""
 
-    def steps(device, folder, scratch):
+    def steps(device, folder, scratch, data):
         def python(name, code, minutes=1.0):
             return report.Step(name, [sys.executable, "-c", code], minutes)
 
@@ -123,6 +124,6 @@ def test_every_step_of_a_report_is_a_command_that_parses(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     for device in ("cpu", "cuda"):
-        for step in report.steps(device, tmp_path, tmp_path):
+        for step in report.steps(device, tmp_path, tmp_path, None):
             if "bench" in step.command and "aot" not in step.command:
                 parse(step.command[step.command.index("bench") + 1 :])

@@ -1,0 +1,51 @@
+"""Command-line options that the subcommands share."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def reason_against_device(device: str) -> str | None:
+    if device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda: torch sees no GPU here"
+    return None
+
+
+def common_arguments() -> argparse.ArgumentParser:
+    """Where to measure, how thoroughly, and where the results go."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default=default_device(),
+        help="where to measure (default: a GPU if there is one)",
+    )
+    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument(
+        "--iterations", type=positive, default=3, metavar="R", help="routing iterations (3)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("ieee", "tf32"),
+        default="ieee",
+        help="true float32 products (default), or TF32 where the hardware has it",
+    )
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds over all variants (5)")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, batches and rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into FOLDER")
+    return parser
