@@ -1,8 +1,6 @@
 // From the sizes of a call to an instance of the kernels; one translation unit a scalar type.
 #pragma once
 
-#include <type_traits>
-
 #include "instances.h"
 #include "routing_backward_gradients.cuh"
 #include "routing_backward_states.cuh"
@@ -10,13 +8,19 @@
 
 namespace capsule_kernels::cuda {
 
-template <class P, class T, int DT>
+template <class P, class T, class Tile>
+void launch_forward(const ForwardArguments& arguments, const ForwardPlan& plan, void* stream) {
+  launch(routing_forward_kernel<P, T, Tile>, plan.sweep.blocks, kSweepWarps * kWarpSize,
+         plan.sweep.shared_bytes, /*cooperative=*/true, stream, arguments, plan);
+}
+
+template <class P, class T, class Tile>
 void launch_backward(const BackwardArguments& arguments, const BackwardPlan& plan, void* stream) {
-  launch(routing_backward_states_kernel<P, T, DT>, plan.sweep.blocks, kSweepWarps * kWarpSize,
+  launch(routing_backward_states_kernel<P, T, Tile>, plan.sweep.blocks, kSweepWarps * kWarpSize,
          plan.sweep.shared_bytes, /*cooperative=*/true, stream, arguments, plan);
   const Shape& shape = arguments.shape;
   const GradientPlan& gradients = plan.gradients;
-  launch(routing_backward_gradients_kernel<P, T, DT>,
+  launch(routing_backward_gradients_kernel<P, T, Tile>,
          ceil_div(shape.I, gradients.warps) * gradients.splits, gradients.warps * kWarpSize,
          gradients.shared_bytes, /*cooperative=*/false, stream, arguments, plan);
   if (gradients.partial_sums &&
@@ -26,31 +30,30 @@ void launch_backward(const BackwardArguments& arguments, const BackwardPlan& pla
   }
 }
 
-// Calls run(DT) with the number of fragments of an output capsule as a constant.
+// Calls run(TileOf<...>()) for the sizes of a call: constants for those of the paper's networks.
 template <class Run>
-void with_fragments(int D, Run run) {
-  switch (fragments_per_capsule(D)) {
-    case 1:
-      return run(std::integral_constant<int, 1>());
-    case 2:
-      return run(std::integral_constant<int, 2>());
-    default:
-      return run(std::integral_constant<int, 4>());
+void with_tile(const Shape& shape, Run run) {
+  const int DT = fragments_per_capsule(shape.D);
+  if (shape.K <= kTileDims) {
+    if (DT == 2 && shape.J == 10) return run(TileOf<2, 10>());
+    if (DT == 2 && shape.J == 5) return run(TileOf<2, 5>());
+    if (DT == 1 && shape.J == 10) return run(TileOf<1, 10>());
   }
+  if (DT == 1) return run(TileOf<1>());
+  if (DT == 2) return run(TileOf<2>());
+  return run(TileOf<4>());
 }
 
 template <class P, class T>
 void forward_of(const ForwardArguments& arguments, const ForwardPlan& plan, void* stream) {
-  with_fragments(arguments.shape.D, [&](auto DT) {
-    launch_forward<P, T, decltype(DT)::value>(arguments, plan, stream);
-  });
+  with_tile(arguments.shape,
+            [&](auto tile) { launch_forward<P, T, decltype(tile)>(arguments, plan, stream); });
 }
 
 template <class P, class T>
 void backward_of(const BackwardArguments& arguments, const BackwardPlan& plan, void* stream) {
-  with_fragments(arguments.shape.D, [&](auto DT) {
-    launch_backward<P, T, decltype(DT)::value>(arguments, plan, stream);
-  });
+  with_tile(arguments.shape,
+            [&](auto tile) { launch_backward<P, T, decltype(tile)>(arguments, plan, stream); });
 }
 
 }  // namespace capsule_kernels::cuda

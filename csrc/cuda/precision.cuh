@@ -43,6 +43,21 @@ struct Tf32 {
     return result;
   }
 
+  // What W is stored as on chip, and an operand of such values: rounded once, not at every use.
+  template <class T>
+  static __device__ __forceinline__ T prepared(T x) {
+    if constexpr (sizeof(T) > 2) return float_of(round_to_tf32(x));
+    return x;
+  }
+
+  template <class T, int N>
+  static __device__ __forceinline__ Operand<N> prepared_operand(const float (&x)[N]) {
+    Operand<N> result;
+#pragma unroll
+    for (int n = 0; n < N; ++n) result.bits[n] = bits_of(x[n]);
+    return result;
+  }
+
   static __device__ __forceinline__ void multiply(float (&c)[4], const Operand<4>& a,
                                                   const Operand<2>& b) {
     for (int n = 0; n < 4; ++n) c[n] = 0.0f;
@@ -73,6 +88,16 @@ struct SplitTf32 {
       result.low[n] = bits_of(x[n] - float_of(result.high[n]));
     }
     return result;
+  }
+
+  template <class T>
+  static __device__ __forceinline__ T prepared(T x) {
+    return x;
+  }
+
+  template <class T, int N>
+  static __device__ __forceinline__ Operand<N> prepared_operand(const float (&x)[N]) {
+    return operand<T>(x);
   }
 
   static __device__ __forceinline__ void multiply(float (&c)[4], const Operand<4>& a,

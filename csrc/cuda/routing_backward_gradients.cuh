@@ -32,19 +32,20 @@ struct CapsuleStore {
 
 // du_i = sum_jd du_hat W: the fragments of du_hat enter as they are, columns 2q and 2q + 1 in slots
 // q and q + 4 of the contraction, and W follows that order.
-template <class P, class T, int DT>
-__device__ __forceinline__ void write_grad_u(T* grad_u, const typename Tile<DT>::Values& du_hat,
+template <class P, class T, class Tile>
+__device__ __forceinline__ void write_grad_u(T* grad_u, const typename Tile::Values& du_hat,
                                              const T* weight, int tile, int i, const Shape& shape,
-                                             const Padded& padded, const Lane& lane) {
-  for (int k0 = 0; k0 < padded.K; k0 += kTileDims) {
+                                             const Lane& lane) {
+  const int padded_K = Tile::padded_K(shape.K);
+  for (int k0 = 0; k0 < padded_K; k0 += kTileDims) {
     float du[4] = {};
 #pragma unroll
-    for (int n = 0; n < Tile<DT>::kFragments; ++n) {
-      if (n / DT < shape.J) {
+    for (int n = 0; n < Tile::kFragments; ++n) {
+      if (Tile::has(n / Tile::DT, shape.J)) {
         const float a[4] = {du_hat[n][0], du_hat[n][2], du_hat[n][1], du_hat[n][3]};
-        const T* w = weight + (n * kTileDims + 2 * lane.q) * padded.K + k0 + lane.g;
-        const float b[2] = {to_float(w[0]), to_float(w[padded.K])};
-        P::multiply_add(du, P::template operand<float>(a), P::template operand<T>(b));
+        const T* w = weight + (n * kTileDims + 2 * lane.q) * padded_K + k0 + lane.g;
+        const float b[2] = {to_float(w[0]), to_float(w[padded_K])};
+        P::multiply_add(du, P::template operand<float>(a), P::template prepared_operand<T>(b));
       }
     }
     for (int e = 0; e < 4; ++e) {
@@ -59,29 +60,30 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const typename Tile<DT>:
 
 // dW_i += sum_b du_hat u^T over the samples of a tile. The contraction runs over samples, so that
 // du_hat has to be transposed between lanes: two fragments, 16 rows of dW, at a time.
-template <class P, class T, int DT>
+template <class P, class T, class Tile>
 __device__ __forceinline__ void add_grad_weight(const CapsuleStore<T>& own,
-                                                const typename Tile<DT>::Values& du_hat, const T* u,
+                                                const typename Tile::Values& du_hat, const T* u,
                                                 int tile, int i, const Shape& shape,
-                                                const Padded& padded, const Lane& lane) {
-  constexpr int kFragments = Tile<DT>::kFragments;
+                                                const Lane& lane) {
+  const int padded_K = Tile::padded_K(shape.K);
+  constexpr int kFragments = Tile::kFragments;
 #pragma unroll
   for (int pair = 0; pair < kFragments / 2; ++pair) {
-    if (2 * pair < padded.fragments) {
+    if (Tile::has(2 * pair / Tile::DT, shape.J)) {
       __syncwarp();  // the previous pair is read
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const auto& x = du_hat[2 * pair + half];
-        const bool inside = 2 * pair + half < padded.fragments;
+        const bool inside = Tile::has((2 * pair + half) / Tile::DT, shape.J);
         float* to = own.transposed + half * kTileSamples * kTileDims + lane.g * kTileDims;
         for (int e = 0; e < 4; ++e) {
           to[(e < 2 ? 0 : 8 * kTileDims) + 2 * lane.q + e % 2] = inside ? x[e] : 0.0f;
         }
       }
       __syncwarp();
-      for (int k0 = 0; k0 < padded.K; k0 += kTileDims) {
+      for (int k0 = 0; k0 < padded_K; k0 += kTileDims) {
         float4& total =
-            own.dW[(pair * (padded.K / kTileDims) + k0 / kTileDims) * kWarpSize + lane.index];
+            own.dW[(pair * (padded_K / kTileDims) + k0 / kTileDims) * kWarpSize + lane.index];
         float dW[4] = {};
 #pragma unroll
         for (int b0 = 0; b0 < kTileSamples; b0 += kTileDims) {
@@ -150,9 +152,10 @@ __device__ __forceinline__ void write_grad_bias(T* grad_bias, const BackwardWork
   }
 }
 
-template <class P, class T, int DT>
+template <class P, class T, class Tile>
 __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     routing_backward_gradients_kernel(BackwardArguments arguments, BackwardPlan plan) {
+  constexpr int DT = Tile::DT;
   const Shape& shape = arguments.shape;
   const Padded padded(shape);
   const BackwardWorkspace w(arguments, plan);
@@ -180,14 +183,14 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     return;
   }
 
-  typename Tile<DT>::Row dprior;
+  typename Tile::Row dprior;
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) dprior[j] = 0.0f;
+  for (int j = 0; j < Tile::kCapsules; ++j) dprior[j] = 0.0f;
   if (active) {
-    load_weight(own.weight,
-                static_cast<const T*>(arguments.weight) +
-                    std::size_t(i / shape.weight_sharing) * shape.J * shape.D * shape.K,
-                1, shape, padded, lane.index, kWarpSize);
+    load_weight<P>(own.weight,
+                   static_cast<const T*>(arguments.weight) +
+                       std::size_t(i / shape.weight_sharing) * shape.J * shape.D * shape.K,
+                   1, shape, padded, lane.index, kWarpSize);
     for (int e = lane.index; e < CapsuleStore<T>::size_of_dW(padded); e += kWarpSize) {
       own.dW[e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -209,21 +212,21 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     }
   };
 
-  typename Tile<DT>::Values du_hat;
+  typename Tile::Values du_hat;
   float first_u[4], next_u[4] = {};
   stage(0);
   if (active) InputRows<T>(u, tile_of(0), i, shape, lane).load(next_u, 0, shape.K, lane);
   for (int step = 0; step < steps; ++step) {
     const int tile = tile_of(step), t = t_of(step);
-    wait_for_copies();  // W too, in the first step
-    __syncthreads();    // all see this step's states, and none reads those of the last
+    wait_for_copies();
+    __syncthreads();  // all see this step's states, and none reads those of the last
     if (step + 1 < steps) stage(step + 1);
     if (!active) continue;
 
     const InputRows<T> rows(u, tile, i, shape, lane);
     if (t == first_t) {
 #pragma unroll
-      for (int n = 0; n < Tile<DT>::kFragments; ++n) {
+      for (int n = 0; n < Tile::kFragments; ++n) {
         for (int e = 0; e < 4; ++e) du_hat[n][e] = 0.0f;
       }
       for (int e = 0; e < 4; ++e) first_u[e] = next_u[e];
@@ -233,33 +236,33 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     }
     const float4* V = staged + step % 2 * 2 * tile_size;
     const float4* ds = V + tile_size;
-    typename Tile<DT>::Row c, dl;  // dl holds dc first
-    load_prior<T, DT>(c, logits, i, shape.J);
+    typename Tile::Row c, dl;  // dl holds dc first
+    load_prior<T, Tile>(c, logits, i, shape.J);
 #pragma unroll
-    for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
+    for (int j = 0; j < Tile::kCapsules; ++j) {
       dl[j] = 0.0f;
-      if (j < shape.J) {
+      if (Tile::has(j, shape.J)) {
         // u_hat is computed anew for each t: cheaper than the registers to keep it.
         float u_hat[DT][4];
-        predict<P, T, DT>(u_hat, j * DT, own.weight, first_u, rows, shape, lane);
+        predict<P, T, Tile>(u_hat, j * DT, own.weight, first_u, rows, shape, lane);
         if (t > 1) c[j] += row_dot<DT>(u_hat, V + j * DT * kWarpSize, lane);
         dl[j] = row_dot<DT>(u_hat, ds + j * DT * kWarpSize, lane);
       }
     }
-    softmax<DT>(c, shape.J, arguments.leaky);
-    softmax_backward<DT>(dl, c, shape.J);
+    softmax<Tile>(c, shape.J, arguments.leaky);
+    softmax_backward<Tile>(dl, c, shape.J);
 #pragma unroll
-    for (int j = 0; j < Tile<DT>::kCapsules; ++j) dprior[j] += dl[j];
-    add_scaled_state<DT>(du_hat, c, ds, shape.J, lane);
-    if (arguments.full_gradient && t > 1) add_scaled_state<DT>(du_hat, dl, V, shape.J, lane);
+    for (int j = 0; j < Tile::kCapsules; ++j) dprior[j] += dl[j];
+    add_scaled_state<Tile>(du_hat, c, ds, shape.J, lane);
+    if (arguments.full_gradient && t > 1) add_scaled_state<Tile>(du_hat, dl, V, shape.J, lane);
 
     if (t < shape.R) continue;
     if (arguments.grad_u != nullptr) {
-      write_grad_u<P, T, DT>(static_cast<T*>(arguments.grad_u), du_hat, own.weight, tile, i, shape,
-                             padded, lane);
+      write_grad_u<P, T, Tile>(static_cast<T*>(arguments.grad_u), du_hat, own.weight, tile, i,
+                               shape, lane);
     }
     if (arguments.grad_weight != nullptr) {
-      add_grad_weight<P, T, DT>(own, du_hat, u, tile, i, shape, padded, lane);
+      add_grad_weight<P, T, Tile>(own, du_hat, u, tile, i, shape, lane);
     }
   }
   if (!active) return;
@@ -276,8 +279,8 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
   }
   if (arguments.grad_logits != nullptr) {
 #pragma unroll
-    for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-      if (j < shape.J) {
+    for (int j = 0; j < Tile::kCapsules; ++j) {
+      if (Tile::has(j, shape.J)) {
         float sum = dprior[j];  // over both rows of a pair, then over the 8 pairs
         sum += shuffle_xor(sum, 1);
         for (int step = 4; step < kWarpSize; step *= 2) sum += shuffle_xor(sum, step);

@@ -26,9 +26,10 @@ __device__ __forceinline__ void store_state(float4* to, const float (&x)[DT][4],
   }
 }
 
-template <class P, class T, int DT>
+template <class P, class T, class Tile>
 __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_backward_states_kernel(BackwardArguments arguments, BackwardPlan plan) {
+  constexpr int DT = Tile::DT;
   const Shape& shape = arguments.shape;
   const Share share(shape, plan.sweep);
   const Lane lane;
@@ -45,10 +46,10 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
   if (sweeps) {
     const int rows = (share.last_capsule - 1) / shape.weight_sharing + 1 - share.first_row;
-    load_weight(weight,
-                static_cast<const T*>(arguments.weight) +
-                    std::size_t(share.first_row) * shape.J * shape.D * shape.K,
-                rows, shape, padded, threadIdx.x, blockDim.x);
+    load_weight<P>(weight,
+                   static_cast<const T*>(arguments.weight) +
+                       std::size_t(share.first_row) * shape.J * shape.D * shape.K,
+                   rows, shape, padded, threadIdx.x, blockDim.x);
   }
 
   // V^1..V^(R-1) and ds^R of one output capsule of a tile a warp.
@@ -81,18 +82,18 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
   for (int t = R; t > 1; --t) {
     const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
-    sweep<P, T, DT>(shape, plan.sweep, share, lane, u, weight, exchange, states, 2, w.partial,
-                    [&](typename Tile<DT>::Row& dl, const typename Tile<DT>::Values& u_hat,
-                        const float4* const(&staged)[2], int, int i) {
-                      typename Tile<DT>::Row c;
-                      load_prior<T, DT>(c, logits, i, shape.J);
-                      add_row_dots<DT>(c, u_hat, staged[0], shape.J, lane);
-                      softmax<DT>(c, shape.J, arguments.leaky);
+    sweep<P, T, Tile>(shape, plan.sweep, share, lane, u, weight, exchange, states, 2, w.partial,
+                      [&](typename Tile::Row& dl, const typename Tile::Values& u_hat,
+                          const float4* const(&staged)[2], int, int i) {
+                        typename Tile::Row c;
+                        load_prior<T, Tile>(c, logits, i, shape.J);
+                        add_row_dots<Tile>(c, u_hat, staged[0], shape.J, lane);
+                        softmax<Tile>(c, shape.J, arguments.leaky);
 #pragma unroll
-                      for (int j = 0; j < Tile<DT>::kCapsules; ++j) dl[j] = 0.0f;
-                      add_row_dots<DT>(dl, u_hat, staged[1], shape.J, lane);
-                      softmax_backward<DT>(dl, c, shape.J);
-                    });
+                        for (int j = 0; j < Tile::kCapsules; ++j) dl[j] = 0.0f;
+                        add_row_dots<Tile>(dl, u_hat, staged[1], shape.J, lane);
+                        softmax_backward<Tile>(dl, c, shape.J);
+                      });
     grid_barrier();
 
     // G^(t-1) and ds^(t-1) of one output capsule of a tile a block.

@@ -6,9 +6,10 @@
 
 namespace capsule_kernels::cuda {
 
-template <class P, class T, int DT>
+template <class P, class T, class Tile>
 __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_forward_kernel(ForwardArguments arguments, ForwardPlan plan) {
+  constexpr int DT = Tile::DT;
   const Shape& shape = arguments.shape;
   const Share share(shape, plan.sweep);
   const Lane lane;
@@ -26,28 +27,29 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   float4* const V = partial + plan.sweep.capsule_groups * state_size;   // [tiles][tile]
 
   const int rows = (share.last_capsule - 1) / shape.weight_sharing + 1 - share.first_row;
-  load_weight(weight,
-              static_cast<const T*>(arguments.weight) +
-                  std::size_t(share.first_row) * shape.J * shape.D * shape.K,
-              rows, shape, padded, threadIdx.x, blockDim.x);
+  load_weight<P>(weight,
+                 static_cast<const T*>(arguments.weight) +
+                     std::size_t(share.first_row) * shape.J * shape.D * shape.K,
+                 rows, shape, padded, threadIdx.x, blockDim.x);
 
   for (int t = 1; t <= shape.R; ++t) {
     const auto coupling = static_cast<T*>(t == shape.R ? arguments.coupling : nullptr);
-    sweep<P, T, DT>(shape, plan.sweep, share, lane, u, weight, exchange, &V, t > 1 ? 1 : 0, partial,
-                    [&](typename Tile<DT>::Row& c, const typename Tile<DT>::Values& u_hat,
-                        const float4* const(&staged)[2], int tile, int i) {
-                      load_prior<T, DT>(c, logits, i, shape.J);
-                      if (t > 1) add_row_dots<DT>(c, u_hat, staged[0], shape.J, lane);
-                      softmax<DT>(c, shape.J, arguments.leaky);
-                      const int b = tile * kTileSamples + lane.own_row();
-                      if (coupling != nullptr && b < shape.B && lane.writes_own_row()) {
-                        T* to = coupling + (std::size_t(b) * shape.I + i) * shape.J;
+    sweep<P, T, Tile>(shape, plan.sweep, share, lane, u, weight, exchange, &V, t > 1 ? 1 : 0,
+                      partial,
+                      [&](typename Tile::Row& c, const typename Tile::Values& u_hat,
+                          const float4* const(&staged)[2], int tile, int i) {
+                        load_prior<T, Tile>(c, logits, i, shape.J);
+                        if (t > 1) add_row_dots<Tile>(c, u_hat, staged[0], shape.J, lane);
+                        softmax<Tile>(c, shape.J, arguments.leaky);
+                        const int b = tile * kTileSamples + lane.own_row();
+                        if (coupling != nullptr && b < shape.B && lane.writes_own_row()) {
+                          T* to = coupling + (std::size_t(b) * shape.I + i) * shape.J;
 #pragma unroll
-                        for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-                          if (j < shape.J) store(to + j, c[j]);
+                          for (int j = 0; j < Tile::kCapsules; ++j) {
+                            if (Tile::has(j, shape.J)) store(to + j, c[j]);
+                          }
                         }
-                      }
-                    });
+                      });
     grid_barrier();
 
     // s^t, v^t and V^t of one output capsule of a tile a block.
@@ -84,12 +86,6 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     }
     if (t < shape.R) grid_barrier();
   }
-}
-
-template <class P, class T, int DT>
-void launch_forward(const ForwardArguments& arguments, const ForwardPlan& plan, void* stream) {
-  launch(routing_forward_kernel<P, T, DT>, plan.sweep.blocks, kSweepWarps * kWarpSize,
-         plan.sweep.shared_bytes, /*cooperative=*/true, stream, arguments, plan);
 }
 
 }  // namespace capsule_kernels::cuda

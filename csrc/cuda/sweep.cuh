@@ -33,9 +33,9 @@ struct Share {
         lanes(kSweepWarps / plan.tiles_per_pass) {}
 };
 
-// `count` rows of W [.., J, D, K] to chip, D and K padded with zeros to multiples of 8; all of
-// `threads` take part. They are there after `wait_for_copies` and a barrier.
-template <class T>
+// `count` rows of W [.., J, D, K] to chip, prepared for the products of P, D and K padded with
+// zeros to multiples of 8; all of `threads` take part. They are there after a barrier.
+template <class P, class T>
 __device__ __forceinline__ void load_weight(T* to, const T* from, int count, const Shape& shape,
                                             const Padded& padded, int thread, int threads) {
   const int elements = count * padded.weight_elements;
@@ -44,6 +44,10 @@ __device__ __forceinline__ void load_weight(T* to, const T* from, int count, con
     for (int e = thread * kCopied; e < elements; e += threads * kCopied) {
       copy_in_background(to + e, from + e);
     }
+    wait_for_copies();
+    for (int e = thread * kCopied; e < elements; e += threads * kCopied) {
+      for (int n = 0; n < kCopied; ++n) to[e + n] = P::prepared(to[e + n]);
+    }
     return;
   }
   for (int e = thread; e < elements; e += threads) {
@@ -51,7 +55,7 @@ __device__ __forceinline__ void load_weight(T* to, const T* from, int count, con
     const int row = e / padded.weight_elements, j = jd / padded.D, d = jd % padded.D;
     const std::size_t source = ((std::size_t(row) * shape.J + j) * shape.D + d) * shape.K + k;
     if (d < shape.D && k < shape.K) {
-      to[e] = from[source];
+      to[e] = P::prepared(from[source]);
     } else {
       store(to + e, 0.0f);
     }
@@ -60,27 +64,27 @@ __device__ __forceinline__ void load_weight(T* to, const T* from, int count, con
 
 // Adds the sums of the warps that share a tile, in a fixed order, into those of its first warp.
 // `exchange` holds a tile for half of the warps.
-template <int DT>
-__device__ __forceinline__ void add_over_lanes(typename Tile<DT>::Values& sum, float4* exchange,
+template <class Tile>
+__device__ __forceinline__ void add_over_lanes(typename Tile::Values& sum, float4* exchange,
                                                const SweepPlan& plan, const Share& share, int J,
                                                const Lane& lane) {
-  const int fragments = J * DT;
+  const int fragments = J * Tile::DT;
   for (int half = share.lanes / 2; half >= 1; half /= 2) {
     const int sender = share.lane_of_capsules - half;
     const int place = (sender >= 0 ? sender : share.lane_of_capsules) * plan.tiles_per_pass;
     float4* tile = exchange + (place + share.slot) * fragments * kWarpSize + lane.index;
     if (sender >= 0 && sender < half) {
 #pragma unroll
-      for (int n = 0; n < Tile<DT>::kFragments; ++n) {
-        if (n / DT < J)
+      for (int n = 0; n < Tile::kFragments; ++n) {
+        if (Tile::has(n / Tile::DT, J))
           tile[n * kWarpSize] = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
       }
     }
     __syncthreads();
     if (share.lane_of_capsules < half) {
 #pragma unroll
-      for (int n = 0; n < Tile<DT>::kFragments; ++n) {
-        if (n / DT < J) {
+      for (int n = 0; n < Tile::kFragments; ++n) {
+        if (Tile::has(n / Tile::DT, J)) {
           const float4 x = tile[n * kWarpSize];
           sum[n][0] += x.x;
           sum[n][1] += x.y;
@@ -96,14 +100,14 @@ __device__ __forceinline__ void add_over_lanes(typename Tile<DT>::Values& sum, f
 // One sweep. `coefficients(own, u_hat, staged, tile, i)` sets the coefficients of the row the lane
 // owns, given u_hat of capsule i and the `state_count` state tiles of `states` [tiles][tile], which
 // lie at staged[0..] on chip. `partial` is [G_i][tiles][tile].
-template <class P, class T, int DT, class Coefficients>
+template <class P, class T, class Tile, class Coefficients>
 __device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan, const Share& share,
                                       const Lane& lane, const T* u, const T* weight,
                                       float4* exchange, const float4* const* states,
                                       int state_count, float4* partial, Coefficients coefficients) {
   const int tiles = ceil_div(shape.B, kTileSamples);
-  const int tile_size = shape.J * DT * kWarpSize;  // float4s
-  const int weight_elements = shape.J * DT * kTileDims * round_up(shape.K, kTileDims);
+  const int tile_size = shape.J * Tile::DT * kWarpSize;  // float4s
+  const int weight_elements = shape.J * Tile::DT * kTileDims * Tile::padded_K(shape.K);
   for (int first = share.sample_group * plan.tiles_per_pass; first < tiles;
        first += plan.sample_groups * plan.tiles_per_pass) {
     const int count = min(plan.tiles_per_pass, tiles - first);
@@ -113,12 +117,11 @@ __device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan,
             states[state][std::size_t(first) * tile_size + e];
       }
     }
-    wait_for_copies();  // W, in the first sweep
-    __syncthreads();
+    __syncthreads();  // W too, in the first sweep
 
-    typename Tile<DT>::Values sum;
+    typename Tile::Values sum;
 #pragma unroll
-    for (int n = 0; n < Tile<DT>::kFragments; ++n) {
+    for (int n = 0; n < Tile::kFragments; ++n) {
       for (int e = 0; e < 4; ++e) sum[n][e] = 0.0f;
     }
     const int tile = first + share.slot;
@@ -139,21 +142,21 @@ __device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan,
           InputRows<T>(u, tile, i + share.lanes, shape, lane).load(next_u, 0, shape.K, lane);
         }
         const int row = i / shape.weight_sharing - share.first_row;
-        typename Tile<DT>::Values u_hat;
-        typename Tile<DT>::Row own;
-        predict<P, T, DT>(u_hat, 0, weight + row * weight_elements, first_u,
-                          InputRows<T>(u, tile, i, shape, lane), shape, lane);
+        typename Tile::Values u_hat;
+        typename Tile::Row own;
+        predict<P, T, Tile>(u_hat, 0, weight + row * weight_elements, first_u,
+                            InputRows<T>(u, tile, i, shape, lane), shape, lane);
         coefficients(own, u_hat, staged, tile, i);
-        add_scaled<DT>(sum, own, u_hat, shape.J, lane);
+        add_scaled<Tile>(sum, own, u_hat, shape.J, lane);
       }
     }
     __syncthreads();  // the staged states are read
-    add_over_lanes<DT>(sum, exchange, plan, share, shape.J, lane);
+    add_over_lanes<Tile>(sum, exchange, plan, share, shape.J, lane);
     if (share.lane_of_capsules == 0 && share.slot < count) {
       float4* to = partial + (std::size_t(share.capsule_group) * tiles + tile) * tile_size;
 #pragma unroll
-      for (int n = 0; n < Tile<DT>::kFragments; ++n) {
-        if (n / DT < shape.J) {
+      for (int n = 0; n < Tile::kFragments; ++n) {
+        if (Tile::has(n / Tile::DT, shape.J)) {
           to[n * kWarpSize + lane.index] = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
         }
       }

@@ -1,6 +1,6 @@
 // One input capsule of a tile of 16 samples, in the registers of a warp.
 //
-// u_hat [16, J * D] of a tile is `Tile<DT>::kFragments` results of mma, DT of them an output
+// u_hat [16, J * D] of a tile is `Tile::kFragments` results of mma, DT of them an output
 // capsule. Lane (g, q) = (lane / 4, lane % 4) holds rows g and g + 8 of columns 2q and 2q + 1 of
 // each. Coefficients (logits, couplings, ...) of an input capsule need one value a row and j: a
 // lane owns row g + 8 (q % 2), and so do two lanes together each row.
@@ -14,12 +14,25 @@
 
 namespace capsule_kernels::cuda {
 
-template <int DT>
-struct Tile {
-  static constexpr int kCapsules = kMaxFragments / DT;  // of J, at most
+// Output capsules of `kDT` fragments each: exactly kJ of them and K <= 8, or any J that fits and
+// any K (kJ = 0). With known sizes no branches stand between output capsules, so that their
+// instructions overlap, and addresses are constants.
+template <int kDT, int kJ = 0>
+struct TileOf {
+  static constexpr int DT = kDT;
+  static constexpr int kCapsules = kJ > 0 ? kJ : kMaxFragments / DT;  // of J, at most
   static constexpr int kFragments = kCapsules * DT;
   using Values = float[kFragments][4];
   using Row = float[kCapsules];  // of the row this lane owns
+
+  // Whether there is a j-th output capsule, j < kCapsules.
+  static __device__ __forceinline__ bool has(int j, int J) { return kJ > 0 || j < J; }
+
+  static __device__ __forceinline__ int padded_K(int K) {
+    return kJ > 0 ? kTileDims : round_up(K, kTileDims);
+  }
+
+  static_assert(kFragments <= kMaxFragments && kFragments % 2 == 0);
 };
 
 // Where a thread is in its warp.
@@ -47,16 +60,18 @@ __device__ __forceinline__ void quad_rows(float own, float& low, float& high, co
   high = lane.upper ? own : other;
 }
 
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
 // Elements k and k + 1 of x [K]; 0 past its end and where x is null.
 template <class T>
 __device__ __forceinline__ void load_pair(const T* x, int k, int K, float& first, float& second) {
-  struct alignas(2 * sizeof(T)) Pair {
-    T first, second;
-  };
   first = second = 0.0f;
   if (x == nullptr || k >= K) return;
   if (K % 2 == 0) {  // then rows are aligned to pairs
-    const Pair pair = *reinterpret_cast<const Pair*>(x + k);
+    const auto pair = *reinterpret_cast<const Pair<T>*>(x + k);
     first = to_float(pair.first);
     second = to_float(pair.second);
   } else {
@@ -91,21 +106,21 @@ struct InputRows {
 // u_hat = W_i u_i for 16 samples: the N fragments from `first` on, as far as there are any.
 // `weight` is W_i on chip, [J, D, K] padded to multiples of 8; `first_u` are the first 8 elements
 // of `rows`, which the caller has loaded ahead of time.
-template <class P, class T, int DT, int N>
+template <class P, class T, class Tile, int N>
 __device__ __forceinline__ void predict(float (&u_hat)[N][4], int first, const T* weight,
                                         const float (&first_u)[4], const InputRows<T>& rows,
                                         const Shape& shape, const Lane& lane) {
   using A = typename P::template Operand<4>;
   using B = typename P::template Operand<2>;
-  const int padded_K = round_up(shape.K, kTileDims);
+  const int padded_K = Tile::padded_K(shape.K);
   const auto step = [&](const A& a, int k0, auto multiply) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      if ((first + n) / DT < shape.J) {
-        float b[2];
-        load_pair(weight + ((first + n) * kTileDims + lane.g) * padded_K, k0 + 2 * lane.q, padded_K,
-                  b[0], b[1]);
-        multiply(u_hat[n], a, P::template operand<T>(b));
+      if (Tile::has((first + n) / Tile::DT, shape.J)) {
+        const auto pair = *reinterpret_cast<const Pair<T>*>(
+            weight + ((first + n) * kTileDims + lane.g) * padded_K + k0 + 2 * lane.q);
+        const float b[2] = {to_float(pair.first), to_float(pair.second)};
+        multiply(u_hat[n], a, P::template prepared_operand<T>(b));
       }
     }
   };
@@ -133,29 +148,30 @@ __device__ __forceinline__ float row_dot(const float (*x)[4], const float4* y, c
 }
 
 // own_j += x_j . state_j over d, for the row this lane owns; `state` is a state tile on chip.
-template <int DT>
-__device__ __forceinline__ void add_row_dots(typename Tile<DT>::Row& own,
-                                             const typename Tile<DT>::Values& x,
-                                             const float4* state, int J, const Lane& lane) {
+template <class Tile>
+__device__ __forceinline__ void add_row_dots(typename Tile::Row& own,
+                                             const typename Tile::Values& x, const float4* state,
+                                             int J, const Lane& lane) {
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-    if (j < J) own[j] += row_dot<DT>(x + j * DT, state + j * DT * kWarpSize, lane);
+  for (int j = 0; j < Tile::kCapsules; ++j) {
+    if (Tile::has(j, J))
+      own[j] += row_dot<Tile::DT>(x + j * Tile::DT, state + j * Tile::DT * kWarpSize, lane);
   }
 }
 
 // sum_ij += coefficient_ij x_ij, coefficients given by the rows' owners.
-template <int DT>
-__device__ __forceinline__ void add_scaled(typename Tile<DT>::Values& sum,
-                                           const typename Tile<DT>::Row& own,
-                                           const typename Tile<DT>::Values& x, int J,
+template <class Tile>
+__device__ __forceinline__ void add_scaled(typename Tile::Values& sum,
+                                           const typename Tile::Row& own,
+                                           const typename Tile::Values& x, int J,
                                            const Lane& lane) {
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-    if (j < J) {
+  for (int j = 0; j < Tile::kCapsules; ++j) {
+    if (Tile::has(j, J)) {
       float low, high;
       quad_rows(own[j], low, high, lane);
 #pragma unroll
-      for (int n = j * DT; n < (j + 1) * DT; ++n) {
+      for (int n = j * Tile::DT; n < (j + 1) * Tile::DT; ++n) {
         sum[n][0] += low * x[n][0];
         sum[n][1] += low * x[n][1];
         sum[n][2] += high * x[n][2];
@@ -166,17 +182,17 @@ __device__ __forceinline__ void add_scaled(typename Tile<DT>::Values& sum,
 }
 
 // The same with x a state tile on chip.
-template <int DT>
-__device__ __forceinline__ void add_scaled_state(typename Tile<DT>::Values& sum,
-                                                 const typename Tile<DT>::Row& own,
-                                                 const float4* state, int J, const Lane& lane) {
+template <class Tile>
+__device__ __forceinline__ void add_scaled_state(typename Tile::Values& sum,
+                                                 const typename Tile::Row& own, const float4* state,
+                                                 int J, const Lane& lane) {
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-    if (j < J) {
+  for (int j = 0; j < Tile::kCapsules; ++j) {
+    if (Tile::has(j, J)) {
       float low, high;
       quad_rows(own[j], low, high, lane);
 #pragma unroll
-      for (int n = j * DT; n < (j + 1) * DT; ++n) {
+      for (int n = j * Tile::DT; n < (j + 1) * Tile::DT; ++n) {
         const float4 y = state[n * kWarpSize + lane.index];
         sum[n][0] += low * y.x;
         sum[n][1] += low * y.y;
@@ -188,49 +204,48 @@ __device__ __forceinline__ void add_scaled_state(typename Tile<DT>::Values& sum,
 }
 
 // b = log priors of input capsule i; 0 without a prior.
-template <class T, int DT>
-__device__ __forceinline__ void load_prior(typename Tile<DT>::Row& b, const T* logits, int i,
-                                           int J) {
+template <class T, class Tile>
+__device__ __forceinline__ void load_prior(typename Tile::Row& b, const T* logits, int i, int J) {
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-    b[j] = logits != nullptr && j < J ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
+  for (int j = 0; j < Tile::kCapsules; ++j) {
+    b[j] = logits != nullptr && Tile::has(j, J) ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
   }
 }
 
 // Softmax over j in place; `leaky` puts one more logit, fixed at 0, beside them.
-template <int DT>
-__device__ __forceinline__ void softmax(typename Tile<DT>::Row& b, int J, bool leaky) {
+template <class Tile>
+__device__ __forceinline__ void softmax(typename Tile::Row& b, int J, bool leaky) {
   constexpr float kLog2E = 1.4426950408889634f;
   float largest = leaky ? 0.0f : -INFINITY;
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-    if (j < J) largest = fmaxf(largest, b[j]);
+  for (int j = 0; j < Tile::kCapsules; ++j) {
+    if (Tile::has(j, J)) largest = fmaxf(largest, b[j]);
   }
   float total = leaky ? exp2_approximate(-largest * kLog2E) : 0.0f;
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-    if (j < J) {
+  for (int j = 0; j < Tile::kCapsules; ++j) {
+    if (Tile::has(j, J)) {
       b[j] = exp2_approximate((b[j] - largest) * kLog2E);
       total += b[j];
     }
   }
   const float inverse = 1.0f / total;
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) b[j] *= inverse;
+  for (int j = 0; j < Tile::kCapsules; ++j) b[j] *= inverse;
 }
 
 // dl_j = c_j (dc_j - sum_k c_k dc_k), from dc, in place: softmax backwards.
-template <int DT>
-__device__ __forceinline__ void softmax_backward(typename Tile<DT>::Row& dc,
-                                                 const typename Tile<DT>::Row& c, int J) {
+template <class Tile>
+__device__ __forceinline__ void softmax_backward(typename Tile::Row& dc,
+                                                 const typename Tile::Row& c, int J) {
   float mean = 0;
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-    if (j < J) mean += c[j] * dc[j];
+  for (int j = 0; j < Tile::kCapsules; ++j) {
+    if (Tile::has(j, J)) mean += c[j] * dc[j];
   }
 #pragma unroll
-  for (int j = 0; j < Tile<DT>::kCapsules; ++j) {
-    if (j < J) dc[j] = c[j] * (dc[j] - mean);
+  for (int j = 0; j < Tile::kCapsules; ++j) {
+    if (Tile::has(j, J)) dc[j] = c[j] * (dc[j] - mean);
   }
 }
 
