@@ -131,7 +131,7 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[S
         bench("routing-tf32", 1, "--precision", "tf32", "--no-peers", command="routing"),
         bench("training", 0.5),
         training_run,
-        Step("aot", [python, "-m", "bench", "aot"], 1),
+        Step("aot", [python, "-m", "bench", "aot", "--shape=MNIST", "--markdown"], 1),
     ]
 
 
@@ -164,7 +164,12 @@ def slug(text: str) -> str:
 
 def make_anonymous(folder: Path, data: Path | None) -> None:
     """Replace paths of this machine in every text file of the folder."""
-    places = {sys.prefix: "<python>", str(ROOT): ".", str(Path.home()): "~"}
+    places = {
+        sys.prefix: "<python>",
+        sys.base_prefix: "<python>",
+        str(ROOT): ".",
+        str(Path.home()): "~",
+    }
     if data is not None:
         places[str(data)] = "<data>"
     for path in filter(Path.is_file, folder.rglob("*")):

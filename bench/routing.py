@@ -146,12 +146,7 @@ def measure_routing(
                 "status": status.get(name, "ok"),
             }
             if name in timings:
-                record |= {
-                    "seconds": timings[name].median,
-                    "spread": timings[name].spread,
-                    "samples": timings[name].samples,
-                    "timed_by": timings[name].how,
-                }
+                record |= timings[name].fields()
             yield record
         for name in set(routings) - set(timings):
             del routings[name]

@@ -1,5 +1,6 @@
 """Timing: variants interleaved in one process, every sample kept, medians and spread reported."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,15 @@ class Timing:
         quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
         return cls(statistics.median(samples), quartiles[2] - quartiles[0], len(samples), how)
 
+    def fields(self) -> dict[str, float | str]:
+        """As fields of a record."""
+        return {
+            "seconds": self.median,
+            "spread": self.spread,
+            "samples": self.samples,
+            "timed_by": self.how,
+        }
+
 
 class Timer(Protocol):
     """How calls are timed on a device."""
@@ -44,17 +54,8 @@ class CpuTimer:
     how = "clock"
 
     def sampler(self, calls: Sequence[Call]) -> Sampler:
-        turn = 0
-
-        def sample() -> float:
-            nonlocal turn
-            call = calls[turn % len(calls)]
-            turn += 1
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-
-        return sample
+        turns = itertools.cycle(calls)
+        return lambda: seconds_by_clock(next(turns))
 
 
 class EventTimer:
@@ -63,15 +64,8 @@ class EventTimer:
     how = "events"
 
     def sampler(self, calls: Sequence[Call]) -> Sampler:
-        turn = 0
-
-        def sample() -> float:
-            nonlocal turn
-            call = calls[turn % len(calls)]
-            turn += 1
-            return seconds_on_gpu(call)
-
-        return sample
+        turns = itertools.cycle(calls)
+        return lambda: seconds_by_events(next(turns))
 
 
 class ReplayTimer:
@@ -94,10 +88,16 @@ class ReplayTimer:
             for call in calls:
                 call()
 
-        return lambda: seconds_on_gpu(graph.replay) / len(calls)
+        return lambda: seconds_by_events(graph.replay) / len(calls)
 
 
-def seconds_on_gpu(call: Call) -> float:
+def seconds_by_clock(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def seconds_by_events(call: Call) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()

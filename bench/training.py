@@ -122,12 +122,7 @@ def measure_steps(
                 "status": failures.get(name, "ok"),
             }
             if name in timings:
-                record |= {
-                    "seconds": timings[name].median,
-                    "spread": timings[name].spread,
-                    "samples": timings[name].samples,
-                    "timed_by": timings[name].how,
-                }
+                record |= timings[name].fields()
             yield record
 
 
