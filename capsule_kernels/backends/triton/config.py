@@ -9,6 +9,9 @@ MATRIX_ROWS = 16
 MAX_TILE = 512
 """Largest number of (j, d) columns of a tile; u_hat, V and s of one each live in registers."""
 
+WARP_COLUMNS = 64
+"""Columns of a warp: with 16 samples 32 registers of a thread for each of u_hat, V and s."""
+
 MAX_WEIGHTS = 16384
 """Most elements of the weights of one input capsule in a tile, (j, d) times k."""
 
@@ -79,17 +82,18 @@ def tile_of(J: int, K: int, D: int) -> Tile | None:
 def sweep(B: int, I: int, J: int, K: int, D: int, processors: int) -> Sweep:
     """The cut of a sweep for a machine with ``processors`` multiprocessors.
 
-    Every group costs its programs a partial sum to store, and the programs of the next sweep one
-    more to read; too few groups leave multiprocessors idle. Cost in the time of one capsule's
-    step: the steps of the longest multiprocessor plus half a step for each partial sum.
+    Too few groups leave multiprocessors idle; but each is one more partial sum that every program
+    of the next sweep reads. Cost in the time of one capsule's step, about that of two partial sums:
+    the programs of the busiest multiprocessor, times the steps and sums of each.
     """
     tile = tile_of(J, K, D)
     assert tile is not None, "unsupported() lets no such shape pass"
     tiles_B, tiles_J = ceil_div(B, tile.BLOCK_B), ceil_div(J, tile.BLOCK_J)
+    partial_sum = 0.5 * min(1, B / tile.BLOCK_B)
 
     def cost(groups: int) -> float:
-        waves = ceil_div(tiles_B * tiles_J * groups, processors)
-        return waves * ceil_div(I, groups) + groups / 2
+        programs = ceil_div(tiles_B * tiles_J * groups, processors)
+        return programs * (ceil_div(I, groups) + groups * partial_sum)
 
     groups = min(range(1, min(I, 2 * processors) + 1), key=cost)
     capsules = ceil_div(I, groups)
@@ -100,7 +104,7 @@ def sweep(B: int, I: int, J: int, K: int, D: int, processors: int) -> Sweep:
         tiles_J=tiles_J,
         groups=ceil_div(I, capsules),
         capsules=capsules,
-        num_warps=8 if columns > 256 else 4 if columns > 64 else 2,
+        num_warps=max(1, columns // WARP_COLUMNS),
         num_stages=2,
     )
 

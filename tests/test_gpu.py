@@ -1,0 +1,180 @@
+"""The GPU backends on a GPU: full-size shapes, every dtype, streams, graphs, bits.
+
+Skipped with the reason where a backend can't be used. A shape that a backend does not take is
+skipped too, with the backend's own words.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from capsule_kernels import backends, fused_routing
+from capsule_kernels.dispatch import RoutingShape, reason_against
+
+from .cases import OPTIONS, SHAPES, Case, check_case, make_inputs, run
+
+HAS_GPU = torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HAS_GPU, reason="torch sees no GPU here"),
+]
+
+NETWORKS = [
+    Case(B=128, I=1152, J=10), Case(B=1, I=1152, J=10), Case(B=127, I=1153, J=10),
+    Case(B=1024, I=1152, J=10), Case(B=32, I=3200, J=10), Case(B=32, I=2048, J=5),
+    Case(B=16, I=4608, J=10, weight_sharing=36), Case(B=16, I=9216, J=10, bias=True),
+    Case(B=64, I=1024, J=10, K=6, D=8), Case(B=4, I=3872, J=196),
+]  # fmt: skip
+"""The routing layers of SPEC section 4, at batches whose u_hat the float64 oracle can hold."""
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    status = backends()[request.param]
+    if not status.usable:
+        pytest.skip(f"{request.param}: {status.reason}")
+    return request.param
+
+
+def skip_unsupported(backend: str, case: Case, dtype: torch.dtype) -> None:
+    shape = RoutingShape(case.I, case.J, case.K, case.D, case.R)
+    reason = reason_against(backend, torch.device("cuda", 0), dtype, shape)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("case", SHAPES + OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_oracle(case, dtype, backend):
+    skip_unsupported(backend, case, dtype)
+    check_case(case, dtype, backend, "cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NETWORKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matches_oracle_at_full_size(case, dtype, backend):
+    skip_unsupported(backend, case, dtype)
+    check_case(case, dtype, backend, "cuda")
+
+
+def test_tf32_is_taken_where_allowed(backend):
+    """The two precisions differ, and TF32's error stays below what its 11 bits allow."""
+    case = Case(B=64, I=256, J=10)
+    skip_unsupported(backend, case, torch.float32)
+    inputs = make_inputs(case, torch.float32, "cuda")
+    exact = run(fused_routing, case, inputs, backend=backend)["v"]
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = run(fused_routing, case, inputs, backend=backend)["v"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).abs().max() < 2**-8
+
+
+@pytest.mark.parametrize("case", [NETWORKS[0], NETWORKS[-1], OPTIONS[-1]], ids=str)
+def test_same_bits_every_time(case, backend):
+    skip_unsupported(backend, case, torch.float32)
+    inputs = make_inputs(case, torch.float32, "cuda")
+    first = run(fused_routing, case, inputs, backend=backend)
+    for _ in range(5):
+        again = run(fused_routing, case, inputs, backend=backend)
+        for name in first:
+            assert torch.equal(first[name], again[name]), name
+
+
+def test_poisoned_workspaces(backend):
+    """Tensors that are left empty start as NaN: what is not written shows."""
+    case = replace(NETWORKS[2], bias=True, logits=True)
+    skip_unsupported(backend, case, torch.float32)
+    inputs = make_inputs(case, torch.float32, "cuda")
+    clean = run(fused_routing, case, inputs, backend=backend)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1, device="cuda").isnan().all()
+        poisoned = run(fused_routing, case, inputs, backend=backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in clean:
+        assert torch.equal(clean[name], poisoned[name]), name
+
+
+def test_cuda_graph_replays_with_new_inputs(backend):
+    case = Case(B=128, I=1152, J=10)
+    skip_unsupported(backend, case, torch.float32)
+    inputs = make_inputs(case, torch.float32, "cuda")
+    u, weight = inputs["u"], inputs["weight"]
+
+    def step():
+        v = fused_routing(u, weight, 3, backend=backend)
+        return v, *torch.autograd.grad(v, (u, weight), torch.ones_like(v))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    u.data.copy_(torch.randn_like(u))
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_other_streams(backend):
+    case = Case(B=64, I=1152, J=10)
+    skip_unsupported(backend, case, torch.float32)
+    inputs = make_inputs(case, torch.float32, "cuda")
+    expected = run(fused_routing, case, inputs, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = run(fused_routing, case, inputs, backend=backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one GPU")
+def test_a_device_other_than_the_current_one(backend):
+    case = Case(B=16, I=64, J=10)
+    skip_unsupported(backend, case, torch.float32)
+    assert torch.cuda.current_device() == 0
+    check_case(case, torch.float32, backend, "cuda:1")
+
+
+def test_compiled_whole(backend):
+    case = Case(B=16, I=64, J=10)
+    skip_unsupported(backend, case, torch.float32)
+    inputs = make_inputs(case, torch.float32, "cuda")
+    u, weight = inputs["u"], inputs["weight"]
+
+    def function(u, weight):
+        return fused_routing(u, weight, 3, backend=backend)
+
+    found = torch.compile(function, fullgraph=True)(u, weight)
+    assert torch.equal(found, function(u, weight))
+
+
+@pytest.mark.slow
+def test_more_than_2_to_31_elements(backend):
+    """u alone has 2^31 elements; the first and the last samples are checked."""
+    case = Case(B=2**31 // (1152 * 8) + 3, I=1152, J=10, D=4)
+    skip_unsupported(backend, case, torch.bfloat16)
+    free, _ = torch.cuda.mem_get_info()
+    if free < 40 << 30:
+        pytest.skip(f"needs 40 GiB of GPU memory, {free >> 30} are free")
+    generator = torch.Generator("cuda").manual_seed(0)
+    u = torch.randn(case.B, case.I, 8, generator=generator, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(case.I, case.J, case.D, 8, device="cuda", dtype=torch.bfloat16) * 0.1
+    v = fused_routing(u, weight, 3, backend=backend)
+    for rows in (slice(0, 16), slice(case.B - 16, case.B)):
+        part = fused_routing(u[rows], weight, 3, backend=backend)
+        torch.testing.assert_close(v[rows], part, rtol=1e-2, atol=1e-3)

@@ -1,0 +1,212 @@
+"""The Triton backend without running a kernel: configurations, launches, refusals, imports.
+
+The kernels themselves are interpreted in a process of their own (test_triton_interpreter.py),
+because Triton reads TRITON_INTERPRET once, when it is first imported.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from capsule_kernels import fused_routing
+from capsule_kernels.backends import triton as backend
+from capsule_kernels.backends.triton import config
+from capsule_kernels.dispatch import RoutingShape
+
+ROOT = Path(__file__).parent.parent
+needs_triton = pytest.mark.skipif(not backend.INSTALLED, reason="Triton is not installed")
+MNIST = (1152, 10, 8, 16)
+SIZES = [
+    MNIST, (3200, 10, 8, 16), (2048, 5, 8, 16), (9216, 10, 8, 16), (1024, 10, 6, 8),
+    (3872, 196, 8, 16), (1, 1, 1, 1), (7, 33, 3, 7), (1153, 2, 8, 64), (64, 1000, 8, 24),
+]  # fmt: skip
+"""(I, J, K, D): the shapes of published networks, and awkward ones."""
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.skipif(backend.INTERPRETED, reason="the tests below it run in this process")
+def test_kernels_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "tests/test_triton_interpreter.py"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("B", [1, 3, 128, 1000])
+@pytest.mark.parametrize("processors", [1, 4, 132, 304])
+def test_sweeps_cover_every_sample_and_capsule_once(B, sizes, processors):
+    I, J, K, D = sizes
+    sweep = config.sweep(B, I, J, K, D, processors)
+    tile = sweep.tile
+    assert (sweep.tiles_B - 1) * tile.BLOCK_B < B <= sweep.tiles_B * tile.BLOCK_B
+    assert (sweep.tiles_J - 1) * tile.BLOCK_J < J <= sweep.tiles_J * tile.BLOCK_J
+    assert (sweep.groups - 1) * sweep.capsules < I <= sweep.groups * sweep.capsules
+    assert tile.BLOCK_D >= D
+    assert max(K, config.MATRIX_ROWS) <= tile.BLOCK_K
+    assert config.MATRIX_ROWS <= sweep.columns <= config.MAX_TILE
+    for size in (*vars(tile).values(), sweep.num_warps):
+        assert size == config.power_of_two(size)
+    assert sweep.columns % (config.parts_of_product(sweep) * config.MATRIX_ROWS) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 64, 1152])
+@pytest.mark.parametrize("weight_sharing", [1, 3, 144])
+@pytest.mark.parametrize("tiles_B", [1, 5, 64])
+def test_splits_cover_every_capsule_and_batch_tile_once(rows, weight_sharing, tiles_B):
+    split = config.split(rows, weight_sharing, tiles_B, 132)
+    assert (split.parts - 1) * split.capsules < weight_sharing <= split.parts * split.capsules
+    assert (split.splits - 1) * split.batch_tiles < tiles_B <= split.splits * split.batch_tiles
+
+
+def test_many_rows_are_not_split():
+    split = config.split(1152, 1, 8, 132)
+    assert (split.parts, split.splits) == (1, 1)  # so no sum over partial gradients of W
+
+
+def test_large_batches_are_cut_by_samples_and_small_ones_by_capsules():
+    assert config.sweep(4096, *MNIST, 132).groups <= 2
+    assert config.sweep(1, *MNIST, 132).groups >= 64
+
+
+def test_wide_offsets_only_where_an_element_lies_beyond_32_bits():
+    assert not config.needs_int64(128 * 1152 * 8, 1152 * 10 * 16 * 8)
+    assert config.needs_int64(5, 2**31)
+    assert config.needs_int64(2**31 - 5)  # masked elements of the last tile lie beyond
+
+
+@needs_triton
+@pytest.mark.parametrize("R", [1, 2, 3, 10])
+@pytest.mark.parametrize("routing_gradient", ["full", "last"])
+def test_number_of_launches(R, routing_gradient):
+    names = launches(128, *MNIST, R, full_gradient=routing_gradient == "full")
+    sweeps = R - 1 if routing_gradient == "full" else 0
+    assert len(names) <= 2 * R + 2
+    assert names == (
+        ["routing_forward_kernel"] * R
+        + ["routing_output_kernel"]
+        + ["routing_backward_kernel"] * sweeps
+        + ["routing_state_kernel", "routing_gradients_kernel"]
+    )
+
+
+@needs_triton
+def test_every_launch_has_all_arguments_and_no_workspace_grows_with_u_hat():
+    """J in several tiles: also the statistics; the largest workspace stays far below u_hat."""
+    B, I, J, K, D = 128, 3872, 196, 8, 16
+    seen: list[int] = []
+    names = launches(B, I, J, K, D, 3, sizes=seen)
+    assert names.count("routing_statistics_kernel") == 2 + 3
+    assert max(seen) <= B * I * J * D / 15
+
+
+def launches(B, I, J, K, D, R, full_gradient=True, sizes=None):
+    """Names of the kernels that a forward and backward launch, in order."""
+    from capsule_kernels.backends.triton import launch
+
+    names = []
+
+    def record(kernel, grid, num_warps, num_stages, **arguments):
+        assert set(arguments) == set(kernel.arg_names), kernel.__name__
+        assert all(0 < size < 2**31 for size in grid)
+        names.append(kernel.__name__)
+        if sizes is not None:
+            sizes.extend(x.numel() for x in arguments.values() if isinstance(x, torch.Tensor))
+
+    gpu = launch.Gpu(processors=132, hip=False)
+    u, weight = torch.empty(B, I, K, device="meta"), torch.empty(I, J, D, K, device="meta")
+    v, s, _ = launch.routing_forward(
+        u, weight, None, None, R, False, 1, False, launch=record, gpu=gpu
+    )
+    launch.routing_backward(
+        v, u, weight, None, s, False, 1, full_gradient, [True, True, False, False],
+        launch=record, gpu=gpu,
+    )  # fmt: skip
+    return names
+
+
+@needs_triton
+def test_float32_follows_the_matmul_precision_at_run_time():
+    from capsule_kernels.backends.triton.launch import Gpu, precision_of
+
+    cuda, hip = Gpu(132, hip=False), Gpu(304, hip=True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, expected in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(precision)
+            assert precision_of(torch.float32, cuda) == expected
+            assert precision_of(torch.float32, hip) == "ieee"
+            assert precision_of(torch.bfloat16, cuda) == "tf32"  # exact: 8 bits of TF32's 11
+            assert precision_of(torch.float64, cuda) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+SHAPE = RoutingShape(*MNIST, 3)
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    reason = backend.unsupported(torch.device("cpu"), torch.float32, SHAPE)
+    assert "got tensors on cpu" in reason
+    assert "TRITON_INTERPRET=1" in reason
+
+
+def test_old_gpus_are_refused_by_name(monkeypatch):
+    properties = SimpleNamespace(major=7, minor=5, name="T4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    reason = backend.unsupported(torch.device("cuda", 0), torch.float32, SHAPE)
+    assert (
+        reason == "it needs compute capability 8.0 or higher, T4 has 7.5; use backend='reference'"
+    )
+    properties.major, properties.minor = 8, 0
+    assert backend.unsupported(torch.device("cuda", 0), torch.float32, SHAPE) is None
+
+
+def test_capsules_too_large_for_a_tile_are_refused():
+    shape = RoutingShape(16, 10, 1024, 64, 3)
+    reason = backend.unsupported(torch.device("cuda", 0), torch.float32, shape)
+    assert "K = 1024 with D = 64" in reason
+
+
+def test_a_named_backend_raises_its_reason(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="backend 'triton' can't be used"):
+        fused_routing(torch.randn(2, 3, 4), torch.randn(3, 5, 6, 4), backend="triton")
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_importing_the_package_does_not_import_triton(blocked):
+    lines = [
+        "import importlib.util, sys",
+        "find = importlib.util.find_spec",
+        f"hide = lambda name, *rest: None if {blocked} and name == 'triton' else find(name, *rest)",
+        "importlib.util.find_spec = hide",
+        "import capsule_kernels, torch",
+        "status = capsule_kernels.backends()['triton']",
+        "capsule_kernels.fused_routing(torch.randn(2, 3, 4), torch.randn(3, 5, 6, 4))",
+        "print('triton' in sys.modules, status.usable, status.reason)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    imported, _, reason = done.stdout.strip().split(maxsplit=2)
+    assert imported == "False"
+    if blocked:
+        assert "Triton is not installed" in reason

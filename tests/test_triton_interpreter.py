@@ -1,0 +1,218 @@
+"""The Triton kernels, interpreted on CPU tensors, against the oracle.
+
+test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1.
+
+What this proves: the kernels' arithmetic, indices, masks and order of launches. What it does not:
+the compiler, races, and the rounding of matrix units, which the interpreter computes exactly;
+that is put back where it matters (``matrix_unit``). bfloat16 and float16 take the path they take
+on a GPU: their values are widened first and multiplied as TF32 values, which they are.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from capsule_kernels import backends, fused_routing, reference_routing
+from capsule_kernels.backends import triton as backend
+
+from .cases import Case, check_case, copies, make_inputs, run
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(
+        not (backend.INSTALLED and backend.INTERPRETED),
+        reason="test_triton.py runs these in a process with TRITON_INTERPRET=1",
+    ),
+]
+
+EVERYTHING = Case(B=17, I=6, J=10, R=2, logits=True, bias=True, leaky=True, weight_sharing=3)
+
+CASES = [
+    Case(B=1, I=3), Case(B=17, I=2, J=10), Case(B=127, I=1, J=2, D=4), Case(I=1),
+    Case(I=37, B=1, J=2, R=2), Case(I=3, J=1), Case(I=3, J=2), Case(I=2, J=33, D=8),
+    Case(I=3, K=3), Case(I=3, K=6, D=8), Case(I=3, D=1), Case(I=3, D=7), Case(I=3, D=10),
+    Case(I=2, D=24), Case(I=2, D=32), Case(I=2, D=64), Case(B=1, I=1, D=128),
+    Case(I=3, R=1), Case(I=5, R=2), Case(I=2, R=10),
+    Case(I=3, logits=True), Case(I=3, bias=True), Case(I=3, leaky=True),
+    Case(I=12, B=2, weight_sharing=4), Case(I=3, routing_gradient="last"),
+    Case(I=3, R=1, logits=True), Case(R=1, I=3, routing_gradient="last"), EVERYTHING,
+    replace(EVERYTHING, weight_sharing=6, routing_gradient="last"),
+    # J in several tiles: the softmax statistics come from a sweep of their own.
+    Case(B=2, I=2, J=40, R=2, logits=True, leaky=True, bias=True),
+    Case(B=1, I=2, J=40, routing_gradient="last"), Case(B=1, I=2, J=33, R=1, logits=True),
+]  # fmt: skip
+"""The awkward sizes of SPEC section 4 and every option, as small as shows them."""
+
+
+@pytest.fixture(autouse=True)
+def poisoned_workspaces():
+    """Every tensor that the backend leaves empty starts as NaN: what is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def matrix_unit(monkeypatch):
+    """tl.dot as the hardware multiplies TF32: it drops the last 13 bits of every operand."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    exact = InterpreterBuilder.create_dot
+
+    def truncated(self, a, b, c, input_precision, *rest):
+        if "TF32" in str(input_precision):
+            for x in (a, b):
+                x.data = (x.data.view("int32") & -0x2000).view("float32")
+        return exact(self, a, b, c, input_precision, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", truncated)
+
+
+def test_backend_is_usable():
+    assert backends()["triton"].usable
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_oracle(case):
+    check_case(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(B=2, I=3, logits=True, bias=True),
+        Case(B=1, I=2, J=40, R=2),
+        Case(B=2, I=6, weight_sharing=3, R=2),
+    ],
+    ids=str,
+)
+def test_matches_oracle_in_other_dtypes(case, dtype, matrix_unit):
+    check_case(case, dtype, "triton")
+
+
+@pytest.mark.parametrize("case", [Case(B=17, I=9, J=10), Case(B=2, I=2, J=40, R=2)], ids=str)
+def test_highest_precision_is_float32_on_tf32_hardware(case, matrix_unit):
+    check_case(case, torch.float32, "triton")
+    torch.set_float32_matmul_precision("high")  # and TF32 is not: the emulation does round
+    try:
+        with pytest.raises(AssertionError, match="error"):
+            check_case(case, torch.float32, "triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_wide_offsets_give_the_same_bits(monkeypatch):
+    from capsule_kernels.backends.triton import config
+
+    for case in (Case(B=2, I=4, logits=True, weight_sharing=2), Case(B=2, I=2, J=40, R=2)):
+        narrow = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
+        monkeypatch.setattr(config, "needs_int64", lambda *counts: True)
+        wide = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
+        monkeypatch.undo()
+        for name in narrow:
+            assert torch.equal(narrow[name], wide[name]), name
+
+
+def test_batch_split_between_programs():
+    """Fewer rows of weights than processors: partial gradients, added by a kernel of their own."""
+    from capsule_kernels.backends.triton import config
+
+    case = Case(B=40, I=2, J=3, D=4, R=2, weight_sharing=2, logits=True)
+    split = config.split(1, 2, 3, 4)
+    assert split.parts > 1
+    assert split.splits > 1
+    check_case(case, torch.float32, "triton")
+
+
+def test_only_wanted_gradients_are_computed():
+    case = Case(B=2, I=2, R=2, logits=True, bias=True)
+    every = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
+    for wanted in ("u", "weight", "logits", "bias"):
+        inputs = make_inputs(case, torch.float32)
+        for name, x in inputs.items():
+            x.requires_grad_(name == wanted)
+        some = run(fused_routing, case, inputs, backend="triton")
+        assert [name for name in some if name.startswith("grad")] == [f"grad_{wanted}"]
+        assert torch.equal(some[f"grad_{wanted}"], every[f"grad_{wanted}"])
+
+
+def test_any_strides():
+    case = Case(B=2, I=3, R=2, logits=True, bias=True)
+    inputs = make_inputs(case, torch.float32)
+    leaves = list(inputs.values())
+    strided = [torch.stack([x, x], -1)[..., 0] for x in leaves]
+    assert not any(x.is_contiguous() for x in strided)
+
+    def call(function, u, weight, logits, bias, **options):
+        v = function(u, weight, case.R, logits=logits, bias=bias, **options)
+        return v, torch.autograd.grad(v.sum(), leaves)  # a gradient of stride 0
+
+    v, gradients = call(fused_routing, *strided, backend="triton")
+    v_dense, gradients_dense = call(fused_routing, *leaves, backend="triton")
+    assert torch.equal(v, v_dense)
+    for g, g_dense in zip(gradients, gradients_dense, strict=True):
+        assert torch.equal(g, g_dense)
+
+
+def test_empty_batch():
+    u = torch.zeros(0, 3, 4, requires_grad=True)
+    weight = torch.randn(3, 5, 6, 4, requires_grad=True)
+    v = fused_routing(u, weight, backend="triton")
+    v.sum().backward()
+    assert v.shape == (0, 5, 6)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_zero_input_gives_zero_and_exactly_zero_gradients():
+    u = torch.zeros(2, 3, 8, requires_grad=True)
+    weight = torch.randn(3, 5, 16, 8, requires_grad=True)
+    v = fused_routing(u, weight, backend="triton")
+    grads = torch.autograd.grad(v.sum(), (u, weight))
+    for x in (v, *grads):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e15])
+def test_lengths_whose_squares_leave_float32(scale):
+    case = Case(B=1, I=2, J=3, R=2, scale=scale)
+    found = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
+    exact = run(reference_routing, case, copies(make_inputs(case, torch.float32), torch.float64))
+    torch.testing.assert_close(found["v"].double(), exact["v"], rtol=1e-4, atol=1e-30)
+    assert all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_stay_in_their_sample(value):
+    case = Case(B=3, I=3, J=5, R=2)
+    inputs = make_inputs(case, torch.float32)
+    inputs["u"].data[1, 2, 0] = value
+    found = run(fused_routing, case, inputs, backend="triton")
+    expected = run(reference_routing, case, copies(inputs, torch.float32))
+    for name in expected:
+        assert torch.equal(found[name].isnan(), expected[name].isnan()), name
+
+
+def test_same_bits_every_time():
+    case = replace(CASES[1], logits=True)
+    first, second = (
+        run(fused_routing, case, make_inputs(case, torch.float32), backend="triton") for _ in "12"
+    )
+    for name in first:
+        assert torch.equal(first[name], second[name])
+
+
+def test_gradcheck_and_opcheck():
+    case = Case(B=2, I=2, J=3, K=2, D=2, R=3, logits=True, bias=True, leaky=True)
+    inputs = make_inputs(case, torch.float64)
+    u, weight, logits, bias = inputs.values()
+
+    def function(u, weight, logits, bias):
+        return fused_routing(u, weight, 3, logits=logits, bias=bias, leaky=True, backend="triton")
+
+    assert torch.autograd.gradcheck(function, (u, weight, logits, bias), fast_mode=True)
+    plain = [x.detach() for x in inputs.values()]
+    operator = torch.ops.capsule_kernels.routing_forward.triton
+    torch.library.opcheck(operator, (*plain, 3, True, 1, True))
