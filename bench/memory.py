@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .fits import CONSTANT, exponents
+from .options import add_peers_argument
 from .peers import Implementation, Routing, ours, outputs_and_gradients, peers
 from .records import Record, reason_of, select
 from .routing import Settings
@@ -135,15 +136,14 @@ TIMES_I = (1, 2, 4, 8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-peers", action="store_true", help="only the fused backends")
+    add_peers_argument(parser)
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
     """MNIST over the batch; the fused backends over I, and at the shape with many classes."""
     fused = ours(settings.device)
     for B in QUICK_BATCHES if options.quick else BATCHES:
-        everyone = fused if options.no_peers else [*fused, *peers()]
-        yield from measure_memory(MNIST, B, everyone, settings)
+        yield from measure_memory(MNIST, B, [*fused, *peers(which=options.peers)], settings)
     for times in TIMES_I:
         shape = replace(MNIST, name=f"MNIST, I = {times * MNIST.I}", I=times * MNIST.I)
         for record in measure_memory(shape, 32, fused, settings):

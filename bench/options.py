@@ -49,3 +49,12 @@ def common_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into FOLDER")
     return parser
+
+
+def add_peers_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peers",
+        choices=("all", "eager", "none"),
+        default="all",
+        help="which peers to measure beside the fused backends (all; compiling them takes time)",
+    )

@@ -126,12 +126,19 @@ def ours(device: str) -> list[Implementation]:
     ]
 
 
-def peers(modes: Iterable[str] = ("default",)) -> list[Implementation]:
-    """Eager peers, then ``torch.compile`` of the stronger ones in each mode."""
+def peers(modes: Iterable[str] = ("default",), which: str = "all") -> list[Implementation]:
+    """Eager peers, then ``torch.compile`` of the stronger ones in each mode.
+
+    ``which``: "all", "eager" or "none" of them.
+    """
+    if which == "none":
+        return []
     eager = [
         Implementation(f"eager {name}", "eager", lambda routing=routing: routing, stored)  # type: ignore[misc]
         for name, (routing, stored) in EAGER.items()
     ]
+    if which == "eager":
+        return eager
     return eager + [
         Implementation(
             f"compiled {name}" + ("" if mode == "default" else f" ({mode})"),

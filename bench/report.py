@@ -96,7 +96,9 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[S
         arguments = ["--device", device, "--json", str(folder / f"{name}.json"), *options]
         return Step(name, [python, "-m", "bench", command or name, *arguments], minutes)
 
-    build = Step("build", [python, "setup.py", "build_ext", "--inplace"], 4)
+    build = Step(
+        "build", [python, "setup.py", "build_ext", "--inplace"], 8 if device == "cpu" else 4
+    )
     if device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
         # Only what runs here: every further architecture costs a compilation.
         major, minor = torch.cuda.get_device_capability()
@@ -127,8 +129,8 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[S
         bench("memory", 1, "--quick", *plots),
         *sanitizer_steps(),
         bench("scaling", 0.75),
-        bench("routing", 1, "--shape", "MNIST", "--no-max-autotune", *plots),
-        bench("routing-tf32", 1, "--precision", "tf32", "--no-peers", command="routing"),
+        bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots),
+        bench("routing-tf32", 1, "--precision", "tf32", "--peers", "none", command="routing"),
         bench("training", 0.5),
         training_run,
         Step("aot", [python, "-m", "bench", "aot", "--shape=MNIST", "--markdown"], 1),

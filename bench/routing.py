@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from .machine import product
-from .options import positive
+from .options import add_peers_argument, positive
 from .peers import (
     ORACLE_STORED,
     Implementation,
@@ -183,7 +183,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="torch.compile(mode='max-autotune') as well (default: on a GPU)",
     )
-    parser.add_argument("--no-peers", action="store_true", help="only the fused backends")
+    add_peers_argument(parser)
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
@@ -192,7 +192,7 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
     on_gpu = settings.device == "cuda"
     autotune = on_gpu if options.max_autotune is None else options.max_autotune
     fused = ours(settings.device)
-    others = peers(("default", "max-autotune") if autotune else ("default",))
+    others = peers(("default", "max-autotune") if autotune else ("default",), options.peers)
     if options.shape:
         shapes = [shape for shape in SHAPES if shape.name in options.shape]
     else:
@@ -201,5 +201,5 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
         batches = QUICK_BATCHES if options.quick else BATCHES if shape == MNIST else FEW_BATCHES
         for B in options.batch or batches:
             too_large = LARGEST_PEER_BATCH[settings.device] < B and not options.batch
-            alone = options.no_peers or too_large
-            yield from measure_routing(shape, B, fused if alone else [*fused, *others], settings)
+            everyone = fused if too_large else [*fused, *others]
+            yield from measure_routing(shape, B, everyone, settings)

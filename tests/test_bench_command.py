@@ -32,7 +32,7 @@ def test_accuracy_is_printed_and_written(tmp_path, capsys):
 def test_interrupted_it_keeps_what_was_measured(tmp_path):
     """Ctrl-C after the first row: exit code 130, the row in the file and in the table."""
     file = tmp_path / "routing.json"
-    options = ["--device", "cpu", "--no-peers", "--shape", "SVHN (reduced)", "--rounds", "1"]
+    options = ["--device", "cpu", "--peers", "none", "--shape", "SVHN (reduced)", "--rounds", "1"]
     batches = [part for B in range(1, 2000) for part in ("--batch", str(B))]
     process = subprocess.Popen(
         [sys.executable, "-m", "bench", "routing", *options, *batches, "--json", str(file)],
