@@ -38,7 +38,7 @@ BLOCK = re.compile(
 WARNING = "> **Older than the kernels:**"
 NO_REPORT = "*No report of such a device is committed yet.*"
 FIGURE = re.compile(r"\d\s?(ms|µs|us|[GT]FLOP/s|GB/s|images/s)\b|\d\s?(x|times) (as|faster|less)")
-UNMEASURED = re.compile(r"goal|floor|predict|about|for example", re.IGNORECASE)
+UNMEASURED = re.compile(r"goal|floor|predict", re.IGNORECASE)
 """A line with one of these words may hold a figure that no report has."""
 
 
@@ -107,15 +107,16 @@ def body(report: Report | None, view: str, document: Path, root: Path) -> str:
         return f"\n{drawn}\n\n"
     wanted = VIEWS[view]
     path = report.folder / f"{wanted.file}.json"
-    if not path.exists():
-        return f"\n{NO_REPORT}\n\n"
-    machine_line, ceilings, records = load(path)
+    machine_line, ceilings, records = load(path) if path.exists() else ({}, {}, [])
     chosen = select(records, table=wanted.kind, **dict(wanted.where))
+    if not chosen:
+        return f"\n{NO_REPORT}\n\n"
     lines = [
         wanted.table(chosen, ceilings).markdown(),
-        f"*{machine.line(machine_line)}; {machine.ceilings_line(ceilings)}. "
-        f"[The whole report]({link}/).*",
+        f"*{machine.line(machine_line)} ([report]({link}/)).*",
     ]
+    if wanted.kind == "goals":
+        lines[-1] += f" *Measured limits: {machine.ceilings_line(ceilings)}.*"
     stale = report.stale(root)
     if stale:
         names = " and ".join(stale)
