@@ -23,6 +23,7 @@ RUN_OPTIONS = {
     "device": None,
     "max_minutes": None,
     "checkpoint_minutes": 5.0,
+    "cuda_graph": False,
 }
 """What does not decide the weights, with its defaults; all other flags are fields of Config."""
 
@@ -47,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--max-minutes", type=float, help="save and stop after this time")
     run.add_argument("--checkpoint-minutes", type=float, help="save this often (default 5)")
     run.add_argument("--device", help='"cpu", "cuda", "cuda:1" (default: cuda where there is one)')
+
+    run.add_argument("--cuda-graph", action="store_true", help="capture the step in a CUDA graph")
 
     data = p.add_argument_group("data")
     data.add_argument("--dataset", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))

@@ -2,20 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable
 from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from .errors import UserError
+from .interrupt import Interrupted, Interruption
 from .metrics import MetricsLog
 from .trainer import Trainer
 
 REFRESH_SECONDS = 0.5
 """How often the bar reads the running loss, for which a GPU has to finish its work."""
+AGREE_EVERY = 16
+"""Steps between the points where several processes agree on what to do: each makes a GPU wait."""
 
 Outcome = Literal["finished", "accuracy reached", "out of time"]
+
+# What may be wished between two steps; of several wishes the largest is granted.
+GO_ON, SAVE, OUT_OF_TIME, INTERRUPTED = 0, 1, 2, 100
 
 
 class Fit:
@@ -26,22 +31,23 @@ class Fit:
         trainer: Trainer,
         log: MetricsLog,
         console: Console,
-        check: Callable[[], None],
+        interruption: Interruption,
         max_minutes: float | None,
         checkpoint_minutes: float,
     ) -> None:
-        self.trainer, self.log, self.console, self.check = trainer, log, console, check
+        self.trainer, self.log, self.console = trainer, log, console
+        self.interruption = interruption
         self.checkpoint_seconds = 60 * checkpoint_minutes
-        self.start = self.saved = time.monotonic()
+        self.start = self.saved = self.epoch_start = time.monotonic()
         self.deadline = math.inf if max_minutes is None else self.start + 60 * max_minutes
         self.seconds_before = trainer.progress.seconds
-        self.training_seconds, self.training_images = 0.0, 0
+        self.first_step = trainer.progress.step
+        self.shown = -math.inf
 
     def run(self) -> Outcome:
         """Train to the end, or as long as there is time.
 
-        ``check`` is called between steps and may raise; the state is whole then, and :meth:`save`
-        keeps it.
+        Raises Interrupted only where the state is whole and :meth:`save` keeps it.
         """
         trainer, progress = self.trainer, self.trainer.progress
         columns = (
@@ -60,41 +66,62 @@ class Fit:
                     return "accuracy reached"
                 if progress.step >= trainer.total_steps:
                     return "finished"
-                self.check()
-                if time.monotonic() > self.deadline:
+                wish = self.agreed_wish()
+                if wish > INTERRUPTED:
+                    raise Interrupted(wish - INTERRUPTED)
+                if wish == OUT_OF_TIME:
                     return "out of time"
-                self.step(bar, task)
+                if wish == SAVE:
+                    self.save()
+                trainer.step()
+                if time.monotonic() - self.shown > REFRESH_SECONDS:
+                    self.show(bar, task)
 
-    def step(self, bar: Progress, task: TaskID) -> None:
-        trainer, before = self.trainer, time.monotonic()
-        trainer.step()
-        now = time.monotonic()
-        self.training_seconds += now - before
-        self.training_images += trainer.batch_size
-        if bar.get_time() - (bar.tasks[task].fields.get("shown") or -math.inf) > REFRESH_SECONDS:
-            loss, accuracy = trainer.running_means()
-            speed = self.training_images / self.training_seconds
-            bar.update(
-                task,
-                completed=trainer.progress.step - trainer.progress.epoch * trainer.steps_per_epoch,
-                epoch=f"{trainer.progress.epoch + 1}/{trainer.config.epochs}",
-                status=f"loss {loss:.4f}  accuracy {accuracy:.2%}  {speed:,.0f} images/s",
-                shown=bar.get_time(),
-            )
-        if now - self.saved > self.checkpoint_seconds:
-            self.save()
+    def agreed_wish(self) -> int:
+        """What is to be done before the next step, the same in all processes."""
+        world = self.trainer.world
+        if world.size > 1 and self.trainer.progress.step % AGREE_EVERY:
+            return GO_ON
+        now, wish = time.monotonic(), GO_ON
+        if self.interruption.number is not None:
+            wish = INTERRUPTED + self.interruption.number
+        elif now > self.deadline:
+            wish = OUT_OF_TIME
+        elif now - self.saved > self.checkpoint_seconds:
+            wish = SAVE
+        return world.largest(wish, self.trainer.device)
+
+    def show(self, bar: Progress, task: TaskID) -> None:
+        """Bring the progress bar up to date."""
+        trainer, progress = self.trainer, self.trainer.progress
+        loss, accuracy = trainer.running_means()
+        speed = self.images_per_second()
+        bar.update(
+            task,
+            completed=progress.step - progress.epoch * trainer.steps_per_epoch,
+            epoch=f"{progress.epoch + 1}/{trainer.config.epochs}",
+            status=f"loss {loss:.4f}  accuracy {accuracy:.2%}  {speed:,.0f} images/s",
+        )
+        self.shown = time.monotonic()
+
+    def images_per_second(self) -> float:
+        """Trained since the epoch began, or since the run was resumed within it."""
+        steps = self.trainer.progress.step - self.first_step
+        return steps * self.trainer.batch_size / max(time.monotonic() - self.epoch_start, 1e-9)
 
     def end_epoch(self) -> None:
         """Test, write the epoch down, save."""
         trainer, progress = self.trainer, self.trainer.progress
-        loss, accuracy = trainer.running_means()
+        loss, accuracy = trainer.running_means(trainer.world.total(trainer.sums))
+        images_per_second = self.images_per_second()
         if not math.isfinite(loss):
             raise UserError(
                 f"the loss of epoch {progress.epoch + 1} is {loss}: a smaller --lr may help; "
                 f"the last good state is in {trainer.directory}"
             )
-        images_per_second = self.training_images / max(self.training_seconds, 1e-9)
-        result = trainer.test(trainer.dataset.test, self.check)
+        # One of several processes must not leave a test that the others finish.
+        alone = trainer.world.size == 1
+        result = trainer.test(trainer.dataset.test, self.interruption.check if alone else nothing)
         progress.epoch += 1
         trainer.sums.zero_()
         wanted = trainer.config.stop_accuracy
@@ -118,8 +145,8 @@ class Fit:
             f"accuracy {accuracy:.2%}, test error {result.error:.2f} %, "
             f"{images_per_second:,.0f} images/s"
         )
-        self.training_seconds, self.training_images = 0.0, 0
         self.save()
+        self.first_step, self.epoch_start = progress.step, time.monotonic()
 
     def seconds(self) -> float:
         """Spent on the run so far, in this process and those before."""
@@ -131,3 +158,7 @@ class Fit:
         progress.seconds, progress.metrics_size = self.seconds(), self.log.size
         self.trainer.save()
         self.saved = time.monotonic()
+
+
+def nothing() -> None:
+    """Called where there is nothing to check."""

@@ -13,30 +13,35 @@ class MetricsLog:
     """Appends to a run's ``metrics.jsonl`` and, where it is installed, to TensorBoard.
 
     ``size`` (bytes) goes into checkpoints: a resumed run cuts off what was written after its
-    checkpoint, so that every line stands there once.
+    checkpoint, so that every line stands there once. Without a directory nothing is written.
     """
 
-    def __init__(self, directory: Path, size: int = 0, step: int = 0) -> None:
-        self.path = directory / METRICS
+    def __init__(self, directory: Path | None, size: int = 0, step: int = 0) -> None:
+        self.size = size
+        self.board: Any = None
+        self.path = directory / METRICS if directory is not None else None
+        if directory is None or self.path is None:
+            return
         try:
-            self.file = self.path.open("ab")
-            self.file.truncate(size)
+            with self.path.open("ab") as file:
+                file.truncate(size)
         except OSError as error:
             raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
-        self.size = size
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board: Any = SummaryWriter(str(directory), purge_step=step if size else None)
+            self.board = SummaryWriter(str(directory), purge_step=step if size else None)
         except ImportError:
-            self.board = None
+            pass
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line ``{"kind": kind, "step": step, ...}``; numbers go to TensorBoard too."""
+        if self.path is None:
+            return
         line = json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
         try:
-            self.file.write(line)
-            self.file.flush()
+            with self.path.open("ab") as file:
+                file.write(line)
         except OSError as error:
             raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
         self.size += len(line)
@@ -51,7 +56,6 @@ class MetricsLog:
             self.board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        self.file.close()
         if self.board is not None:
             self.board.close()
 

@@ -19,8 +19,9 @@ from .arguments import Arguments
 from .capsnet import CapsNet
 from .config import Config
 from .data import Dataset, Source, load_dataset
+from .distributed import join
 from .drawing import reconstruction_rows, save_png
-from .environment import choose_device, description, table_console
+from .environment import description, table_console
 from .errors import UserError, run_command
 from .experiments import EXPERIMENTS
 from .fit import Fit
@@ -39,12 +40,15 @@ def main(argv: list[str] | None = None) -> int:
         list_experiments()
         return 0
     trainer = prepare(arguments)
-    return train(trainer, arguments, Console(stderr=True, highlight=False))
+    try:
+        console = Console(stderr=True, highlight=False, quiet=not trainer.world.is_main)
+        return train(trainer, arguments, console)
+    finally:
+        trainer.world.leave()
 
 
 def prepare(arguments: Arguments) -> Trainer:
     """Everything that can go wrong before training, in an order that writes nothing before it."""
-    device = choose_device(arguments.device)
     state = None
     if arguments.resume is not None:
         state = checkpoints.load(arguments.resume)
@@ -53,6 +57,7 @@ def prepare(arguments: Arguments) -> Trainer:
     else:
         config = command_line.new_config(arguments)
         directory = arguments.save_dir or command_line.default_directory(arguments, config)
+    world, device = join(arguments.device, config.batch_size, config.accumulate)
     a = config.architecture
     source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
     dataset = load_dataset(config.dataset, source).to(device)
@@ -68,8 +73,11 @@ def prepare(arguments: Arguments) -> Trainer:
     model = build(config.architecture, config.backend)
     if arguments.weights is not None:
         checkpoints.restore_model(model, checkpoints.load(arguments.weights), arguments.weights)
-    prepare_directory(directory, fresh=state is None)
-    trainer = Trainer(config, model, dataset, directory, device)
+    if arguments.cuda_graph and (device.type != "cuda" or world.size > 1 or config.compile):
+        raise UserError("--cuda-graph needs one process on one GPU, without --compile")
+    if world.is_main:
+        prepare_directory(directory, fresh=state is None)
+    trainer = Trainer(config, model, dataset, directory, device, world, arguments.cuda_graph)
     if state is not None:
         trainer.restore(state, arguments.resume)
     return trainer
@@ -105,10 +113,17 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     config, directory, progress = trainer.config, trainer.directory, trainer.progress
     dataset = trainer.dataset
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    log = MetricsLog(directory, progress.metrics_size, progress.step)
+    log = MetricsLog(
+        directory if trainer.world.is_main else None, progress.metrics_size, progress.step
+    )
     if progress.step == 0:
-        about = {"experiment": arguments.experiment or config.dataset, "config": config.to_dict()}
-        log.write("run", 0, about | {"parameters": parameters} | description(trainer.device))
+        about = {
+            "experiment": arguments.experiment or config.dataset,
+            "config": config.to_dict(),
+            "parameters": parameters,
+            "processes": trainer.world.size,
+        }
+        log.write("run", 0, about | description(trainer.device))
     console.print(
         f"{config.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to "
         f"test; {parameters:,} parameters; in {directory}"
@@ -116,7 +131,7 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     go_on = f"python -m model.train --resume {directory} --data-dir {arguments.data_dir}"
     with Interruption(console) as interruption:
         fit = Fit(
-            trainer, log, console, interruption.check,
+            trainer, log, console, interruption,
             arguments.max_minutes, arguments.checkpoint_minutes,
         )  # fmt: skip
         try:
@@ -128,7 +143,8 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
             log.close()
             console.print(f"interrupted, saved; go on: {go_on}", soft_wrap=True)
             return interrupted.exit_code
-    report(trainer, fit, outcome, log, console)
+    if trainer.world.is_main:
+        report(trainer, fit, outcome, log, console)
     if outcome == "out of time":
         console.print(f"out of time, saved; go on: {go_on}", soft_wrap=True)
     log.close()

@@ -16,7 +16,9 @@ from torch import Tensor
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .config import Config
+from .cuda_graph import GraphedStep
 from .data import Dataset, Split
+from .distributed import ALONE, World
 from .evaluation import TestResult, scores_of
 from .losses import correct, total_loss
 from .networks import Network
@@ -53,6 +55,8 @@ class Trainer:
         model: freshly built; moved to ``device``.
         dataset: already on ``device``.
         directory: where checkpoints and metrics go.
+        world: the processes that train together, each on its share of every batch.
+        cuda_graph: replay a captured step instead of launching its kernels one by one.
     """
 
     def __init__(
@@ -62,21 +66,32 @@ class Trainer:
         dataset: Dataset,
         directory: Path,
         device: torch.device,
+        world: World = ALONE,
+        cuda_graph: bool = False,
     ) -> None:
         self.config, self.dataset, self.directory, self.device = config, dataset, directory, device
+        self.world = world
         self.model = model.to(device)
         self.lr = torch.tensor(config.lr, device=device)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=self.lr, fused=True)
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=self.lr, fused=True, capturable=device.type == "cuda"
+        )
         self.progress = Progress()
         self.generator = torch.Generator(device)
-        self.batch_size = min(config.batch_size, len(dataset.train))
+        self.batch_size = min(config.batch_size, len(dataset.train) // world.size * world.size)
         self.steps_per_epoch = len(dataset.train) // self.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         # Sums over the epoch so far: loss, correct, seen. On the device, so that no step waits.
         self.sums = torch.zeros(3, device=device, dtype=torch.float64)
         self.order = torch.empty(0)
         self.order_epoch = -1
-        self.forward: Callable[..., Any] = torch.compile(model) if config.compile else model
+        self.parallel = world.parallel(model, device)
+        self.forward: Callable[..., Any] = (
+            torch.compile(self.parallel) if config.compile else self.parallel
+        )
+        self.update: Callable[[Batch], None] = (
+            GraphedStep(self.update_weights) if cuda_graph else self.update_weights
+        )
 
     def learning_rate(self, step: int) -> float:
         """Of the step that follows ``step`` steps."""
@@ -94,7 +109,7 @@ class Trainer:
         return total_loss(output, batch, self.config), correct(output.scores, batch.labels)
 
     def batch_index(self, step: int) -> Tensor:
-        """Which training images step ``step`` uses: every epoch in another order."""
+        """Which training images this process uses in step ``step``: every epoch another order."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self.order_epoch:
             self.generator.manual_seed(derived_seed(self.config.seed, ORDER, epoch))
@@ -102,36 +117,42 @@ class Trainer:
                 len(self.dataset.train), generator=self.generator, device=self.device
             )
             self.order_epoch = epoch
-        return self.order[place * self.batch_size : (place + 1) * self.batch_size]
+        batch = self.order[place * self.batch_size : (place + 1) * self.batch_size]
+        return batch[self.world.rank :: self.world.size]
 
     def step(self) -> None:
         """One optimizer step."""
         step = self.progress.step
         index = self.batch_index(step)
-        seed = derived_seed(self.config.seed, TRAINING, step)
+        seed = derived_seed(self.config.seed, TRAINING, step, self.world.rank)
         self.generator.manual_seed(seed)
         torch.manual_seed(seed)  # dropout
         self.lr.fill_(self.learning_rate(step))
         self.model.train()
-        batch = training_batch(self.config, self.dataset.train, index, self.generator)
+        self.update(training_batch(self.config, self.dataset.train, index, self.generator))
+        self.progress.step += 1
+
+    def update_weights(self, batch: Batch) -> None:
+        """Forward, backward and optimizer step; adds to ``sums``. All in place, none waits."""
         self.optimizer.zero_grad(set_to_none=True)
-        for part in zip(*(x.chunk(self.config.accumulate) for x in batch), strict=True):
+        count = len(batch.labels)
+        parts = zip(*(x.chunk(self.config.accumulate) for x in batch), strict=True)
+        for part in parts:
             loss, right = self.loss(Batch(*part))
-            (loss * (len(right) / len(index))).backward()
+            (loss * (len(right) / count)).backward()
             seen = torch.ones_like(right).sum()
             self.sums += torch.stack([loss.detach() * seen, right.sum(), seen])
         self.optimizer.step()
-        self.progress.step += 1
 
-    def running_means(self) -> tuple[float, float]:
-        """Loss and accuracy over the epoch so far."""
-        loss_sum, right, seen = self.sums.tolist()
+    def running_means(self, sums: Tensor | None = None) -> tuple[float, float]:
+        """Loss and accuracy over the epoch so far, of this process or of the ``sums`` given."""
+        loss_sum, right, seen = (self.sums if sums is None else sums).tolist()
         return loss_sum / max(seen, 1), right / max(seen, 1)
 
     def test(self, split: Split, between: Callable[[], None] = lambda: None) -> TestResult:
         """Loss (without reconstruction) and errors on a split."""
         self.model.eval()
-        scores, labels = scores_of(self.forward, self.config, split, between=between)
+        scores, labels = scores_of(self.model, self.config, split, between=between)
         return TestResult.of(scores, labels, self.config)
 
     def test_batch(self, count: int) -> Batch:
@@ -140,10 +161,13 @@ class Trainer:
         return show(self.config, split, evaluation_views(self.config, split)[:count])
 
     def save(self) -> None:
-        """The whole state, atomically."""
+        """The whole state, atomically; all processes call it and the main one writes."""
+        sums = self.world.total(self.sums)
+        if not self.world.is_main:
+            return
         tensors = checkpoints.model_tensors(self.model)
         tensors |= checkpoints.optimizer_tensors(self.model, self.optimizer)
-        tensors["progress.sums"] = self.sums
+        tensors["progress.sums"] = sums
         state = Checkpoint(self.config, self.dataset.classes, tensors, asdict(self.progress))
         checkpoints.save(self.directory / checkpoints.CHECKPOINT, state)
 
@@ -159,4 +183,5 @@ class Trainer:
         checkpoints.restore_model(self.model, state, source)
         checkpoints.restore_optimizer(self.model, self.optimizer, state)
         self.progress = Progress(**state.counters)
-        self.sums.copy_(state.tensors["progress.sums"])
+        if self.world.is_main:
+            self.sums.copy_(state.tensors["progress.sums"])

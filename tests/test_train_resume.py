@@ -13,8 +13,7 @@ import torch
 
 from model import train
 from model.checkpoint import CHECKPOINT, load
-from model.fit import Fit
-from model.interrupt import Interrupted
+from model.interrupt import Interrupted, Interruption
 from model.metrics import read_metrics
 from model.trainer import Trainer
 
@@ -109,20 +108,11 @@ def test_killed_while_running(tmp_path: Path, uninterrupted: Path) -> None:
 def test_a_signal_during_the_test_of_an_epoch(
     tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    end_epoch = Fit.end_epoch
-
-    def interrupted_end(self: Fit) -> None:
-        check, self.check = self.check, raise_interrupted
-        try:
-            end_epoch(self)
-        finally:
-            self.check = check
-
-    def raise_interrupted() -> None:
+    def terminated(self: Interruption) -> None:
         raise Interrupted(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "end_epoch", interrupted_end)
+        patch.setattr(Interruption, "check", terminated)
         assert train.main(["--experiment", "tiny", "--save-dir", str(tmp_path / "run")]) == 143
     state = load(tmp_path / "run")
     assert (state.counters["step"], state.counters["epoch"]) == (STEPS_PER_EPOCH, 0)

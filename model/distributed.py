@@ -1,0 +1,76 @@
+"""Several processes training one network: ``torchrun --nproc-per-node N -m model.train ...``."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .environment import choose_device
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's number among how many."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that writes and prints."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, which must all call it."""
+        if self.size == 1:
+            return values
+        summed = values.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    def largest(self, value: int, device: torch.device) -> int:
+        """The largest of the processes' values; they must all call it."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor(value, device=device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """A module whose gradients are averaged over the processes."""
+        if self.size == 1:
+            return model
+        ids = [device] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def leave(self) -> None:
+        """The end of working together."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+ALONE = World()
+
+
+def join(device_name: str | None, batch_size: int, accumulate: int) -> tuple[World, torch.device]:
+    """Join the processes torchrun started, if it did, each on a GPU of its own or on the CPU.
+
+    UserError if a batch can't be shared out evenly.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE, choose_device(device_name)
+    if batch_size % (size * accumulate):
+        raise UserError(
+            f"--batch-size must be a multiple of {size} processes times --accumulate {accumulate}, "
+            f"got {batch_size}"
+        )
+    device = choose_device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size), device
