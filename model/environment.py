@@ -52,12 +52,25 @@ def commit() -> str | None:
 def description(device: torch.device) -> dict[str, Any]:
     """What a reader of measurements needs to judge them."""
     return {
-        "command": " ".join(["python -m model.train", *sys.argv[1:]]),
+        "command": " ".join(["python -m model.train", *without_paths(sys.argv[1:])]),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit(),
     }
+
+
+def without_paths(arguments: list[str]) -> list[str]:
+    """A command line without the flags that only say where files lie."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument.split("=")[0] in ("--data-dir", "--save-dir"):
+            skip = "=" not in argument
+        else:
+            kept.append(argument)
+    return kept
 
 
 def table_console() -> Console:
