@@ -70,12 +70,12 @@ struct CapsuleLanes {
   static void sweep(const Problem<T>& p, const Sweep<T>& sweep, index b0, index b1, index i0,
                     index i1, T* partial, T* scratch) {
     const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), samples = b1 - b0;
-    T* u = scratch;                          // [samples][K]
-    T* sums = u + samples * K * lanes;       // [samples][N]
-    T* u_hat = sums + samples * N * lanes;   // [samples][N]
-    T* c = u_hat + samples * N * lanes;      // [samples][J]
-    T* dl = c + samples * J * lanes;         // [samples][J]
-    T* W = dl + samples * J * lanes;         // [D][K]
+    T* u = scratch;                         // [samples][K]
+    T* sums = u + samples * K * lanes;      // [samples][N]
+    T* u_hat = sums + samples * N * lanes;  // [samples][N]
+    T* c = u_hat + samples * N * lanes;     // [samples][J]
+    T* dl = c + samples * J * lanes;        // [samples][J]
+    T* W = dl + samples * J * lanes;        // [D][K]
     const T* coefficient = is_backward ? dl : c;
     for (index x = 0; x < samples * N * lanes; ++x) sums[x] = 0;
 
@@ -113,9 +113,8 @@ struct CapsuleLanes {
         if (sweep.V) softmax(c_b, J, lanes, static_cast<const T*>(nullptr), p.leaky);
         if constexpr (is_backward) softmax_gradient(c_b, dl + b * J * lanes, J, lanes);
         if (sweep.coupling)
-          scatter_rows(c_b, lanes, J, valid, [&](index r) {
-            return sweep.coupling + ((b0 + b) * p.I + i + r) * J;
-          });
+          scatter_rows(c_b, lanes, J, valid,
+                       [&](index r) { return sweep.coupling + ((b0 + b) * p.I + i + r) * J; });
         for (index j = 0; j < J; ++j) {
           const V factor = load(coefficient + (b * J + j) * lanes);
           for (index o = (b * N + j * D) * lanes; o < (b * N + (j + 1) * D) * lanes; o += lanes)
@@ -131,14 +130,14 @@ struct CapsuleLanes {
     T *u, *W, *dW, *c, *dl, *du_hat, *du, *dlogits, *end;
     Final(const Problem<T>& p, T* scratch) {
       const index N = p.N(), K = p.K, J = p.J;
-      u = scratch;                          // [B][K]
-      W = u + p.B * K * lanes;              // [N][K]
-      dW = W + N * K * lanes;               // [N][K]
-      c = dW + N * K * lanes;               // [R][J]
-      dl = c + p.R * J * lanes;             // [R][J]
-      du_hat = dl + p.R * J * lanes;        // [N]
-      du = du_hat + N * lanes;              // [K]
-      dlogits = du + K * lanes;             // [J]
+      u = scratch;                    // [B][K]
+      W = u + p.B * K * lanes;        // [N][K]
+      dW = W + N * K * lanes;         // [N][K]
+      c = dW + N * K * lanes;         // [R][J]
+      dl = c + p.R * J * lanes;       // [R][J]
+      du_hat = dl + p.R * J * lanes;  // [N]
+      du = du_hat + N * lanes;        // [K]
+      dlogits = du + K * lanes;       // [J]
       end = dlogits + J * lanes;
     }
   };
@@ -153,12 +152,12 @@ struct CapsuleLanes {
   static void final(const Problem<T>& p, const FinalSweep<T>& sweep, index i0, index i1,
                     T* grad_weight, T* memory) {
     const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
-    const index first_t = sweep.full ? 1 : R, blocked_size = p.B * N;
+    const index first_t = sweep.full ? 1 : R;
     const bool prior_gradient = sweep.grad_logits != nullptr, shared = p.weight_sharing > 1;
     const Final scratch(p, memory);
-    auto V_at = [&](index t, index b) { return sweep.V + (t - 2) * blocked_size + b * N; };
-    auto ds_at = [&](index t, index b) { return sweep.ds + (t - 1) * blocked_size + b * N; };
-    auto needs_dl = [&](index t) { return prior_gradient || (sweep.full && t > 1); };
+    auto coefficient = [&](const Term<T>& term, index j) {
+      return (term.is_dl ? scratch.dl : scratch.c) + ((term.t - 1) * J + j) * lanes;
+    };
     auto clear = [](T* x, index count) {
       for (index o = 0; o < count * lanes; ++o) x[o] = 0;
     };
@@ -181,17 +180,14 @@ struct CapsuleLanes {
             const index o = j * D + d;
             V acc[n];
             predict<n>(scratch.W + o * K * lanes, K, u, acc);
-            for (index t = first_t; t <= R; ++t) {
-              const index row = ((t - 1) * J + j) * lanes;
-              if (t > 1) dot<n>(acc, V_at(t, b) + o, scratch.c + row);
-              if (needs_dl(t)) dot<n>(acc, ds_at(t, b) + o, scratch.dl + row);
-            }
+            for (index m = 0; m < sweep.dot_count; ++m)
+              dot<n>(acc, sweep.dots[m].source + b * N + o, coefficient(sweep.dots[m], j));
           });
         for (index t = first_t; t <= R; ++t) {
           T* c = scratch.c + (t - 1) * J * lanes;
           T* dl = scratch.dl + (t - 1) * J * lanes;
           softmax(c, J, lanes, static_cast<const T*>(nullptr), p.leaky);
-          if (!needs_dl(t)) continue;
+          if (!sweep.needs_dl(t)) continue;
           softmax_gradient(c, dl, J, lanes);
           if (prior_gradient)
             for (index o = 0; o < J * lanes; o += lanes)
@@ -200,11 +196,8 @@ struct CapsuleLanes {
         for (index j = 0; j < J; ++j)
           for (index o = j * D; o < (j + 1) * D; ++o) {
             V sum{};
-            for (index t = first_t; t <= R; ++t) {
-              const index row = ((t - 1) * J + j) * lanes;
-              sum += load(scratch.c + row) * ds_at(t, b)[o];
-              if (sweep.full && t > 1) sum += load(scratch.dl + row) * V_at(t, b)[o];
-            }
+            for (index m = 0; m < sweep.term_count; ++m)
+              sum += load(coefficient(sweep.terms[m], j)) * sweep.terms[m].source[b * N + o];
             store(scratch.du_hat + o * lanes, sum);
           }
         if (sweep.grad_u) {
@@ -236,8 +229,7 @@ struct CapsuleLanes {
                      [&](index r) { return grad_weight + (i - i0 + r) * N * K; });
     }
     if (grad_weight && shared)
-      for (index x = 0; x < N * K; ++x)
-        grad_weight[x] = sum_lanes<T>(load(scratch.dW + x * lanes));
+      for (index x = 0; x < N * K; ++x) grad_weight[x] = sum_lanes<T>(load(scratch.dW + x * lanes));
   }
 
   // sum += acc . x, x the same for every capsule

@@ -29,8 +29,9 @@ const InstructionSet kInstructionSets[] = {
 };
 
 std::atomic<const InstructionSet*>& current() {
-  static std::atomic<const InstructionSet*> chosen{std::find_if(
-      std::begin(kInstructionSets), std::end(kInstructionSets), [](auto& s) { return s.usable(); })};
+  static std::atomic<const InstructionSet*> chosen{
+      std::find_if(std::begin(kInstructionSets), std::end(kInstructionSets),
+                   [](auto& s) { return s.usable(); })};
   return chosen;
 }
 

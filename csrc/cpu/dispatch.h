@@ -1,4 +1,5 @@
-// Which instruction set the CPU kernels use: the widest that this processor has and this build holds.
+// Which instruction set the CPU kernels use: the widest that this processor has and this build
+// holds.
 #pragma once
 
 #include <string>

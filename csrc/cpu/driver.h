@@ -1,11 +1,12 @@
 // The order of sweeps, for any instruction set and any scheduler. Knows nothing of torch:
-// `parallel(count, grain, body)` runs body(begin, end) over [0, count), at least `grain` at a time;
-// `allocate(n)` returns n elements that live as long as the call.
+// `parallel(tasks, threads, body)` runs body(task, thread) for each task on at most so many
+// threads; `allocate(n)` returns n elements that live as long as the call.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "routing.h"
 
@@ -35,7 +36,8 @@ Partition make_partition(const Problem<T>& p, index lanes) {
   part.slots = ceil_div(p.I, part.slot_capsules);
   part.chunk = std::clamp(weight_bytes / bytes, index(1), part.slot_capsules);
 
-  part.final_chunk = part.capsule_lanes ? lanes : std::clamp(final_weight_bytes / bytes, index(1), p.I);
+  part.final_chunk =
+      part.capsule_lanes ? lanes : std::clamp(final_weight_bytes / bytes, index(1), p.I);
   if (p.weight_sharing > 1) {
     part.final_chunk = std::min(part.final_chunk, p.weight_sharing);
     part.splits = std::clamp(ceil_div(final_tasks, p.I / p.weight_sharing), index(1),
@@ -50,7 +52,8 @@ Partition make_partition(const Problem<T>& p, index lanes) {
 
 template <typename T>
 index final_tasks(const Problem<T>& p, const Partition& part) {
-  return p.weight_sharing > 1 ? p.I / p.weight_sharing * part.splits : ceil_div(p.I, part.final_chunk);
+  return p.weight_sharing > 1 ? p.I / p.weight_sharing * part.splits
+                              : ceil_div(p.I, part.final_chunk);
 }
 
 // Where element n of sample b lies in a blocked array.
@@ -66,14 +69,18 @@ struct BlockedIndex {
 template <typename T, typename Parallel, typename Allocate>
 class Driver {
  public:
-  Driver(const Problem<T>& p, const Kernels<T>& kernels, Parallel parallel, Allocate allocate)
+  Driver(const Problem<T>& p, const Kernels<T>& kernels, index threads, Parallel parallel,
+         Allocate allocate)
       : p_(p),
         kernels_(kernels),
         part_(make_partition(p, kernels.lanes)),
-        scratch_(index(kernels.scratch(p, part_))),
+        // Whole pages apart, so that threads never share a cache line.
+        scratch_size_(ceil_div(index(kernels.scratch(p, part_)), 1024) * 1024),
         blocked_(part_.padded * p.N()),
+        threads_(threads),
         parallel_(parallel),
-        allocate_(allocate) {}
+        allocate_(allocate),
+        scratch_(allocate(threads * scratch_size_)) {}
 
   // s [R, B, J, D], v [B, J, D], coupling [B, I, J] or null.
   void forward(const T* bias, T* s, T* v, T* coupling) {
@@ -84,9 +91,8 @@ class Driver {
       sweep.V = t > 1 ? V : nullptr;
       sweep.partial = partial;
       sweep.coupling = t == p_.R && t > 1 ? coupling : nullptr;
-      run(part_.tasks(), 1, [&](index task, T* scratch) {
-        kernels_.forward(p_, part_, sweep, task, scratch);
-      });
+      run(part_.tasks(),
+          [&](index task, T* scratch) { kernels_.forward(p_, part_, sweep, task, scratch); });
       Squash<T> squash{};
       squash.partial = partial;
       squash.bias = bias;
@@ -94,14 +100,15 @@ class Driver {
       squash.V_previous = sweep.V;
       squash.V = t < p_.R ? V : nullptr;
       squash.v = t == p_.R ? v : nullptr;
-      run(part_.blocks, squash_grain(), [&](index block, T* scratch) {
+      run(part_.blocks, squash_threads(), [&](index block, T* scratch) {
         kernels_.squash_forward(p_, part_, squash, block, scratch);
       });
     }
     if (coupling && p_.R == 1) prior_coupling(coupling);
   }
 
-  // grad_v [B, J, D]; s as the forward left it; gradients as in FinalSweep, grad_bias [J, D] or null.
+  // grad_v [B, J, D]; s as the forward left it; gradients as in FinalSweep, grad_bias [J, D] or
+  // null.
   void backward(const T* grad_v, const T* s, bool full, T* grad_u, T* grad_weight, T* grad_logits,
                 T* grad_bias) {
     const index R = p_.R, N = p_.N();
@@ -121,7 +128,7 @@ class Driver {
       squash.V = t < R ? V + (t - 1) * blocked_ : nullptr;
       squash.G = G;
       squash.ds = t == R ? ds + (R - 1) * blocked_ : nullptr;
-      run(part_.blocks, squash_grain(), [&](index block, T* scratch) {
+      run(part_.blocks, squash_threads(), [&](index block, T* scratch) {
         kernels_.squash_backward(p_, part_, squash, block, scratch);
       });
     }
@@ -132,15 +139,14 @@ class Driver {
       sweep.V = V + (t - 2) * blocked_;
       sweep.ds = ds + (t - 1) * blocked_;
       sweep.partial = partial;
-      run(part_.tasks(), 1, [&](index task, T* scratch) {
-        kernels_.backward(p_, part_, sweep, task, scratch);
-      });
+      run(part_.tasks(),
+          [&](index task, T* scratch) { kernels_.backward(p_, part_, sweep, task, scratch); });
       Squash<T> squash{};
       squash.partial = partial;
       squash.s = const_cast<T*>(s) + (t - 2) * p_.B * N;
       squash.G = G;
       squash.ds = ds + (t - 2) * blocked_;
-      run(part_.blocks, squash_grain(), [&](index block, T* scratch) {
+      run(part_.blocks, squash_threads(), [&](index block, T* scratch) {
         kernels_.squash_backward(p_, part_, squash, block, scratch);
       });
     }
@@ -155,10 +161,21 @@ class Driver {
     if (grad_u || grad_weight || grad_logits) {
       const index tasks = final_tasks(p_, part_), row = N * p_.K;
       T* rows = part_.splits > 1 && grad_weight ? allocate_(tasks * row) : grad_weight;
-      const FinalSweep<T> final{full, V, ds, grad_u, rows, grad_logits};
-      run(tasks, 1, [&](index task, T* scratch) {
-        kernels_.final(p_, part_, final, task, scratch);
-      });
+      FinalSweep<T> final{full, nullptr, 0, nullptr, 0, grad_u, rows, grad_logits};
+      std::vector<Term<T>> dots, terms;
+      for (index t = full ? 1 : R; t <= R; ++t) {
+        const T* V_before = t > 1 ? V + (t - 2) * blocked_ : nullptr;
+        const T* ds_t = ds + (t - 1) * blocked_;
+        if (t > 1) dots.push_back({V_before, t, false});
+        if (final.needs_dl(t)) dots.push_back({ds_t, t, true});
+        terms.push_back({ds_t, t, false});
+        if (full && t > 1) terms.push_back({V_before, t, true});
+      }
+      final.dots = dots.data();
+      final.dot_count = index(dots.size());
+      final.terms = terms.data();
+      final.term_count = index(terms.size());
+      run(tasks, [&](index task, T* scratch) { kernels_.final(p_, part_, final, task, scratch); });
       if (rows != grad_weight)
         for (index w = 0; w < p_.I / p_.weight_sharing; ++w)
           for (index x = 0; x < row; ++x) {
@@ -174,15 +191,19 @@ class Driver {
 
  private:
   template <typename Body>
-  void run(index tasks, index grain, Body body) {
-    parallel_(tasks, grain, scratch_, [&](index begin, index end, T* scratch) {
-      for (index task = begin; task < end; ++task) body(task, scratch);
-    });
+  void run(index tasks, Body body) {
+    run(tasks, threads_, body);
   }
 
-  // Blocks worth a thread of their own: waking one costs about as much as this many additions.
-  index squash_grain() const {
-    return std::max(index(1), 32768 / (part_.slots * p_.N() * part_.block));
+  template <typename Body>
+  void run(index tasks, index threads, Body body) {
+    parallel_(tasks, threads,
+              [&](index task, index thread) { body(task, scratch_ + thread * scratch_size_); });
+  }
+
+  // Waking a thread costs about as much as this many additions: below, one runs them all.
+  index squash_threads() const {
+    return std::clamp(part_.slots * p_.N() * part_.padded / 32768, index(1), threads_);
   }
 
   void prior_coupling(T* coupling) {
@@ -197,15 +218,17 @@ class Driver {
       if (p_.leaky) total += std::exp(-highest);
       for (index j = 0; j < J; ++j) c[j] /= total;
     }
-    for (index b = 1; b < p_.B; ++b) std::copy(coupling, coupling + p_.I * J, coupling + b * p_.I * J);
+    for (index b = 1; b < p_.B; ++b)
+      std::copy(coupling, coupling + p_.I * J, coupling + b * p_.I * J);
   }
 
   const Problem<T> p_;
   const Kernels<T>& kernels_;
   const Partition part_;
-  const index scratch_, blocked_;
+  const index scratch_size_, blocked_, threads_;
   Parallel parallel_;
   Allocate allocate_;
+  T* const scratch_;  // [threads][scratch_size_]
 };
 
 }  // namespace capsule

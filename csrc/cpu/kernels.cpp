@@ -11,8 +11,8 @@ size_t scratch_size(const Problem<T>& p, const Partition& part) {
   auto larger = [](index a, index b) { return a > b ? a : b; };
   const index squash = p.N() * kLanes<T>;
   if (part.capsule_lanes)
-    return larger(squash, larger(CapsuleLanes<T>::sweep_scratch(p, part),
-                                 CapsuleLanes<T>::final_scratch(p)));
+    return larger(
+        squash, larger(CapsuleLanes<T>::sweep_scratch(p, part), CapsuleLanes<T>::final_scratch(p)));
   return larger(squash, larger(SampleLanes<T, 2>::sweep_scratch(p, part.chunk),
                                SampleLanes<T, 2>::final_scratch(p, part.final_chunk)));
 }
@@ -20,7 +20,7 @@ size_t scratch_size(const Problem<T>& p, const Partition& part) {
 // Whether the block that begins at a sample is two vectors wide, or a last one of one.
 template <typename T>
 CAPSULE_INLINE bool is_wide(const Partition& part, index first_sample) {
-  return part.padded - first_sample >= 2 * kLanes<T>;
+  return part.block == 2 * kLanes<T> && part.padded - first_sample >= part.block;
 }
 
 template <typename T, bool is_backward>
@@ -86,23 +86,16 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
       for (index k = 0; k < K; ++k) out[o * K + k] = dW[o * Kp + k];
   };
   auto run_blocks = [&](index i0, index i1, bool first, bool last) {
-    // The same layout for wide and narrow blocks: both see the wide block's pointers.
     const typename SampleLanes<T, 2>::Final wide(p, part.final_chunk, scratch);
-    typename SampleLanes<T, 1>::Final narrow(p, part.final_chunk, scratch);
-    narrow.dW = wide.dW;
-    narrow.dlogits = wide.dlogits;
-    if (first)
-      for (T* x = wide.dW; x < wide.dlogits; ++x) *x = 0;
-    for (T* x = wide.dlogits; x < wide.end; ++x) *x = 0;
-    for (index b = 0; b < part.padded; b += part.block) {
-      const index size = part.padded * N;
+    const typename SampleLanes<T, 1>::Final narrow(p, part.final_chunk, scratch);
+    for (T* x = first ? wide.dW : wide.dlogits; x < wide.packed; ++x) *x = 0;
+    for (index b = 0; b < part.padded; b += part.block)
       if (is_wide<T>(part, b))
-        K == 8 ? SampleLanes<T, 2>::template final_block<8>(p, sweep, size, b, i0, i1, wide)
-               : SampleLanes<T, 2>::template final_block<0>(p, sweep, size, b, i0, i1, wide);
+        K == 8 ? SampleLanes<T, 2>::template final_block<8>(p, sweep, b, i0, i1, wide)
+               : SampleLanes<T, 2>::template final_block<0>(p, sweep, b, i0, i1, wide);
       else
-        K == 8 ? SampleLanes<T, 1>::template final_block<8>(p, sweep, size, b, i0, i1, narrow)
-               : SampleLanes<T, 1>::template final_block<0>(p, sweep, size, b, i0, i1, narrow);
-    }
+        K == 8 ? SampleLanes<T, 1>::template final_block<8>(p, sweep, b, i0, i1, narrow)
+               : SampleLanes<T, 1>::template final_block<0>(p, sweep, b, i0, i1, narrow);
     if (sweep.grad_logits)
       for (index i = i0; i < i1; ++i)
         for (index j = 0; j < p.J; ++j)

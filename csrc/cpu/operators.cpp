@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <atomic>
 #include <deque>
 
 #include "dispatch.h"
@@ -38,8 +39,9 @@ void check_inputs(const char* op, const Tensor& u, const Tensor& weight,
                   const optional<Tensor>& logits, const optional<Tensor>& bias, int64_t R,
                   int64_t weight_sharing) {
   const auto type = u.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
-                   op, ": u must be float64, float32, bfloat16 or float16, got ", type);
+  TORCH_CHECK_TYPE(
+      type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, op,
+      ": u must be float64, float32, bfloat16 or float16, got ", type);
   TORCH_CHECK_VALUE(u.device().is_cpu(), op, ": u must be a CPU tensor, got ", u.device());
   TORCH_CHECK_VALUE(u.dim() == 3, op, ": u must have shape [B, I, K], got ", u.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 4, op,
@@ -81,18 +83,20 @@ class Call {
   static constexpr at::ScalarType type() { return c10::CppTypeToScalarType<T>::value; }
 
   auto driver() {
-    auto parallel = [](index tasks, index grain, index scratch, auto body) {
-      at::parallel_for(0, tasks, grain, [&](index begin, index end) {
-        const auto memory = at::getCPUAllocator()->allocate(scratch * sizeof(T));
-        body(begin, end, static_cast<T*>(memory.get()));
+    // body(task, thread) for every task. Threads take the next task when they are free: a slow core
+    // delays no one, and results do not depend on who runs what.
+    auto parallel = [](index tasks, index threads, auto body) {
+      std::atomic<index> next{0};
+      at::parallel_for(0, std::min(tasks, threads), 1, [&](index, index) {
+        for (index task; (task = next++) < tasks;) body(task, at::get_thread_num());
       });
     };
     auto allocate = [this](index count) {
       workspaces_.push_back(at::empty({count}, u_.options()));
       return workspaces_.back().template data_ptr<T>();
     };
-    return Driver<T, decltype(parallel), decltype(allocate)>(problem_, kernels<T>(), parallel,
-                                                             allocate);
+    return Driver<T, decltype(parallel), decltype(allocate)>(
+        problem_, kernels<T>(), at::get_num_threads(), parallel, allocate);
   }
 
  private:
@@ -157,14 +161,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_backward(
     AT_DISPATCH_FLOATING_TYPES(type, "routing_backward", [&] {
       Call<scalar_t> call(u, weight, logits, s.size(0), leaky, weight_sharing);
       const Tensor g = prepare(grad_v, type), totals = s.contiguous();
-      call.driver().backward(g.const_data_ptr<scalar_t>(), totals.const_data_ptr<scalar_t>(),
-                             full_gradient, data_or_null<scalar_t>(gradients[0]),
-                             data_or_null<scalar_t>(gradients[1]),
-                             data_or_null<scalar_t>(gradients[2]),
-                             data_or_null<scalar_t>(gradients[3]));
+      call.driver().backward(
+          g.const_data_ptr<scalar_t>(), totals.const_data_ptr<scalar_t>(), full_gradient,
+          data_or_null<scalar_t>(gradients[0]), data_or_null<scalar_t>(gradients[1]),
+          data_or_null<scalar_t>(gradients[2]), data_or_null<scalar_t>(gradients[3]));
     });
-  for (Tensor& x : gradients)
-    x = x.defined() ? x.to(u.scalar_type()) : at::empty({0}, u.options());
+  for (Tensor& x : gradients) x = x.defined() ? x.to(u.scalar_type()) : at::empty({0}, u.options());
   return {gradients[0], gradients[1], gradients[2], gradients[3]};
 }
 

@@ -39,8 +39,8 @@ struct Partition {
   index slot_capsules;  // input capsules of a slot (the last may have fewer)
   index chunk;          // input capsules whose weights stay in cache over a task's blocks
   index final_chunk;    // the same for the last sweep of the backward
-  index splits;         // tasks of the last sweep for each shared weight; their dW are added in order
-  index padded;         // samples, rounded up to whole vectors
+  index splits;  // tasks of the last sweep for each shared weight; their dW are added in order
+  index padded;  // samples, rounded up to whole vectors
 
   index tasks() const { return slots * groups; }
 };
@@ -52,21 +52,34 @@ struct Partition {
 // begins at sample b0 and is w wide starts at b0 * N and is [N][w]. With capsule lanes: [B][N].
 template <typename T>
 struct Sweep {
-  const T* V;     // blocked: V^(t-1) = v^1 + ... + v^(t-1); null in the first iteration
-  const T* ds;    // blocked: ds^t; null in the forward
-  T* partial;     // [slots] of blocked
-  T* coupling;    // [B, I, J]: where to write c, or null
+  const T* V;   // blocked: V^(t-1) = v^1 + ... + v^(t-1); null in the first iteration
+  const T* ds;  // blocked: ds^t; null in the forward
+  T* partial;   // [slots] of blocked
+  T* coupling;  // [B, I, J]: where to write c, or null
+};
+
+// A product with a blocked array in the last sweep: a dot u_hat_ij . source_j, which goes to c^t
+// (as a logit) or dl^t (as dc), or a term c^t source or dl^t source of u_hat's gradient.
+template <typename T>
+struct Term {
+  const T* source;  // V^(t-1) or ds^t, blocked
+  index t;          // iteration, from 1
+  bool is_dl;
 };
 
 // The last sweep of the backward: everything of u_hat's gradient at once.
 template <typename T>
 struct FinalSweep {
-  bool full;       // all iterations, or only iteration R
-  const T* V;      // [R - 1] of blocked: V^1 .. V^(R-1)
-  const T* ds;     // [R] of blocked
+  bool full;            // all iterations, or only iteration R
+  const Term<T>* dots;  // logits u_hat . V^(t-1) for t > 1, dc = u_hat . ds^t where dl is needed
+  index dot_count;
+  const Term<T>* terms;  // c^t ds^t, and for full gradients dl^t V^(t-1)
+  index term_count;
   T* grad_u;       // [B, I, K] or null
   T* grad_weight;  // [I / weight_sharing * splits, J, D, K] or null
   T* grad_logits;  // [I, J] or null
+
+  bool needs_dl(index t) const { return grad_logits || (full && t > 1); }
 };
 
 // Between sweeps. Forward: s^t = sum of partials + bias, V^t = V^(t-1) + squash(s^t).

@@ -86,65 +86,142 @@ struct SampleLanes {
     }
   }
 
-  // Later iterations, forward (coefficient c) and backward (coefficient dl). The weighted sum of
-  // capsule i runs while u_hat of capsule i + 1 is computed: it fills the load and store slots
-  // that the products leave free.
+  // u_hat_j of one capsule: out[D][width] = W_j u
+  static CAPSULE_INLINE void predict_all(const T* W, index D, index K, const T* u, T* out) {
+    for_tiles<tile>(D, [&](auto size, index d) {
+      constexpr int n = size;
+      V acc[n][vectors];
+      predict<n>(W + d * K, K, u, acc);
+#pragma GCC unroll 16
+      for (int m = 0; m < n; ++m)
+#pragma GCC unroll 16
+        for (int q = 0; q < vectors; ++q) store(out + (d + m) * width + q * lanes, acc[m][q]);
+    });
+  }
+
+  // Dots over d of `capsules` predictions with n vectors: out[m][c] = sum_d u_hat[c][d]
+  // source[m][d]. Each source is read once for all capsules.
+  template <int n, int capsules>
+  static CAPSULE_INLINE void dots(const T* const (&sources)[n], const T* u_hat, index u_hat_stride,
+                                  index D, T* const (&out)[n], index out_stride) {
+    // As many sums at once as there are accumulators.
+    constexpr int together = n * capsules * vectors <= 8 ? vectors : 1;
+#pragma GCC unroll 2
+    for (int q0 = 0; q0 < vectors; q0 += together) {
+      V acc[n][capsules][together]{};
+      for (index o = q0 * lanes; o < D * width; o += width) {
+        V x[capsules][together];
+#pragma GCC unroll 16
+        for (int c = 0; c < capsules; ++c)
+#pragma GCC unroll 16
+          for (int q = 0; q < together; ++q)
+            x[c][q] = load(u_hat + c * u_hat_stride + o + q * lanes);
+#pragma GCC unroll 16
+        for (int m = 0; m < n; ++m)
+#pragma GCC unroll 16
+          for (int q = 0; q < together; ++q) {
+            const V y = load(sources[m] + o + q * lanes);
+#pragma GCC unroll 16
+            for (int c = 0; c < capsules; ++c) acc[m][c][q] += x[c][q] * y;
+          }
+      }
+#pragma GCC unroll 16
+      for (int m = 0; m < n; ++m)
+#pragma GCC unroll 16
+        for (int c = 0; c < capsules; ++c)
+#pragma GCC unroll 16
+          for (int q = 0; q < together; ++q)
+            store(out[m] + c * out_stride + (q0 + q) * lanes, acc[m][c][q]);
+    }
+  }
+
+  // Later iterations, forward (coefficient c) and backward (coefficient dl), `batch` capsules at a
+  // time: V_j, ds_j and the sum of one j are read once for all of them.
   template <int fixed_K, bool is_backward>
   static void routing_chunk(const Problem<T>& p, const Sweep<T>& sweep, index first_sample,
                             index i0, index i1, const T* packed, T* out, T* scratch) {
     const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N();
     const T* V_block = sweep.V + first_sample * N;
     const T* ds_block = is_backward ? sweep.ds + first_sample * N : nullptr;
-    T* u_hat = scratch;                  // [N][width]
-    T* c = u_hat + N * width;            // [J][width], logits first
-    T* dl = c + J * width;               // [J][width], dc first; backward only
+    const index batch = capsules_at_once(p);
+    T* u_hat = scratch;                // [batch][N][width]
+    T* c = u_hat + batch * N * width;  // [batch][J][width], logits first
+    T* dl = c + batch * J * width;     // [batch][J][width], dc first; backward only
     const T* coefficient = is_backward ? dl : c;
-    for (index x = 0; x < (N + 2 * J) * width; ++x) scratch[x] = 0;
 
-    for (index i = i0; i < i1; ++i) {
-      const T* W = p.weight + i / p.weight_sharing * N * K;
-      const T* u = packed + (i - i0) * K * width;
-      for (index j = 0; j < J; ++j) {
-        V previous[vectors], logit[vectors]{}, dc[vectors]{};
+    for (index i = i0; i < i1; i += batch) {
+      const index count = i1 - i < batch ? i1 - i : batch;
+      for (index j = 0; j < J; ++j)
+        for (index x = 0; x < count; ++x) {
+          const T* W = p.weight + ((i + x) / p.weight_sharing * N + j * D) * K;
+          const T* u = packed + (i + x - i0) * K * width;
+          V logit[vectors]{}, dc[vectors]{};
+          for_tiles<tile>(D, [&](auto size, index d) {
+            constexpr int n = size;
+            V acc[n][vectors];
+            predict<n>(W + d * K, K, u, acc);
 #pragma GCC unroll 16
-        for (int q = 0; q < vectors; ++q) previous[q] = load(coefficient + j * width + q * lanes);
+            for (int m = 0; m < n; ++m)
+#pragma GCC unroll 16
+              for (int q = 0; q < vectors; ++q) {
+                const index o = (j * D + d + m) * width + q * lanes;
+                store(u_hat + x * N * width + o, acc[m][q]);
+                logit[q] += acc[m][q] * load(V_block + o);
+                if constexpr (is_backward) dc[q] += acc[m][q] * load(ds_block + o);
+              }
+          });
+#pragma GCC unroll 16
+          for (int q = 0; q < vectors; ++q) {
+            const index o = (x * J + j) * width + q * lanes;
+            store(c + o, logit[q]);
+            if constexpr (is_backward) store(dl + o, dc[q]);
+          }
+        }
+      for (index x = 0; x < count; ++x) {
+        const T* prior = p.logits ? p.logits + (i + x) * J : nullptr;
+#pragma GCC unroll 2
+        for (int q = 0; q < vectors; ++q) {
+          const index o = x * J * width + q * lanes;
+          softmax(c + o, J, width, prior, p.leaky);
+          if constexpr (is_backward) softmax_gradient(c + o, dl + o, J, width);
+        }
+        if (sweep.coupling)
+          write_coupling(p, c + x * J * width, first_sample, i + x, sweep.coupling);
+      }
+      for (index j = 0; j < J; ++j)
         for_tiles<tile>(D, [&](auto size, index d) {
           constexpr int n = size;
-          V acc[n][vectors];
-          predict<n>(W + (j * D + d) * K, K, u, acc);
+          const index o = (j * D + d) * width;
+          V sum[n][vectors];
 #pragma GCC unroll 16
           for (int m = 0; m < n; ++m)
 #pragma GCC unroll 16
-            for (int q = 0; q < vectors; ++q) {
-              const index o = (j * D + d + m) * width + q * lanes;
-              store(out + o, load(out + o) + previous[q] * load(u_hat + o));
-              store(u_hat + o, acc[m][q]);
-              logit[q] += acc[m][q] * load(V_block + o);
-              if constexpr (is_backward) dc[q] += acc[m][q] * load(ds_block + o);
-            }
+            for (int q = 0; q < vectors; ++q) sum[m][q] = load(out + o + m * width + q * lanes);
+          for (index x = 0; x < count; ++x)
+            add_scaled<n>(sum, coefficient + (x * J + j) * width, u_hat + x * N * width + o);
+#pragma GCC unroll 16
+          for (int m = 0; m < n; ++m)
+#pragma GCC unroll 16
+            for (int q = 0; q < vectors; ++q) store(out + o + m * width + q * lanes, sum[m][q]);
         });
-#pragma GCC unroll 16
-        for (int q = 0; q < vectors; ++q) {
-          store(c + j * width + q * lanes, logit[q]);
-          if constexpr (is_backward) store(dl + j * width + q * lanes, dc[q]);
-        }
-      }
-      const T* prior = p.logits ? p.logits + i * J : nullptr;
-#pragma GCC unroll 16
-      for (int q = 0; q < vectors; ++q) {
-        softmax(c + q * lanes, J, width, prior, p.leaky);
-        if constexpr (is_backward) softmax_gradient(c + q * lanes, dl + q * lanes, J, width);
-      }
-      if (sweep.coupling) write_coupling(p, c, first_sample, i, sweep.coupling);
     }
-    for (index j = 0; j < J; ++j)
-      for (index o = j * D * width; o < (j + 1) * D * width; o += width)
+  }
+
+  // acc += scale * x
+  template <int n>
+  static CAPSULE_INLINE void add_scaled(V (&acc)[n][vectors], const T* scale, const T* x) {
 #pragma GCC unroll 16
-        for (int q = 0; q < vectors; ++q) {
-          const index x = o + q * lanes;
-          store(out + x,
-                load(out + x) + load(coefficient + j * width + q * lanes) * load(u_hat + x));
-        }
+    for (int q = 0; q < vectors; ++q) {
+      const V factor = load(scale + q * lanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < n; ++m) acc[m][q] += factor * load(x + m * width + q * lanes);
+    }
+  }
+
+  // Capsules whose u_hat is held together: a share of the second-level cache.
+  static CAPSULE_INLINE index capsules_at_once(const Problem<T>& p) {
+    const index fit = (96 << 10) / (p.N() * width * index(sizeof(T)));
+    return fit < 1 ? 1 : fit > 16 ? 16 : fit;
   }
 
   static void write_coupling(const Problem<T>& p, const T* c, index first_sample, index i,
@@ -155,7 +232,7 @@ struct SampleLanes {
   }
 
   static index sweep_scratch(const Problem<T>& p, index chunk) {
-    return chunk * p.K * width + (p.N() + 2 * p.J) * width + p.J * (lanes + 1);
+    return (chunk * p.K + capsules_at_once(p) * (p.N() + 2 * p.J)) * width + p.J * (lanes + 1);
   }
 
   // One block of samples, input capsules [begin, end), in chunks.
@@ -173,41 +250,34 @@ struct SampleLanes {
                : routing_chunk<0, is_backward>(p, sweep, first_sample, i0, i1, packed, out, rest);
   }
 
-  // Scratch of the last sweep, and how it is laid out.
+  // Scratch of the last sweep, and how it is laid out. Sums over samples (dW, dlogits) come first:
+  // they outlive a block, so wide and narrow blocks must find them at the same place.
   struct Final {
-    T *packed, *rows, *du_hat, *c, *dl, *du, *dW, *dlogits, *end;
+    T *dW, *dlogits, *packed, *rows, *u_hat, *c, *dl, *du, *end;
     Final(const Problem<T>& p, index capsules, T* scratch) {
       const index N = p.N(), K = p.K, J = p.J, weights = p.weight_sharing == 1 ? capsules : 1;
-      packed = scratch;                            // [capsules][K][width]
-      rows = packed + capsules * K * width;        // [capsules][width][padded K]
-      du_hat = rows + capsules * width * padded_K(K);  // [N][width]
-      c = du_hat + N * width;                      // [R][J][width]
-      dl = c + p.R * J * width;                    // [R][J][width]
-      du = dl + p.R * J * width;                   // [capsules][K][width]
-      dW = du + capsules * K * width;              // [weights][N][padded K]
-      dlogits = dW + weights * N * padded_K(K);    // [capsules][J][lanes]
-      end = dlogits + capsules * J * lanes;
+      dW = scratch;                                   // [weights][N][padded K]
+      dlogits = dW + weights * N * padded_K(K);       // [capsules][J][lanes]
+      packed = dlogits + capsules * J * lanes;        // [capsules][K][width]
+      rows = packed + capsules * K * width;           // [capsules][width][padded K]
+      u_hat = rows + capsules * width * padded_K(K);  // [2][D][width]
+      c = u_hat + 2 * p.D * width;                    // [capsules][R][J][width]
+      dl = c + capsules * p.R * J * width;            // [capsules][R][J][width]
+      du = dl + capsules * p.R * J * width;           // [capsules][K][width]
+      end = du + capsules * K * width;
     }
   };
 
   static index final_scratch(const Problem<T>& p, index capsules) {
-    return Final(p, capsules, nullptr).end - static_cast<T*>(nullptr) + p.J * (lanes + 1);
+    return Final(p, capsules, nullptr).end - static_cast<T*>(nullptr);
   }
 
   // One block of samples, input capsules [i0, i1): adds to dW and dlogits in scratch, writes du.
   template <int fixed_K>
-  static void final_block(const Problem<T>& p, const FinalSweep<T>& sweep, index blocked_size,
-                          index first_sample, index i0, index i1, const Final& scratch) {
-    const index K = fixed_K ? fixed_K : p.K, Kp = padded_K(K);
-    const index J = p.J, D = p.D, N = p.N(), R = p.R;
-    const index first_t = sweep.full ? 1 : R;
-    const index offset = first_sample * N;
+  static void final_block(const Problem<T>& p, const FinalSweep<T>& sweep, index first_sample,
+                          index i0, index i1, const Final& scratch) {
+    const index K = fixed_K ? fixed_K : p.K, Kp = padded_K(K), N = p.N();
     const index valid = p.B - first_sample < width ? p.B - first_sample : width;
-    const bool prior_gradient = sweep.grad_logits != nullptr;
-    // V^(t-1) and ds^t of this block; t counts from 1.
-    auto V_at = [&](index t) { return sweep.V + (t - 2) * blocked_size + offset; };
-    auto ds_at = [&](index t) { return sweep.ds + (t - 1) * blocked_size + offset; };
-    auto needs_dl = [&](index t) { return prior_gradient || (sweep.full && t > 1); };
 
     pack(p, first_sample, i0, i1 - i0, scratch.packed);
     if (sweep.grad_weight)
@@ -217,67 +287,36 @@ struct SampleLanes {
             scratch.rows[((i - i0) * width + b) * Kp + k] =
                 k < K ? p.u[((first_sample + b) * p.I + i) * K + k] : T(0);
 
-    for (index i = i0; i < i1; ++i) {
-      const T* W = p.weight + i / p.weight_sharing * N * K;
-      const T* u = scratch.packed + (i - i0) * K * width;
-      const T* prior = p.logits ? p.logits + i * J : nullptr;
-
-      // Logits and dc of every iteration, from u_hat tile by tile.
-      for (index x = (first_t - 1) * J * width; x < R * J * width; ++x)
-        scratch.c[x] = scratch.dl[x] = 0;
-      for (index j = 0; j < J; ++j)
-        for_tiles<tile>(D, [&](auto size, index d) {
-          constexpr int n = size;
-          V acc[n][vectors];
-          predict<n>(W + (j * D + d) * K, K, u, acc);
-          for (index t = first_t; t <= R; ++t) {
-            const index row = ((t - 1) * J + j) * width;
-            if (t > 1) dot<n>(acc, V_at(t) + (j * D + d) * width, scratch.c + row);
-            if (needs_dl(t)) dot<n>(acc, ds_at(t) + (j * D + d) * width, scratch.dl + row);
+    couplings<fixed_K>(p, sweep, first_sample, i0, i1 - i0, scratch);
+    for (index x = 0; x < (i1 - i0) * K * width; ++x) scratch.du[x] = 0;
+    for (index j = 0; j < p.J; ++j)
+      for_tiles<2>(i1 - i0, [&](auto size, index first) {
+        constexpr int capsules = size;
+        T* du_hat = scratch.u_hat;  // of this j: [capsules][D][width]
+        for_tiles<5>(sweep.term_count, [&](auto terms, index m0) {
+          constexpr int n = terms;
+          const T* sources[n];
+          const T* coefficients[n];
+#pragma GCC unroll 5
+          for (int m = 0; m < n; ++m) {
+            sources[m] = source(p, sweep.terms[m0 + m], first_sample, j);
+            coefficients[m] = coefficient(p, sweep.terms[m0 + m], scratch, first, j);
           }
+          combine<n, capsules>(sources, coefficients, p.R * p.J * width, p.D, m0 > 0, du_hat,
+                               p.D * width);
         });
-      for (index t = first_t; t <= R; ++t)
-#pragma GCC unroll 16
-        for (int q = 0; q < vectors; ++q) {
-          T* c = scratch.c + (t - 1) * J * width + q * lanes;
-          T* dl = scratch.dl + (t - 1) * J * width + q * lanes;
-          softmax(c, J, width, prior, p.leaky);
-          if (!needs_dl(t)) continue;
-          softmax_gradient(c, dl, J, width);
-          if (prior_gradient)
-            for (index j = 0; j < J; ++j) {
-              T* sum = scratch.dlogits + ((i - i0) * J + j) * lanes;
-              store(sum, load(sum) + load(dl + j * width));
-            }
+#pragma GCC unroll 2
+        for (int c = 0; c < capsules; ++c) {
+          const index x = first + c;
+          const T* du_hat_c = du_hat + c * p.D * width;
+          if (sweep.grad_u)
+            input_gradient<fixed_K>(p.weight + ((i0 + x) / p.weight_sharing * N + j * p.D) * K, p.D,
+                                    K, du_hat_c, scratch.du + x * K * width);
+          if (sweep.grad_weight)
+            weight_gradient(du_hat_c, p.D, scratch.rows + x * width * Kp, Kp, valid,
+                            scratch.dW + ((p.weight_sharing == 1 ? x * N : 0) + j * p.D) * Kp);
         }
-
-      // du_hat = sum_t c^t ds^t + dl^t V^(t-1)
-      for (index j = 0; j < J; ++j)
-        for_tiles<tile>(D, [&](auto size, index d) {
-          constexpr int n = size;
-          V acc[n][vectors];
-#pragma GCC unroll 16
-          for (int m = 0; m < n; ++m)
-#pragma GCC unroll 16
-            for (int q = 0; q < vectors; ++q) acc[m][q] = V{};
-          const index o = (j * D + d) * width;
-          for (index t = first_t; t <= R; ++t) {
-            const index row = ((t - 1) * J + j) * width;
-            add_scaled<n>(acc, scratch.c + row, ds_at(t) + o);
-            if (sweep.full && t > 1) add_scaled<n>(acc, scratch.dl + row, V_at(t) + o);
-          }
-#pragma GCC unroll 16
-          for (int m = 0; m < n; ++m)
-#pragma GCC unroll 16
-            for (int q = 0; q < vectors; ++q)
-              store(scratch.du_hat + o + m * width + q * lanes, acc[m][q]);
-        });
-
-      if (sweep.grad_u) input_gradient<fixed_K>(W, N, K, scratch.du_hat, scratch.du + (i - i0) * K * width);
-      if (sweep.grad_weight)
-        weight_gradient(scratch.du_hat, N, scratch.rows + (i - i0) * width * Kp, Kp, valid,
-                        scratch.dW + (p.weight_sharing == 1 ? (i - i0) * N * Kp : 0));
-    }
+      });
     if (sweep.grad_u)
       for (index q = 0; q < vectors && q * lanes < valid; ++q)
         scatter_rows(scratch.du + q * lanes, index(width), (i1 - i0) * K, valid - q * lanes,
@@ -286,30 +325,89 @@ struct SampleLanes {
                      });
   }
 
-  // sums += sum over the tile of acc * x
-  template <int n>
-  static CAPSULE_INLINE void dot(const V (&acc)[n][vectors], const T* x, T* sums) {
+  static CAPSULE_INLINE const T* source(const Problem<T>& p, const Term<T>& term,
+                                        index first_sample, index j) {
+    return term.source + first_sample * p.N() + j * p.D * width;
+  }
+
+  static CAPSULE_INLINE T* coefficient(const Problem<T>& p, const Term<T>& term,
+                                       const Final& scratch, index capsule, index j) {
+    return (term.is_dl ? scratch.dl : scratch.c) + ((capsule * p.R + term.t - 1) * p.J + j) * width;
+  }
+
+  // c^t and dl^t of every iteration for the capsules [i0, i0 + count), and their share of dlogits.
+  template <int fixed_K>
+  static CAPSULE_INLINE void couplings(const Problem<T>& p, const FinalSweep<T>& sweep,
+                                       index first_sample, index i0, index count,
+                                       const Final& scratch) {
+    const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
+    for (index x = 0; x < count * R * J * width; ++x) scratch.c[x] = 0;
+    for (index j = 0; j < J; ++j)
+      for_tiles<2>(count, [&](auto size, index first) {
+        constexpr int capsules = size;
+#pragma GCC unroll 2
+        for (int x = 0; x < capsules; ++x)
+          predict_all(p.weight + ((i0 + first + x) / p.weight_sharing * N + j * D) * K, D, K,
+                      scratch.packed + (first + x) * K * width, scratch.u_hat + x * D * width);
+        for_tiles<4>(sweep.dot_count, [&](auto size, index m0) {
+          constexpr int n = size;
+          const T* sources[n];
+          T* out[n];
+#pragma GCC unroll 4
+          for (int m = 0; m < n; ++m) {
+            sources[m] = source(p, sweep.dots[m0 + m], first_sample, j);
+            out[m] = coefficient(p, sweep.dots[m0 + m], scratch, first, j);
+          }
+          dots<n, capsules>(sources, scratch.u_hat, D * width, D, out, R * J * width);
+        });
+      });
+    for (index x = 0; x < count; ++x)
+      for (index t = sweep.full ? 1 : R; t <= R; ++t)
+#pragma GCC unroll 2
+        for (int q = 0; q < vectors; ++q) {
+          T* c = scratch.c + (x * R + t - 1) * J * width + q * lanes;
+          T* dl = scratch.dl + (x * R + t - 1) * J * width + q * lanes;
+          softmax(c, J, width, p.logits ? p.logits + (i0 + x) * J : nullptr, p.leaky);
+          if (!sweep.needs_dl(t)) continue;
+          softmax_gradient(c, dl, J, width);
+          if (sweep.grad_logits)
+            for (index j = 0; j < J; ++j) {
+              T* sum = scratch.dlogits + (x * J + j) * lanes;
+              store(sum, load(sum) + load(dl + j * width));
+            }
+        }
+  }
+
+  // out[c][d] = sum over m of coefficient[m][c] source[m][d], on top of what is there if `add`.
+  template <int n, int capsules>
+  static CAPSULE_INLINE void combine(const T* const (&sources)[n],
+                                     const T* const (&coefficients)[n], index coefficient_stride,
+                                     index D, bool add, T* out, index out_stride) {
 #pragma GCC unroll 16
     for (int q = 0; q < vectors; ++q) {
-      V sum = load(sums + q * lanes);
+      V factor[n][capsules];
 #pragma GCC unroll 16
-      for (int m = 0; m < n; ++m) sum += acc[m][q] * load(x + m * width + q * lanes);
-      store(sums + q * lanes, sum);
+      for (int m = 0; m < n; ++m)
+#pragma GCC unroll 16
+        for (int c = 0; c < capsules; ++c)
+          factor[m][c] = load(coefficients[m] + c * coefficient_stride + q * lanes);
+      for (index o = q * lanes; o < D * width; o += width) {
+        V acc[capsules];
+#pragma GCC unroll 16
+        for (int c = 0; c < capsules; ++c) acc[c] = add ? load(out + c * out_stride + o) : V{};
+#pragma GCC unroll 16
+        for (int m = 0; m < n; ++m) {
+          const V y = load(sources[m] + o);
+#pragma GCC unroll 16
+          for (int c = 0; c < capsules; ++c) acc[c] += factor[m][c] * y;
+        }
+#pragma GCC unroll 16
+        for (int c = 0; c < capsules; ++c) store(out + c * out_stride + o, acc[c]);
+      }
     }
   }
 
-  // acc += scale * x
-  template <int n>
-  static CAPSULE_INLINE void add_scaled(V (&acc)[n][vectors], const T* scale, const T* x) {
-#pragma GCC unroll 16
-    for (int q = 0; q < vectors; ++q) {
-      const V factor = load(scale + q * lanes);
-#pragma GCC unroll 16
-      for (int m = 0; m < n; ++m) acc[m][q] += factor * load(x + m * width + q * lanes);
-    }
-  }
-
-  // du[k] = sum_n W[n][k] du_hat[n]
+  // du[k] += sum over n of W[n][k] du_hat[n]
   template <int fixed_K>
   static CAPSULE_INLINE void input_gradient(const T* W, index N, index K_, const T* du_hat, T* du) {
     const index K = fixed_K ? fixed_K : K_;
@@ -319,7 +417,7 @@ struct SampleLanes {
 #pragma GCC unroll 16
       for (int m = 0; m < n; ++m)
 #pragma GCC unroll 16
-        for (int q = 0; q < vectors; ++q) acc[m][q] = V{};
+        for (int q = 0; q < vectors; ++q) acc[m][q] = load(du + (k + m) * width + q * lanes);
       for (index o = 0; o < N; ++o) {
         V x[vectors];
 #pragma GCC unroll 16
@@ -342,7 +440,7 @@ struct SampleLanes {
   static CAPSULE_INLINE void weight_gradient(const T* du_hat, index N, const T* rows, index Kp,
                                              index valid, T* dW) {
     for (index k = 0; k < Kp; k += k_lanes)
-      for_tiles<12>(N, [&](auto size, index o) {
+      for_tiles<8>(N, [&](auto size, index o) {
         constexpr int n = size;
         VK acc[n];
 #pragma GCC unroll 16

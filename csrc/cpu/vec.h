@@ -124,7 +124,8 @@ CAPSULE_INLINE Vec<T> square_root(Vec<T> x) {
 template <typename T, int stage, bool high, int... l>
 CAPSULE_INLINE Vec<T> butterfly(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
   constexpr int lanes = kLanes<T>;
-#define CAPSULE_SOURCE (high ? ((l & stage) ? lanes + l : l + stage) : ((l & stage) ? lanes + l - stage : l))
+#define CAPSULE_SOURCE \
+  (high ? ((l & stage) ? lanes + l : l + stage) : ((l & stage) ? lanes + l - stage : l))
 #ifdef __clang__
   return __builtin_shufflevector(a, b, CAPSULE_SOURCE...);
 #else
@@ -156,45 +157,47 @@ CAPSULE_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
 }
 
 // out[f][r] = rows[r][f] for f < count, r < lanes: lanes rows of memory become lane vectors.
-// `row(r)` is the address of row r; `stride` is the distance of two results, in elements.
-template <typename T, typename Row>
-CAPSULE_INLINE void gather_rows(Row row, index count, T* out, index stride) {
+// `row_of(r)` is the address of row r; `stride` is the distance of two results, in elements.
+template <typename T, typename RowOf>
+CAPSULE_INLINE void gather_rows(RowOf row_of, index count, T* out, index stride) {
   constexpr int lanes = kLanes<T>;
+  const T* rows[lanes];
+  for (int r = 0; r < lanes; ++r) rows[r] = row_of(r);
   index f = 0;
   for (; f + lanes <= count; f += lanes) {
     Vec<T> block[lanes];
 #pragma GCC unroll 16
-    for (int r = 0; r < lanes; ++r) block[r] = load(row(r) + f);
+    for (int r = 0; r < lanes; ++r) block[r] = load(rows[r] + f);
     transpose<T>(block);
 #pragma GCC unroll 16
     for (int r = 0; r < lanes; ++r) store(out + (f + r) * stride, block[r]);
   }
   for (; f < count; ++f)
-    for (int r = 0; r < lanes; ++r) out[f * stride + r] = row(r)[f];
+    for (int r = 0; r < lanes; ++r) out[f * stride + r] = rows[r][f];
 }
 
 // The way back, to the first `valid` rows: rows[r][f] = in[f][r].
-template <typename T, typename Row>
-CAPSULE_INLINE void scatter_rows(const T* in, index stride, index count, index valid, Row row) {
+template <typename T, typename RowOf>
+CAPSULE_INLINE void scatter_rows(const T* in, index stride, index count, index valid,
+                                 RowOf row_of) {
   constexpr int lanes = kLanes<T>;
+  const int used = valid < lanes ? int(valid) : lanes;
+  T* rows[lanes];
+  for (int r = 0; r < used; ++r) rows[r] = row_of(r);
   index f = 0;
   for (; f + lanes <= count; f += lanes) {
     Vec<T> block[lanes];
 #pragma GCC unroll 16
     for (int r = 0; r < lanes; ++r) block[r] = load(in + (f + r) * stride);
     transpose<T>(block);
-    if (valid >= lanes) {
-#pragma GCC unroll 16
-      for (int r = 0; r < lanes; ++r) store(row(r) + f, block[r]);
-    } else {
-      for (index r = 0; r < valid; ++r) store(row(r) + f, block[r]);
-    }
+    for (int r = 0; r < used; ++r) store(rows[r] + f, block[r]);
   }
   for (; f < count; ++f)
-    for (index r = 0; r < valid && r < lanes; ++r) row(r)[f] = in[f * stride + r];
+    for (int r = 0; r < used; ++r) rows[r][f] = in[f * stride + r];
 }
 
-// f(std::integral_constant<int, n>, start) over [0, count) in tiles of `most`, then most / 2, ... 1.
+// f(std::integral_constant<int, n>, start) over [0, count) in tiles of `most`, then most / 2,
+// ... 1.
 template <int most, typename F>
 CAPSULE_INLINE void for_tiles(index count, F f, index start = 0) {
   for (; start + most <= count; start += most) f(std::integral_constant<int, most>{}, start);

@@ -30,18 +30,15 @@ void launch_backward(const BackwardArguments& arguments, const BackwardPlan& pla
   }
 }
 
-// Calls run(TileOf<...>()) for the sizes of a call: constants for those of the paper's networks.
+// Calls run(TileOf<...>()) of `choose_tile`.
 template <class Run>
 void with_tile(const Shape& shape, Run run) {
-  const int DT = fragments_per_capsule(shape.D);
-  if (shape.K <= kTileDims) {
-    if (DT == 2 && shape.J == 10) return run(TileOf<2, 10>());
-    if (DT == 2 && shape.J == 5) return run(TileOf<2, 5>());
-    if (DT == 1 && shape.J == 10) return run(TileOf<1, 10>());
-  }
-  if (DT == 1) return run(TileOf<1>());
-  if (DT == 2) return run(TileOf<2>());
-  return run(TileOf<4>());
+  const TileChoice tile = choose_tile(shape);
+  if (tile.fragments == 1) return tile.J == 10 ? run(TileOf<1, 10>()) : run(TileOf<1>());
+  if (tile.fragments == 4) return run(TileOf<4>());
+  if (tile.J == 10) return run(TileOf<2, 10>());
+  if (tile.J == 5) return run(TileOf<2, 5>());
+  return run(TileOf<2>());
 }
 
 template <class P, class T>

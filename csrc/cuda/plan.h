@@ -47,6 +47,19 @@ constexpr bool tile_fits_registers(int J, int D) {
   return D <= 32 && J * fragments_per_capsule(D) <= kMaxFragments;
 }
 
+// The instance of the kernels for a call: fragments of an output capsule, and J where it is a
+// constant, as for the paper's networks (0: any J that fits).
+struct TileChoice {
+  int fragments, J;
+};
+
+inline TileChoice choose_tile(const Shape& shape) {
+  const int fragments = fragments_per_capsule(shape.D);
+  const bool known = shape.K <= kTileDims && ((fragments == 2 && (shape.J == 10 || shape.J == 5)) ||
+                                              (fragments == 1 && shape.J == 10));
+  return {fragments, known ? shape.J : 0};
+}
+
 // The padded sizes of a call.
 struct Padded {
   int D, K;             // multiples of 8
