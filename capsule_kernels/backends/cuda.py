@@ -36,7 +36,7 @@ def device_figures(index: int) -> Figures:
     return Figures(
         (properties.major, properties.minor),
         properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
+        properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
 
 
