@@ -1,78 +1,124 @@
 """Builds the compiled extension ``capsule_kernels._C``. Metadata is in pyproject.toml.
 
-Never downloads, never asks for a GPU. Without a C++ compiler the package installs without the
-extension and says so.
+Never downloads, never asks for a GPU. What can't be built is left out, with one line that says why:
+everything without a C++ compiler, the CUDA kernels without nvcc or with a CPU build of torch.
+
+Environment: ``CAPSULE_KERNELS_CUDA=0`` leaves the CUDA kernels out, ``=1`` insists on them;
+``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CXX`` and ``MAX_JOBS`` as for every torch extension.
 """
 
+import os
 import platform
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools.extension import Extension
+from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# One object of csrc/cpu/kernels.cpp for each instruction set; the widest usable is chosen at run time.
-INSTRUCTION_SETS = {"baseline": (16, [])}
+# One object of csrc/cpu/kernels.cpp for each instruction set: vector bytes and compiler flags. The
+# widest that the processor has is chosen at run time.
+INSTRUCTION_SETS: dict[str, tuple[int, list[str]]] = {"baseline": (16, [])}
 if IS_X86:
+    avx512 = "-mavx512f -mavx512dq -mavx512vl -mavx512bw -mfma -mprefer-vector-width=512"
     INSTRUCTION_SETS["avx2"] = (32, ["-mavx2", "-mfma"])
-    INSTRUCTION_SETS["avx512"] = (
-        64,
-        ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mprefer-vector-width=512"],
-    )
+    INSTRUCTION_SETS["avx512"] = (64, avx512.split())
 
 KERNEL_FLAGS = [
     "-std=c++17",
     "-O3",
     "-fPIC",
     "-fvisibility=hidden",
-    # a * b + c as one instruction; the same everywhere, so results do not depend on inlining.
+    # a * b + c as one instruction, everywhere alike.
     "-ffp-contract=fast",
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
 
 
-class Build(BuildExtension):
-    """Compiles the kernels once for each instruction set before torch's own build takes over."""
+def left_out(what: str, why: str) -> None:
+    print(f"capsule_kernels: building without {what}: {why}", file=sys.stderr)
+
+
+def missing_compiler() -> str | None:
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler: {compiler} is not there (install g++, or set CXX)"
+    return None
+
+
+def missing_cuda() -> str | None:
+    """Why the CUDA kernels can't be built here, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if cpp_extension.CUDA_HOME is None:
+        return "no CUDA toolkit found (set CUDA_HOME)"
+    nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
+    if not nvcc.exists():
+        return f"{nvcc} is not there (CUDA_HOME must name the toolkit)"
+    return None
+
+
+def wants_cuda() -> bool:
+    wish = os.environ.get("CAPSULE_KERNELS_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"capsule_kernels: CAPSULE_KERNELS_CUDA must be 0 or 1, got {wish!r}")
+    reason = "CAPSULE_KERNELS_CUDA=0" if wish == "0" else missing_cuda()
+    if reason is None:
+        return True
+    if wish == "1":
+        sys.exit(f"capsule_kernels: CAPSULE_KERNELS_CUDA=1, but {reason}")
+    left_out("the CUDA kernels", reason)
+    return False
+
+
+class Build(cpp_extension.BuildExtension):
+    """Compiles the CPU kernels once for each instruction set, then lets torch build the rest."""
 
     def build_extensions(self) -> None:
-        headers = [str(path) for path in (ROOT / "csrc" / "cpu").glob("*.h")]
-
+        # csrc/cpu/kernels.cpp knows nothing of torch: plain compiler calls, with flags of its own.
         def compile_kernels(name: str) -> str:
-            width, flags = INSTRUCTION_SETS[name]
-            (kernel_object,) = self.compiler.compile(
+            vector_bytes, flags = INSTRUCTION_SETS[name]
+            (compiled,) = self.compiler.compile(
                 ["csrc/cpu/kernels.cpp"],
                 output_dir=str(Path(self.build_temp) / name),
-                extra_postargs=[
-                    *KERNEL_FLAGS,
-                    *flags,
-                    f"-DCAPSULE_ISA={name}",
-                    f"-DCAPSULE_VECTOR_BYTES={width}",
-                ],
-                depends=headers,
+                macros=[("CAPSULE_ISA", name), ("CAPSULE_VECTOR_BYTES", str(vector_bytes))],
+                extra_postargs=[*KERNEL_FLAGS, *flags],
             )
-            return kernel_object
+            return compiled
 
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             self.extensions[0].extra_objects += pool.map(compile_kernels, INSTRUCTION_SETS)
         super().build_extensions()
 
 
-def extensions() -> list[CppExtension]:
-    if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
-        print("capsule_kernels: no C++ compiler found: installing without the compiled extension")
+def extensions() -> list[Extension]:
+    reason = missing_compiler()
+    if reason is not None:
+        left_out("the compiled extension", reason)
         return []
-    macros = [("CAPSULE_X86", None)] if IS_X86 else []
+    sources = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/operators.cpp"]
+    macros: list[tuple[str, str | None]] = [("CAPSULE_X86", None)] if IS_X86 else []
+    flags = {"cxx": ["-O2", "-fopenmp", "-fvisibility=hidden"]}
+    make = cpp_extension.CppExtension
+    if wants_cuda():
+        make = cpp_extension.CUDAExtension
+        macros.append(("CAPSULE_CUDA", None))
+        sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c[pu]*"))
+        sources = [source for source in sources if not source.endswith(".cuh")]
+        flags["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
     return [
-        CppExtension(
+        make(
             "capsule_kernels._C",
-            ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/operators.cpp"],
+            sources,
             define_macros=macros,
-            extra_compile_args=["-O2", "-fopenmp", "-fvisibility=hidden"],
+            extra_compile_args=flags,
             extra_link_args=["-fopenmp"],
         )
     ]

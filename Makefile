@@ -1,0 +1,62 @@
+# Two commands for a fresh clone:
+#   make train   set everything up and train the CapsNet on handwritten digits
+#   make test    set everything up and run the tests
+# Both redo only what is out of date. Needs Python 3.11 or newer, a C++ compiler and make.
+
+PYTHON ?= python3
+TRITON ?= triton==3.6.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+CPP := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
+
+.PHONY: setup train test lint format bench cpu-report gpu-report figures cuda-build clean
+
+setup: $(VENV)/.extension
+
+$(VENV)/.packages: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and f'capsule_kernels needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}')"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --requirement requirements.txt
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)"
+	@touch $@
+
+$(VENV)/.extension: $(VENV)/.packages $(SOURCES)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+train: setup
+	$(PY) -m model.train
+
+test: setup
+	$(PY) -m pytest tests
+
+lint: $(VENV)/.packages
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.packages
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+bench: setup
+	$(PY) -m bench
+
+cpu-report: setup
+	$(PY) -m bench.report --device cpu
+
+gpu-report:
+	$(PYTHON) -m bench.report --device cuda
+
+figures: setup
+	$(PY) scripts/fill_figures.py
+
+cuda-build:
+	scripts/cuda-build.sh
+
+clean:
+	rm -rf $(VENV) build *.egg-info capsule_kernels/*.so
