@@ -8,7 +8,6 @@ import importlib
 import signal
 import sys
 
-import torch
 from rich.console import Console
 
 from . import machine
@@ -63,13 +62,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, then print and write what was measured."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
     settings = Settings(
         options.device,
         options.precision,
         R=options.iterations,
         rounds=min(options.rounds, 3) if options.quick else options.rounds,
+        threads=options.threads,
     )
     settings.apply()
     screen = Console(stderr=True, soft_wrap=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .options import positive
 from .peers import Implementation, oracle, ours, outputs_and_gradients
-from .records import Record, reason_of
+from .records import CannotRunError, Record, reason_of
 from .routing import Settings
 from .shapes import MNIST, Inputs, Shape, make_inputs
 
@@ -41,7 +41,7 @@ def compare(
         found, status = [float("nan")] * len(QUANTITIES), "ok"
         try:
             if implementation.missing:
-                raise RuntimeError(implementation.missing)
+                raise CannotRunError(implementation.missing)
             routing = implementation.make()
             found = errors(outputs_and_gradients(routing, inputs, settings.R), expected)
         except Exception as failure:

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from . import memory, training
 from .peers import Implementation, ours, peers
 from .records import Record, select
-from .routing import Settings, measure_routing
+from .routing import BOTH, FORWARD, Settings, measure_routing
 from .shapes import MANY_CLASSES, MNIST, SHAPES
 from .tables import duration, fastest, percent, ratio, size
 
 Measure = Callable[[list[Record], Record], float]
 """A value from records and ceilings."""
-FORWARD, BOTH = "forward", "forward+backward"
 OURS, EAGER, COMPILED = ({"family": family} for family in ("ours", "eager", "compiled"))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from .fits import CONSTANT, exponents
 from .options import add_peers_argument
 from .peers import Implementation, Routing, ours, outputs_and_gradients, peers
-from .records import Record, reason_of, select
+from .records import CannotRunError, Record, reason_of, select
 from .routing import Settings
 from .shapes import MANY_CLASSES, MNIST, Inputs, Shape, make_inputs
 
@@ -44,15 +44,15 @@ def measure_memory(
             "family": implementation.family,
             "prediction_bytes": shape.prediction_bytes(B),
         }
-        reason = implementation.reason_to_skip(shape, B, settings.device)
-        if reason is None:
-            try:
-                where = in_fresh_process if settings.device == "cpu" else call_here
-                extra, saved = where(probe, implementation.name, shape, B, settings)
-                record |= {"extra_bytes": extra, "saved_bytes": saved}
-            except Exception as error:
-                reason = reason_of(error)
-        yield record | {"status": reason or "ok"}
+        try:
+            if reason := implementation.reason_to_skip(shape, B, settings.device):
+                raise CannotRunError(reason)
+            where = in_fresh_process if settings.device == "cpu" else call_here
+            extra, saved = where(probe, implementation.name, shape, B, settings)
+            record |= {"extra_bytes": extra, "saved_bytes": saved, "status": "ok"}
+        except Exception as error:
+            record |= {"status": reason_of(error)}
+        yield record
 
 
 def in_fresh_process(function: Callable, *arguments: object) -> tuple[int, int]:

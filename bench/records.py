@@ -10,8 +10,14 @@ Record = dict[str, Any]
 """One measurement. ``table`` names its kind; ``status`` is "ok" or the reason why figures lack."""
 
 
+class CannotRunError(RuntimeError):
+    """Something can't run here; the message is the whole reason."""
+
+
 def reason_of(error: BaseException) -> str:
     """An exception in one line, without the advice that PyTorch's compilers add."""
+    if isinstance(error, CannotRunError):
+        return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
     return f"{type(error).__name__}: {text}"[:200] if text else type(error).__name__
@@ -22,7 +28,7 @@ def select(records: Iterable[Record], **fields: Any) -> list[Record]:
     return [
         record
         for record in records
-        if all(record.get(name.rstrip("_")) == value for name, value in fields.items())
+        if all(record.get(name) == value for name, value in fields.items())
     ]
 
 

@@ -1,7 +1,7 @@
 """Time of the routing layer: forward and forward+backward, ours and the peers', interleaved."""
 
 import argparse
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,11 +20,11 @@ from .peers import (
     peers,
     reason_it_does_not_fit,
 )
-from .records import Record, reason_of
+from .records import CannotRunError, Record, reason_of
 from .shapes import MNIST, SHAPES, Inputs, Shape, make_inputs
-from .timing import interleave, make_timer
+from .timing import Timing, interleave, make_timer
 
-PASSES = ("forward", "forward+backward")
+FORWARD, BOTH = PASSES = ("forward", "forward+backward")
 MAX_INPUT_SETS = 16
 CHECKED_SAMPLES = 8
 PRODUCT = "the machine's own matrix product"
@@ -41,9 +41,12 @@ class Settings:
     R: int = 3
     rounds: int = 5
     slice_seconds: float = 0.05
+    threads: int | None = None  # torch's choice
 
     def apply(self) -> None:
-        """Set torch's precision of float32 products."""
+        """Set torch's threads, and its precision of float32 products."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
 
 
@@ -53,8 +56,8 @@ def run_forward(routing: Routing, inputs: Inputs, R: int) -> object:
 
 
 RUN: dict[str, Callable[[Routing, Inputs, int], object]] = {
-    "forward": run_forward,
-    "forward+backward": outputs_and_gradients,
+    FORWARD: run_forward,
+    BOTH: outputs_and_gradients,
 }
 
 
@@ -70,7 +73,7 @@ def input_sets(shape: Shape, B: int, settings: Settings) -> list[Inputs]:
 def inputs_to_check(
     shape: Shape,
     B: int,
-    implementations: Iterable[Implementation],
+    implementations: Sequence[Implementation],
     settings: Settings,
     inputs: Inputs,
 ) -> Inputs:
@@ -85,7 +88,7 @@ def inputs_to_check(
 def measure_routing(
     shape: Shape,
     B: int,
-    implementations: Iterable[Implementation],
+    implementations: Sequence[Implementation],
     settings: Settings,
     passes: Sequence[str] = PASSES,
 ) -> Iterator[Record]:
@@ -93,40 +96,24 @@ def measure_routing(
     torch._dynamo.reset()  # each shape compiles anew, and no recompile limit is ever met
     settings.apply()
     sets = input_sets(shape, B, settings)
-    timer = make_timer(settings.device)
-    multiply, product_operations = product(settings.device)
-    implementations = list(implementations)
+    failures: dict[str, str] = {}
+    routings: dict[str, Routing] = {}
     checked = inputs_to_check(shape, B, implementations, settings, sets[0])
     expected = outputs_and_gradients(oracle, checked, settings.R)
-    status: dict[str, str] = {}
-    routings: dict[str, Routing] = {}
     for implementation in implementations:
-        name = implementation.name
-        reason = implementation.reason_to_skip(shape, B, settings.device)
-        if reason is None:
-            try:
-                routing = implementation.make()
-                check_equal(outputs_and_gradients(routing, checked, settings.R), expected)
-                routings[name] = routing
-            except Exception as error:
-                reason = reason_of(error)
-        if reason is not None:
-            status[name] = reason
+        try:
+            if reason := implementation.reason_to_skip(shape, B, settings.device):
+                raise CannotRunError(reason)
+            routing = implementation.make()
+            check_equal(outputs_and_gradients(routing, checked, settings.R), expected)
+            routings[implementation.name] = routing
+        except Exception as error:
+            failures[implementation.name] = reason_of(error)
     for direction in passes:
-        samplers = {PRODUCT: timer.sampler([multiply])}
-        for name in routings:
-            calls = [partial(RUN[direction], routings[name], x, settings.R) for x in sets]
-            try:
-                calls[0]()  # compiles
-                samplers[name] = timer.sampler(calls)
-            except Exception as error:
-                status[name] = reason_of(error)
-        timings = interleave(samplers, timer.how, settings.rounds, settings.slice_seconds)
-        product_rate = product_operations / timings.pop(PRODUCT).median
-        backward = direction == "forward+backward"
+        timings, product_rate = time_pass(direction, routings, sets, settings, failures)
         for implementation in implementations:
             name = implementation.name
-            record: Record = {
+            yield {
                 "table": "routing",
                 "case": shape.name,
                 "B": B,
@@ -140,16 +127,36 @@ def measure_routing(
                 "pass": direction,
                 "implementation": name,
                 "family": implementation.family,
-                "operations": shape.operations(B, settings.R, backward),
-                "bytes": shape.bytes(B, backward, settings.dtype.itemsize),
+                "operations": shape.operations(B, settings.R, direction == BOTH),
+                "bytes": shape.bytes(B, direction == BOTH, settings.dtype.itemsize),
                 "product_rate": product_rate,
-                "status": status.get(name, "ok"),
-            }
-            if name in timings:
-                record |= timings[name].fields()
-            yield record
-        for name in set(routings) - set(timings):
-            del routings[name]
+                "status": failures.get(name, "ok"),
+            } | (timings[name].fields() if name in timings else {})
+
+
+def time_pass(
+    direction: str,
+    routings: Mapping[str, Routing],
+    sets: Sequence[Inputs],
+    settings: Settings,
+    failures: dict[str, str],
+) -> tuple[dict[str, Timing], float]:
+    """Times of all that have not failed yet, and the rate of the product [FLOP/s] among them.
+
+    Whoever fails now is added to ``failures``.
+    """
+    timer = make_timer(settings.device)
+    multiply, operations = product(settings.device)
+    samplers = {PRODUCT: timer.sampler([multiply])}
+    for name in [name for name in routings if name not in failures]:
+        calls = [partial(RUN[direction], routings[name], x, settings.R) for x in sets]
+        try:
+            calls[0]()  # compiles
+            samplers[name] = timer.sampler(calls)
+        except Exception as error:
+            failures[name] = reason_of(error)
+    timings = interleave(samplers, timer.how, settings.rounds, settings.slice_seconds)
+    return timings, operations / timings.pop(PRODUCT).median
 
 
 BATCHES = (1, 4, 16, 64, 128, 512, 2048)

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
     """A record for each point of each axis, and pass."""
+    settings = replace(settings, threads=settings.threads or torch.get_num_threads())
     fused = ours(settings.device)
     axes = options.axis or ["B", "I", "J", "R", *(["threads"] if settings.device == "cpu" else [])]
     for axis in axes:
@@ -55,15 +56,13 @@ def measure_point(
 ) -> Iterator[Record]:
     B = size if axis == "B" else BASE_B[settings.device]
     shape = replace(BASE, I=size if axis == "I" else BASE.I, J=size if axis == "J" else BASE.J)
-    threads = torch.get_num_threads()
-    try:
-        if axis == "threads":
-            torch.set_num_threads(size)
-        R = size if axis == "R" else settings.R
-        for record in measure_routing(shape, B, fused, replace(settings, R=R)):
-            yield record | {"table": "scaling", "axis": axis, "size": size}
-    finally:
-        torch.set_num_threads(threads)
+    chosen = replace(
+        settings,
+        R=size if axis == "R" else settings.R,
+        threads=size if axis == "threads" else settings.threads,
+    )
+    for record in measure_routing(shape, B, fused, chosen):
+        yield record | {"table": "scaling", "axis": axis, "size": size}
 
 
 def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Record]:

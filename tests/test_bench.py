@@ -7,8 +7,15 @@ import torch
 
 from bench import fits, goals, scaling, tables
 from bench.goals import GOALS, Goal
-from bench.memory import extra_bytes, saved_bytes
-from bench.peers import EAGER, Implementation, check_equal, oracle, outputs_and_gradients
+from bench.memory import CLEAR, extra_bytes, measure_memory, saved_bytes
+from bench.peers import (
+    EAGER,
+    Implementation,
+    check_equal,
+    oracle,
+    outputs_and_gradients,
+    peers,
+)
 from bench.records import select
 from bench.routing import Settings, measure_routing
 from bench.shapes import MNIST, SHAPES, Shape, make_inputs
@@ -216,6 +223,16 @@ def test_extra_memory_sees_allocations_that_torch_does_not():
 
     found = extra_bytes(call, "cpu")  # peak of 64 MiB, of which 8 are the result's size
     assert 50 * MiB < found < 72 * MiB
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="the peak resident set needs Linux's /proc")
+def test_memory_of_an_eager_peer_is_a_few_times_u_hat():
+    shape = Shape("some", 1152, 10)
+    (eager,) = (peer for peer in peers(which="eager") if peer.name == "eager einsum")
+    (record,) = measure_memory(shape, 16, [eager], Settings())
+    assert record["status"] == "ok"
+    assert 2 < record["extra_bytes"] / shape.prediction_bytes(16) < 8
+    assert 1 <= record["saved_bytes"] / shape.prediction_bytes(16) < 3
 
 
 def test_saved_bytes_leaves_inputs_out():
