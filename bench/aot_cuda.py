@@ -1,4 +1,4 @@
-"""Compiles the CUDA C++ kernels (``csrc/cuda``) that a call would launch, without a GPU, by nvcc."""
+"""The CUDA C++ kernels (``csrc/cuda``) that a call would launch, compiled by nvcc without a GPU."""
 
 import functools
 import os
