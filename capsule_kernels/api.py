@@ -1,6 +1,6 @@
 """The public function: :func:`fused_routing`."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -95,8 +95,30 @@ def fused_routing(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for can't be used; the message says why.
     """
+    if isinstance(u, Tensor) and torch.is_autocast_enabled(u.device.type):
+        with torch.autocast(u.device.type, enabled=False):
+            return fused_routing(  # type: ignore[call-overload]
+                under_autocast(u, u.device.type),
+                under_autocast(weight, u.device.type),
+                num_iterations,
+                logits=under_autocast(logits, u.device.type),
+                bias=under_autocast(bias, u.device.type),
+                leaky=leaky,
+                weight_sharing=weight_sharing,
+                routing_gradient=routing_gradient,
+                return_coupling=return_coupling,
+                backend=backend,
+            )
     check_arguments(
-        u, weight, num_iterations, logits, bias, leaky, weight_sharing, routing_gradient, return_coupling
+        u,
+        weight,
+        num_iterations,
+        logits,
+        bias,
+        leaky,
+        weight_sharing,
+        routing_gradient,
+        return_coupling,
     )
     chosen = select_backend(backend, u, weight, num_iterations)
     if chosen == "reference":
@@ -132,3 +154,9 @@ def fused_routing(
             u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
         )
     return (v, coupling) if return_coupling else v
+
+
+def under_autocast(x: Any, device_type: str) -> Any:
+    """``x`` as autocast hands it to a matrix product: its dtype, but float64 is left alone."""
+    eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device_type)) if eligible else x
