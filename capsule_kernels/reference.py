@@ -11,8 +11,7 @@ from torch import Tensor
 def squash(s: Tensor) -> Tensor:
     """Shrink ``s`` [..., D] to a length below 1, direction kept (Sabour et al. 2017, equation 1).
 
-    ``v = |s|^2 / (1 + |s|^2) * s / |s|``, written ``s / (|s| + 1 / |s|)`` so that no square of a
-    length is formed. ``squash(0) = 0``, and the gradient there is exactly 0.
+    ``v = |s|^2 / (1 + |s|^2) * s / |s|``. ``squash(0) = 0``, and the gradient there is exactly 0.
     """
     # Lengths are taken of s / max|s|: squares of large or tiny components stay in range.
     scale = s.detach().abs().amax(-1, keepdim=True)
@@ -20,7 +19,10 @@ def squash(s: Tensor) -> Tensor:
     scale = scale.where(nonzero, 1)
     unit_sum = (s / scale).square().sum(-1, keepdim=True)
     length = scale * unit_sum.where(nonzero, 1).sqrt()
-    return (s / (length + 1 / length)).where(nonzero, 0 * s)
+    # Each form where neither it nor its gradient overflows.
+    short, long = length.clamp_max(1), length.clamp_min(1)
+    v = torch.where(length < 1, short / (1 + short * short) * s, s / (long + 1 / long))
+    return v.where(nonzero, 0 * s)
 
 
 def reference_routing(
