@@ -1,6 +1,8 @@
 // Between sweeps: add the partial sums in order, squash, and differentiate the squash.
 #pragma once
 
+#include <limits>
+
 #include "routing.h"
 #include "vec.h"
 
@@ -35,9 +37,9 @@ struct SquashBlock {
         const Value x = get(s + d * stride), size = x < zero ? -x : x;
         scale = size > scale ? size : scale;
       }
-      scale = scale == zero ? one : scale;
+      // Denormal lengths count as zero, since 1 / scale may overflow: their squares are 0.
+      scale = scale < std::numeric_limits<T>::min() ? one : scale;
       const Value shrink = one / scale;
-      // 1 / scale overflows for the smallest denormals: those count as zero.
       Value sum = zero;
       for (index d = 0; d < D; ++d) {
         const Value x = get(s + d * stride) * shrink;
