@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from .backends import cpu, cuda, triton
+from .validation import check_choice
 
 KERNELS = {"cpu": cpu, "triton": triton, "cuda": cuda}
 BACKENDS = ("reference", *KERNELS)
+CHOICES = ("auto", *BACKENDS)
 
 
 class BackendStatus(NamedTuple):
@@ -29,7 +31,7 @@ class BackendStatus(NamedTuple):
 class RoutingShape(NamedTuple):
     """The sizes of a call, SPEC letters; B is left out: no choice depends on the batch."""
 
-    I: int  # noqa: E741
+    I: int
     J: int
     K: int
     D: int
@@ -51,9 +53,7 @@ def select_backend(backend: str, u: Tensor, weight: Tensor, num_iterations: int)
     Raises ``ValueError`` for an unknown name, ``RuntimeError`` with the reason for a backend
     that is not usable here or can't run this call.
     """
-    if backend not in ("auto", *BACKENDS):
-        names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
-        raise ValueError(f"fused_routing: backend must be one of {names}, got {backend!r}")
+    check_choice("backend", backend, CHOICES)
     if backend == "reference":
         return backend
     _, J, D, K = weight.shape

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from .api import fused_routing
-from .validation import check_int
+from .dispatch import CHOICES
+from .validation import ROUTING_GRADIENTS, check_bool, check_choice, check_int
 
 
 class CapsuleLinear(nn.Module):
@@ -55,6 +56,10 @@ class CapsuleLinear(nn.Module):
             ("weight_sharing", weight_sharing),
         ):
             check_int(name, value, "CapsuleLinear")
+        for name, value in (("bias", bias), ("learn_logits", learn_logits), ("leaky", leaky)):
+            check_bool(name, value, "CapsuleLinear")
+        check_choice("routing_gradient", routing_gradient, ROUTING_GRADIENTS, "CapsuleLinear")
+        check_choice("backend", backend, CHOICES, "CapsuleLinear")
         if in_capsules % weight_sharing != 0:
             raise ValueError(
                 f"CapsuleLinear: weight_sharing must divide in_capsules = {in_capsules}, "

@@ -3,7 +3,7 @@
 Each message names the argument, says what was expected and what came.
 """
 
-from torch import Tensor, float16, float32, float64, bfloat16
+from torch import Tensor, bfloat16, float16, float32, float64
 
 DTYPES = (float64, float32, bfloat16, float16)
 ROUTING_GRADIENTS = ("full", "last")
@@ -20,9 +20,7 @@ def check_tensor(name: str, value: object, shape: str, rank: int) -> Tensor:
             f"fused_routing: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}"
         )
     if value.dim() != rank:
-        raise ValueError(
-            f"fused_routing: {name} must have shape {shape}, got {list(value.shape)}"
-        )
+        raise ValueError(f"fused_routing: {name} must have shape {shape}, got {list(value.shape)}")
     return value
 
 
@@ -36,11 +34,20 @@ def check_int(name: str, value: object, caller: str = "fused_routing") -> None:
         raise ValueError(f"{caller}: {name} must be >= 1, got {value}")
 
 
-def check_bool(name: str, value: object) -> None:
+def check_bool(name: str, value: object, caller: str = "fused_routing") -> None:
     if not isinstance(value, bool):
         raise TypeError(
-            f"fused_routing: {name} must be True or False, got {type(value).__name__} {value!r}"
+            f"{caller}: {name} must be True or False, got {type(value).__name__} {value!r}"
         )
+
+
+def check_choice(
+    name: str, value: object, choices: tuple[str, ...], caller: str = "fused_routing"
+) -> None:
+    """One of a few words."""
+    if not isinstance(value, str) or value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{caller}: {name} must be one of {listed}, got {value!r}")
 
 
 def check_arguments(
@@ -59,15 +66,17 @@ def check_arguments(
     check_int("weight_sharing", weight_sharing)
     check_bool("leaky", leaky)
     check_bool("return_coupling", return_coupling)
-    if routing_gradient not in ROUTING_GRADIENTS:
-        raise ValueError(
-            f"fused_routing: routing_gradient must be 'full' or 'last', got {routing_gradient!r}"
-        )
+    check_choice("routing_gradient", routing_gradient, ROUTING_GRADIENTS)
     check_tensor("u", u, "[B, I, K]", 3)
     check_tensor("weight", weight, "[I // weight_sharing, J, D, K]", 4)
     _, I, K = u.shape
     rows, J, D, weight_K = weight.shape
-    for size, letter, name in ((I, "I", "u"), (K, "K", "u"), (J, "J", "weight"), (D, "D", "weight")):
+    for size, letter, name in (
+        (I, "I", "u"),
+        (K, "K", "u"),
+        (J, "J", "weight"),
+        (D, "D", "weight"),
+    ):
         if size < 1:
             raise ValueError(
                 f"fused_routing: {name} must have {letter} >= 1, got shape "
