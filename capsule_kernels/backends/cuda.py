@@ -85,6 +85,7 @@ def does_not_fit(figures: Figures, dtype: torch.dtype, shape: tuple[int, ...]) -
     )
     gradients = (
         (4 * fragments + 2) * FRAGMENT_BYTES
+        + J * 32 * 4
         + weight_bytes
         + -(-fragments // 2) * 2 * 8 * padded_K * 4
     )

@@ -156,17 +156,23 @@ struct GradientPlan {
   bool partial_sums = false;  // dW and dprior go through the workspace
 };
 
+// What a warp of it keeps on chip: W_i, dW_i, a lane's sums of dprior_i, two fragments of du_hat.
+CAPSULE_KERNELS_BOTH inline std::size_t capsule_store_bytes(const Shape& shape,
+                                                            const Padded& padded,
+                                                            int scalar_bytes) {
+  return std::size_t(padded.weight_elements) * scalar_bytes +
+         std::size_t(round_up(padded.fragments, 2)) * kTileDims * padded.K * 4 +
+         std::size_t(shape.J) * kWarpSize * 4 + 2 * kFragmentBytes;
+}
+
 inline GradientPlan plan_gradients(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
-  // Shared by the block: V and ds of a tile, twice. By warp: W_i, dW_i, a transposition buffer.
-  const double staged = 4.0 * padded.fragments * kFragmentBytes;
-  const double per_warp = double(padded.weight_elements) * scalar_bytes +
-                          double(round_up(padded.fragments, 2)) * kTileDims * padded.K * 4 +
-                          2 * kFragmentBytes;
+  const std::size_t staged = 4 * padded.fragments * kFragmentBytes;  // V and ds of a tile, twice
+  const std::size_t per_warp = capsule_store_bytes(shape, padded, scalar_bytes);
   GradientPlan best;
   double best_cost = 0;
   for (int warps = kGradientWarps; warps >= 1; --warps) {
-    if (staged + warps * per_warp > device.shared_per_block) continue;
+    if (staged + warps * per_warp > std::size_t(device.shared_per_block)) continue;
     const int groups = ceil_div(shape.I, warps);
     // Splitting the samples costs sums through memory: only as far as it fills the device.
     const int splits = std::max(1, std::min(padded.tiles, device.sm_count / groups));

@@ -9,25 +9,21 @@
 
 namespace capsule_kernels::cuda {
 
-// What one warp keeps on chip.
+// What one warp keeps on chip, `capsule_store_bytes` in all.
 template <class T>
 struct CapsuleStore {
-  T* weight;          // W_i [J, D, K], padded
-  float4* dW;         // [fragments / 2][K / 8][32], results of mma [16, 8] over (j, d) and k
+  float4* dW;  // [fragments / 2][K / 8][32], results of mma [16, 8] over (j, d) and k
+  int size_of_dW;
+  float* dprior;      // [J][32], each lane's sum over the samples of its row
   float* transposed;  // [2][16][8], two fragments of du_hat
+  T* weight;          // W_i [J, D, K], padded
 
-  __device__ __forceinline__ CapsuleStore(void* memory, const Padded& padded) {
-    dW = static_cast<float4*>(memory);
-    transposed = reinterpret_cast<float*>(dW + size_of_dW(padded));
-    weight = reinterpret_cast<T*>(transposed + 2 * kTileSamples * kTileDims);
-  }
-  static __device__ __forceinline__ int size_of_dW(const Padded& padded) {
-    return (padded.fragments + 1) / 2 * (padded.K / kTileDims) * kWarpSize;
-  }
-  static __device__ __forceinline__ std::size_t bytes(const Padded& padded) {
-    return size_of_dW(padded) * sizeof(float4) + 2 * kFragmentBytes +
-           padded.weight_elements * sizeof(T);
-  }
+  __device__ __forceinline__ CapsuleStore(void* memory, const Shape& shape, const Padded& padded)
+      : dW(static_cast<float4*>(memory)),
+        size_of_dW((padded.fragments + 1) / 2 * (padded.K / kTileDims) * kWarpSize),
+        dprior(reinterpret_cast<float*>(dW + size_of_dW)),
+        transposed(dprior + shape.J * kWarpSize),
+        weight(reinterpret_cast<T*>(transposed + 2 * kTileSamples * kTileDims)) {}
 };
 
 // du_i = sum_jd du_hat W: the fragments of du_hat enter as they are, columns 2q and 2q + 1 in slots
@@ -170,9 +166,9 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
   const int first_t = arguments.full_gradient ? 1 : shape.R;
 
   const auto staged = static_cast<float4*>(shared_memory());  // [2][V, ds][tile]
-  const CapsuleStore<T> own(
-      reinterpret_cast<char*>(staged + 4 * tile_size) + warp * CapsuleStore<T>::bytes(padded),
-      padded);
+  const std::size_t store_bytes = capsule_store_bytes(shape, padded, sizeof(T));
+  const CapsuleStore<T> own(reinterpret_cast<char*>(staged + 4 * tile_size) + warp * store_bytes,
+                            shape, padded);
 
   if (arguments.grad_bias != nullptr) {
     write_grad_bias<T, DT>(static_cast<T*>(arguments.grad_bias), w, shape, first_t,
@@ -183,17 +179,15 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     return;
   }
 
-  typename Tile::Row dprior;
-#pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) dprior[j] = 0.0f;
   if (active) {
     load_weight<P>(own.weight,
                    static_cast<const T*>(arguments.weight) +
                        std::size_t(i / shape.weight_sharing) * shape.J * shape.D * shape.K,
                    1, shape, padded, lane.index, kWarpSize);
-    for (int e = lane.index; e < CapsuleStore<T>::size_of_dW(padded); e += kWarpSize) {
+    for (int e = lane.index; e < own.size_of_dW; e += kWarpSize) {
       own.dW[e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
+    for (int j = 0; j < shape.J; ++j) own.dprior[j * kWarpSize + lane.index] = 0.0f;
   }
 
   // Steps: t = first_t..R of each tile. The states of the next step come while one is worked on.
@@ -239,20 +233,30 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     typename Tile::Row c, dl;  // dl holds dc first
     load_prior<T, Tile>(c, logits, i, shape.J);
 #pragma unroll
-    for (int j = 0; j < Tile::kCapsules; ++j) {
-      dl[j] = 0.0f;
-      if (Tile::has(j, shape.J)) {
-        // u_hat is computed anew for each t: cheaper than the registers to keep it.
-        float u_hat[DT][4];
-        predict<P, T, Tile>(u_hat, j * DT, own.weight, first_u, rows, shape, lane);
-        if (t > 1) c[j] += row_dot<DT>(u_hat, V + j * DT * kWarpSize, lane);
-        dl[j] = row_dot<DT>(u_hat, ds + j * DT * kWarpSize, lane);
+    for (int j0 = 0; j0 < Tile::kCapsules; j0 += 2) {
+      // u_hat is computed anew for each t: cheaper than the registers to keep it. Two output
+      // capsules at a time, so that the latencies of one are filled by the other.
+      float u_hat[2 * DT][4];
+      predict<P, T, Tile>(u_hat, j0 * DT, own.weight, first_u, rows, shape, lane);
+#pragma unroll
+      for (int j = j0; j < j0 + 2 && j < Tile::kCapsules; ++j) {
+        if (Tile::has(j, shape.J)) {
+          const auto* x = u_hat + (j - j0) * DT;
+          if (t > 1) c[j] += row_dot<DT>(x, V + j * DT * kWarpSize, lane);
+          dl[j] = row_dot<DT>(x, ds + j * DT * kWarpSize, lane);
+        } else {
+          dl[j] = 0.0f;
+        }
       }
     }
     softmax<Tile>(c, shape.J, arguments.leaky);
     softmax_backward<Tile>(dl, c, shape.J);
+    if (arguments.grad_logits != nullptr) {
 #pragma unroll
-    for (int j = 0; j < Tile::kCapsules; ++j) dprior[j] += dl[j];
+      for (int j = 0; j < Tile::kCapsules; ++j) {
+        if (Tile::has(j, shape.J)) own.dprior[j * kWarpSize + lane.index] += dl[j];
+      }
+    }
     add_scaled_state<Tile>(du_hat, c, ds, shape.J, lane);
     if (arguments.full_gradient && t > 1) add_scaled_state<Tile>(du_hat, dl, V, shape.J, lane);
 
@@ -278,18 +282,15 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     }
   }
   if (arguments.grad_logits != nullptr) {
-#pragma unroll
-    for (int j = 0; j < Tile::kCapsules; ++j) {
-      if (Tile::has(j, shape.J)) {
-        float sum = dprior[j];  // over both rows of a pair, then over the 8 pairs
-        sum += shuffle_xor(sum, 1);
-        for (int step = 4; step < kWarpSize; step *= 2) sum += shuffle_xor(sum, step);
-        if (lane.index == 0) {
-          if (plan.gradients.partial_sums) {
-            w.partial_logits[partial * shape.J + j] = sum;
-          } else {
-            store(static_cast<T*>(arguments.grad_logits) + std::size_t(i) * shape.J + j, sum);
-          }
+    for (int j = 0; j < shape.J; ++j) {
+      float sum = own.dprior[j * kWarpSize + lane.index];
+      sum += shuffle_xor(sum, 1);  // both rows of a quad, then the 8 quads
+      for (int step = 4; step < kWarpSize; step *= 2) sum += shuffle_xor(sum, step);
+      if (lane.index == 0) {
+        if (plan.gradients.partial_sums) {
+          w.partial_logits[partial * shape.J + j] = sum;
+        } else {
+          store(static_cast<T*>(arguments.grad_logits) + std::size_t(i) * shape.J + j, sum);
         }
       }
     }

@@ -25,8 +25,10 @@ struct TileOf {
   using Values = float[kFragments][4];
   using Row = float[kCapsules];  // of the row this lane owns
 
-  // Whether there is a j-th output capsule, j < kCapsules.
-  static __device__ __forceinline__ bool has(int j, int J) { return kJ > 0 || j < J; }
+  // Whether there is a j-th output capsule.
+  static __device__ __forceinline__ bool has(int j, int J) {
+    return j < kCapsules && (kJ > 0 || j < J);
+  }
 
   static __device__ __forceinline__ int padded_K(int K) {
     return kJ > 0 ? kTileDims : round_up(K, kTileDims);
