@@ -24,6 +24,7 @@ from .blocks import (
     state_offsets,
     sum_of_partials,
     table_offsets,
+    visit,
     weight_offsets,
     weight_tile,
     wide,
@@ -106,15 +107,12 @@ def routing_backward_kernel(
     G_step = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
     first = i_group * capsules
     for index in range(first, min(first + capsules, I)):
-        i = wide(index, OFFSET)
-        u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
-        W = weight_tile(
-            weight_ptr, i // WEIGHT_SHARING, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC
-        )
-        u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
-        b = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC) + agreement(u_hat, V)
+        i, u_hat, b = visit(
+            u_ptr, weight_ptr, logits_ptr, V, index, i_b, i_j, B, I, WEIGHT_SHARING, J, K, D,
+            BLOCK_B, BLOCK_J, BLOCK_D, BLOCK_K, ACC, PRECISION,
+        )  # fmt: skip
         c = coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY)
-        dl = logit_gradients(c, agreement(u_hat, ds), statistics_ptr, i_b, i, i_j, B, I, J, BLOCK_J)
+        dl = logit_gradients(c, agreement(u_hat, ds), statistics_ptr, i_b, i, B, I)
         G_step += dl[:, :, None] * u_hat
     tl.store(partial_ptr + wide(i_group, OFFSET) * size + offsets, G_step, mask=mask)
 
@@ -244,16 +242,7 @@ def routing_gradients_kernel(
                     du_hat += over_lanes(c) * ds
                     if grad_logits_ptr is not None:
                         dprior += logit_gradients(
-                            c,
-                            lane_agreement(u_hat, ds),
-                            statistics_ptr,
-                            i_b,
-                            i,
-                            i_j,
-                            B,
-                            I,
-                            J,
-                            BLOCK_J,
+                            c, lane_agreement(u_hat, ds), statistics_ptr, i_b, i, B, I
                         )
                 if LATER != "none":
                     for t in range(iterations if LATER == "last" else 2, iterations + 1):
@@ -269,16 +258,7 @@ def routing_gradients_kernel(
                         du_hat += over_lanes(c) * ds
                         if LATER == "all" or grad_logits_ptr is not None:
                             dl = logit_gradients(
-                                c,
-                                lane_agreement(u_hat, ds),
-                                p_statistics,
-                                i_b,
-                                i,
-                                i_j,
-                                B,
-                                I,
-                                J,
-                                BLOCK_J,
+                                c, lane_agreement(u_hat, ds), p_statistics, i_b, i, B, I
                             )
                             dprior += dl
                             if LATER == "all":

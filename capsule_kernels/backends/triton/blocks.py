@@ -293,7 +293,10 @@ def statistic(statistics_ptr, which: tl.constexpr, i_b, i, B, I, other):
 
 @triton.jit
 def coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY: tl.constexpr):
-    """c = softmax over J of the logits b [BLOCK_B, BLOCK_J], from tabled statistics if given."""
+    """c = softmax over J of the logits b, from tabled statistics if given.
+
+    b is [BLOCK_B, BLOCK_J], or [BLOCK_B, BLOCK_J, 2] for two input capsules at a time.
+    """
     if statistics_ptr is None:
         maximum = tl.max(b, axis=1, keep_dims=True)
         if LEAKY:  # one more logit, 0
@@ -309,16 +312,32 @@ def coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY: tl.constexpr):
 
 
 @triton.jit
-def logit_gradients(
-    c, dc, statistics_ptr, i_b, i, i_j, B, I, J: tl.constexpr, BLOCK_J: tl.constexpr
-):  # fmt: skip
-    """dl = c (dc - sum_k c_k dc_k), [BLOCK_B, BLOCK_J]; the sum over all J tabled if given."""
-    j = (i_j + tl.arange(0, BLOCK_J))[None, :]
+def logit_gradients(c, dc, statistics_ptr, i_b, i, B, I):
+    """dl = c (dc - sum_k c_k dc_k), in the shape of c; the sum over all J tabled if given."""
     if statistics_ptr is None:
-        mean = tl.sum(tl.where(j < J, c * dc, 0.0), axis=1, keep_dims=True)
+        mean = tl.sum(c * dc, axis=1, keep_dims=True)
     else:
         mean = statistic(statistics_ptr, 2, i_b, i, B, I, 0.0)
-    return tl.where(j < J, c * (dc - mean), 0.0)
+    return c * (dc - mean)
+
+
+@triton.jit
+def visit(
+    u_ptr, weight_ptr, logits_ptr, V, index, i_b, i_j, B, I, WEIGHT_SHARING: tl.constexpr,
+    J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """An input capsule's u_hat and logits b = prior + u_hat . V (V may be None), and its index."""
+    i = wide(index, i_b.dtype)
+    u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
+    row = i // WEIGHT_SHARING
+    W = weight_tile(weight_ptr, row, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC)
+    u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
+    b = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC)
+    if V is not None:
+        b += agreement(u_hat, V)
+    return i, u_hat, b
 
 
 @triton.jit

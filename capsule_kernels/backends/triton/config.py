@@ -6,8 +6,9 @@ from functools import lru_cache
 MATRIX_ROWS = 16
 """Rows of the matrix instructions' tile, and the shortest contraction that tl.dot takes."""
 
-MAX_TILE = 512
-"""Largest number of (j, d) columns of a tile; u_hat, V and s of one each live in registers."""
+MAX_TILE = 256
+"""Most (j, d) columns of a tile: in the last sweep of split float32 twice as many would overflow
+the 163 KiB of shared memory of sm_80."""
 
 WARP_COLUMNS = 64
 """Columns of a warp: with 16 samples 32 registers of a thread for each of u_hat, V and s."""
@@ -96,7 +97,7 @@ def sweep(B: int, I: int, J: int, K: int, D: int, processors: int) -> Sweep:
         return programs * (ceil_div(I, groups) + groups * partial_sum)
 
     groups = min(range(1, min(I, 2 * processors) + 1), key=cost)
-    capsules = ceil_div(I, groups)
+    capsules = ceil_div(ceil_div(I, groups), 2) * 2  # two at a time
     columns = tile.BLOCK_J * tile.BLOCK_D
     return Sweep(
         tile=tile,
@@ -107,6 +108,16 @@ def sweep(B: int, I: int, J: int, K: int, D: int, processors: int) -> Sweep:
         num_warps=max(1, columns // WARP_COLUMNS),
         num_stages=2,
     )
+
+
+def step(sweep: Sweep, precision: str, first: bool) -> int:
+    """Input capsules that a sweep of the forward takes at a time.
+
+    Two give a warp independent work and share the exchange of the softmax between warps, for 32
+    more registers a thread: split float32 has them only in the first sweep, which holds no V, and
+    the sweeps of the backward, which hold ds as well, never do.
+    """
+    return 2 if sweep.one_tile and (precision == "tf32" or first) else 1
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,26 @@ import triton
 import triton.language as tl
 
 from .blocks import (
-    agreement,
     agreement_vectors,
     bias_tile,
     coupling_coefficients,
-    input_capsule,
-    prediction_vectors,
-    prior_logits,
     squash,
     state_offsets,
     sum_of_partials,
-    weight_tile,
+    visit,
     wide,
 )
+
+
+@triton.jit
+def store_coupling(
+    coupling_ptr, c, i_b, i, i_j, B, I, J: tl.constexpr, BLOCK_J: tl.constexpr
+):  # fmt: skip
+    """c of input capsule i to coupling [B, I, J]."""
+    j = i_j + tl.arange(0, BLOCK_J)
+    p_coupling = coupling_ptr + (i_b * I + i)[:, None] * J + j[None, :]
+    mask = (i_b < B)[:, None] & (j < J)[None, :]
+    tl.store(p_coupling, c.to(coupling_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -40,6 +47,7 @@ def routing_forward_kernel(
     WEIGHT_SHARING: tl.constexpr,
     LEAKY: tl.constexpr,
     FIRST: tl.constexpr,
+    STEP: tl.constexpr,  # input capsules at a time, 1 or 2
     BLOCK_B: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -50,8 +58,8 @@ def routing_forward_kernel(
 ):
     """Partial sums of s^t over a group of input capsules, for a batch tile and a tile of J.
 
-    Grid: (batch tiles, groups, tiles of J). The partial sums of iteration t - 1
-    are added first if they are given, and the programs of group 0 store the total s^(t-1).
+    Grid: (batch tiles, groups, tiles of J). The partial sums of iteration t - 1 are added first if
+    they are given, and the programs of group 0 store the total s^(t-1).
     """
     i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
     i_group = tl.program_id(1)
@@ -59,7 +67,9 @@ def routing_forward_kernel(
     size = wide(B, OFFSET) * (J * D)
     offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
 
-    if not FIRST:
+    if FIRST:
+        V = None
+    else:
         if input_ptr is not None:
             V = agreement_vectors(s_ptr, offsets, mask, size, t - 2, ACC)
             s_before = sum_of_partials(input_ptr, offsets, mask, size, tl.num_programs(1), ACC)
@@ -73,30 +83,32 @@ def routing_forward_kernel(
 
     s = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
     first = i_group * capsules
-    for index in range(first, min(first + capsules, I)):
-        i = wide(index, OFFSET)
-        u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
-        W = weight_tile(
-            weight_ptr, i // WEIGHT_SHARING, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC
-        )
-        u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
-        if FIRST and logits_ptr is None:
+    for index in range(first, min(first + capsules, I), STEP):
+        i, u_hat, b = visit(
+            u_ptr, weight_ptr, logits_ptr, V, index, i_b, i_j, B, I, WEIGHT_SHARING, J, K, D,
+            BLOCK_B, BLOCK_J, BLOCK_D, BLOCK_K, ACC, PRECISION,
+        )  # fmt: skip
+        if STEP == 2:  # beyond I the last capsule again, and nothing is added
+            next_i, next_u_hat, next_b = visit(
+                u_ptr, weight_ptr, logits_ptr, V, min(index + 1, I - 1), i_b, i_j, B, I,
+                WEIGHT_SHARING, J, K, D, BLOCK_B, BLOCK_J, BLOCK_D, BLOCK_K, ACC, PRECISION,
+            )  # fmt: skip
+            b = tl.join(b, next_b)
+        if V is None and logits_ptr is None:
             # The first coupling without a prior is uniform. Multiplied here, not after the loop:
             # a bare sum would be left to the matrix unit, which rounds towards zero.
-            c = tl.full([BLOCK_B, BLOCK_J], 1.0 / (J + LEAKY), ACC)
+            c = tl.full(b.shape, 1.0 / (J + LEAKY), ACC)
         else:
-            b = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC)
-            if not FIRST:
-                b += agreement(u_hat, V)
             c = coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY)
-        s += c[:, :, None] * u_hat
+        if STEP == 2:
+            c, next_c = tl.split(c)
+            if coupling_ptr is not None:
+                store_coupling(coupling_ptr, next_c, i_b, next_i, i_j, B, I, J, BLOCK_J)
+            next_c = tl.where(index + 1 < I, next_c, 0.0)
+            s += next_c[:, :, None] * next_u_hat
         if coupling_ptr is not None:
-            j = i_j + tl.arange(0, BLOCK_J)
-            tl.store(
-                coupling_ptr + (i_b * I + i)[:, None] * J + j[None, :],
-                c.to(coupling_ptr.dtype.element_ty),
-                mask=(i_b < B)[:, None] & (j < J)[None, :],
-            )
+            store_coupling(coupling_ptr, c, i_b, i, i_j, B, I, J, BLOCK_J)
+        s += c[:, :, None] * u_hat
     tl.store(partial_ptr + i_group.to(OFFSET) * size + offsets, s, mask=mask)
 
 

@@ -120,6 +120,14 @@ class Routing:
             "OFFSET": tl.int64 if wide else tl.int32,
         }
 
+    @property
+    def precision(self) -> str:
+        return precision_of(self.u.dtype, self.gpu)
+
+    def step(self, first: bool) -> int:
+        """Input capsules that a sweep of the forward takes at a time."""
+        return config.step(self.sweep, self.precision, first)
+
     def over_capsules(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         """Launch a kernel that visits the input capsules."""
         B, I, J, K, D, _ = self.sizes
@@ -127,7 +135,7 @@ class Routing:
             kernel, grid, self.sweep.num_warps, self.sweep.num_stages,
             u_ptr=self.u, weight_ptr=self.weight, logits_ptr=self.logits, B=B, I=I, J=J, K=K, D=D,
             WEIGHT_SHARING=self.weight_sharing, LEAKY=self.leaky,
-            PRECISION=precision_of(self.u.dtype, self.gpu),
+            PRECISION=self.precision,
             **vars(self.sweep.tile), **self.types, **arguments,
         )  # fmt: skip
 
@@ -190,7 +198,7 @@ def routing_forward(
                 partial_ptr=partials[t % 2],
                 statistics_ptr=statistics,
                 coupling_ptr=coupling if return_coupling and t == R else None,
-                t=t, capsules=routing.sweep.capsules, FIRST=t == 1,
+                t=t, capsules=routing.sweep.capsules, FIRST=t == 1, STEP=routing.step(first=t == 1),
             )  # fmt: skip
             if t == R or not one_tile:
                 routing.over_state(

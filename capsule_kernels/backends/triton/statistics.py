@@ -80,8 +80,7 @@ def routing_statistics_kernel(
             total = tl.where(here, total * rescale + tl.sum(e, axis=1, keep_dims=True), total)
             maximum = tl.where(here, m_new, maximum)
             if ds_ptr is not None:
-                j = i_j + tl.arange(0, BLOCK_J)[None, :]
-                dc = tl.where(j < J, agreement(u_hat, ds), 0.0)
+                dc = agreement(u_hat, ds)
                 weighted = tl.where(
                     here, weighted * rescale + tl.sum(e * dc, axis=1, keep_dims=True), weighted
                 )
