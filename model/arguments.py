@@ -88,8 +88,13 @@ class Arguments(argparse.Namespace):
 
 
 def parse(argv: list[str] | None = None) -> Arguments:
+    """A command line; UserError for a time that can't be one, SystemExit (2) for unknown flags."""
     given = vars(parser().parse_args(argv))
     options = {name: given.pop(name, default) for name, default in RUN_OPTIONS.items()}
+    for name in ("max_minutes", "checkpoint_minutes"):
+        value = options[name]
+        if value is not None and not value >= 0:
+            raise UserError(f"{flag(name)} must be at least 0, got {value}")
     return Arguments(**options, changes=given)
 
 

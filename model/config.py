@@ -97,7 +97,7 @@ class Config:
             "epochs": 0, "batch_size": 1, "accumulate": 1, "lr_decay_steps": 1, "shift_pixels": 0,
             "seed": 0, "lam_recon": 0,
         }.items():  # fmt: skip
-            if getattr(self, name) < smallest:
+            if not getattr(self, name) >= smallest:  # NaN is refused too
                 raise UserError(
                     f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}"
                 )
@@ -106,6 +106,8 @@ class Config:
         for name in ("lr", "lr_decay"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
+        if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
+            raise UserError(f"--stop-accuracy must be above 0, at most 1, got {self.stop_accuracy}")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--accumulate must divide --batch-size = {self.batch_size}, got {self.accumulate}"

@@ -17,14 +17,15 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path | None, size: int = 0, step: int = 0) -> None:
-        self.size = size
+        self.size = 0
         self.board: Any = None
         self.path = directory / METRICS if directory is not None else None
         if directory is None or self.path is None:
             return
         try:
             with self.path.open("ab") as file:
-                file.truncate(size)
+                self.size = min(size, file.tell())
+                file.truncate(self.size)
         except OSError as error:
             raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
         try:

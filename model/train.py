@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     trainer = prepare(arguments)
     try:
-        console = Console(stderr=True, highlight=False, quiet=not trainer.world.is_main)
+        console = Console(
+            stderr=True, highlight=False, soft_wrap=True, quiet=not trainer.world.is_main
+        )
         return train(trainer, arguments, console)
     finally:
         trainer.world.leave()
@@ -52,6 +54,10 @@ def prepare(arguments: Arguments) -> Trainer:
     state = None
     if arguments.resume is not None:
         state = checkpoints.load(arguments.resume)
+        if "progress.sums" not in state.tensors:
+            raise UserError(
+                f"--resume {arguments.resume}: weights alone; --weights starts a new run from them"
+            )
         config = command_line.resumed_config(arguments, state.config)
         directory = arguments.resume if arguments.resume.is_dir() else arguments.resume.parent
     else:
@@ -141,12 +147,12 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
         except Interrupted as interrupted:
             fit.save()
             log.close()
-            console.print(f"interrupted, saved; go on: {go_on}", soft_wrap=True)
+            console.print(f"interrupted, saved; go on: {go_on}")
             return interrupted.exit_code
     if trainer.world.is_main:
         report(trainer, fit, outcome, log, console)
     if outcome == "out of time":
-        console.print(f"out of time, saved; go on: {go_on}", soft_wrap=True)
+        console.print(f"out of time, saved; go on: {go_on}")
     log.close()
     return 0
 
@@ -165,13 +171,13 @@ def report(trainer: Trainer, fit: Fit, outcome: str, log: MetricsLog, console: C
             f"{name}: error {result.error:.2f} % ({result.wrong:,} of {result.count:,} wrong)"
         )
     log.write("final", trainer.progress.step, values)
-    console.print(f"weights: {weights}", soft_wrap=True)
+    console.print(f"weights: {weights}")
     if isinstance(trainer.model, CapsNet) and trainer.model.decoder is not None:
         picture = trainer.directory / "reconstructions.png"
         pixels = reconstruction_rows(trainer.model, trainer.test_batch(SHOWN))
         save_png(picture, pixels)
         log.image("reconstructions", pixels, trainer.progress.step)
-        console.print(f"inputs above their reconstructions: {picture}", soft_wrap=True)
+        console.print(f"inputs above their reconstructions: {picture}")
 
 
 def list_experiments() -> None:

@@ -13,9 +13,10 @@ from model.arguments import new_config, parse
 from model.checkpoint import load
 from model.errors import UserError
 from model.experiments import EXPERIMENTS
+from model.metrics import read_metrics
 from model.trainer import Trainer
 
-from .tiny import add_tiny
+from .tiny import STEPS_PER_EPOCH, add_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +69,8 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_weights_are_where_a_run_starts(tmp_path: Path) -> None:
     run(tmp_path / "a")
     weights = tmp_path / "a" / "weights.safetensors"
+    with pytest.raises(UserError, match="weights alone; --weights starts a new run"):
+        train.main(["--resume", str(weights)])
     assert run(tmp_path / "b", "--epochs", "0", "--weights", str(weights)) == 0
     a, b = load(weights), load(tmp_path / "b" / "weights.safetensors")
     assert all(torch.equal(t, b.tensors[name]) for name, t in a.tensors.items())
@@ -99,6 +102,11 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
         ("--epochs -1", "--epochs must be at least 0, got -1"),
         ("--lr 0", "--lr must be above 0, got 0.0"),
         ("--lr nan", "--lr must be above 0, got nan"),
+        ("--lam-recon nan", "--lam-recon must be at least 0, got nan"),
+        ("--stop-accuracy 99", "--stop-accuracy must be above 0, at most 1, got 99.0"),
+        ("--max-minutes nan", "--max-minutes must be at least 0, got nan"),
+        ("--image-size 12", "image size must be at least 17 pixels"),
+        ("--cuda-graph", "--cuda-graph needs one process on one GPU"),
         ("--routings 0", "--routings must be at least 1, got 0"),
         ("--accumulate 3", "--accumulate must divide --batch-size = 64, got 3"),
         ("--dataset mnist --data-dir nowhere", "nowhere/mnist/train-images-idx3-ubyte.gz is not"),
@@ -145,7 +153,7 @@ def test_an_unwritable_directory_is_found_before_training(
 def test_resume_into_another_configuration_is_refused(
     flags: str, expected: str, tmp_path: Path
 ) -> None:
-    run(tmp_path / "run", "--epochs", "0")
+    run(tmp_path / "run", "--max-minutes", "0")
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
     with pytest.raises(UserError) as caught:
         train.main(["--resume", str(tmp_path / "run"), *flags.split()])
@@ -157,6 +165,28 @@ def test_resume_for_more_epochs(tmp_path: Path) -> None:
     run(tmp_path / "run")
     assert train.main(["--resume", str(tmp_path / "run"), "--epochs", "2", "--lr", "3e-3"]) == 0
     assert load(tmp_path / "run").counters["epoch"] == 2
+
+
+def test_resume_where_the_metrics_were_lost(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert train.main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    kinds = [line["kind"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert kinds == ["epoch", "final"]
+
+
+def test_a_loss_that_explodes_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the loss of epoch 1 is nan: a smaller --lr may help"):
+        run(tmp_path / "run", "--lr", "1e30")
+
+
+def test_the_wanted_accuracy_ends_the_run(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert run(directory, "--epochs", "9", "--stop-accuracy", "0.001") == 0
+    last = read_metrics(directory / "metrics.jsonl")[-1]
+    assert (last["outcome"], last["step"]) == ("accuracy reached", STEPS_PER_EPOCH)
+    assert train.main(["--resume", str(directory)]) == 0
+    assert load(directory).counters["step"] == STEPS_PER_EPOCH
 
 
 def test_one_line_and_exit_code_2_in_a_fresh_process(tmp_path: Path) -> None:
