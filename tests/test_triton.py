@@ -79,7 +79,7 @@ def test_many_rows_are_not_split():
 
 
 def test_large_batches_are_cut_by_samples_and_small_ones_by_capsules():
-    assert config.sweep(4096, *MNIST, 132).groups <= 2
+    assert config.sweep(4096, *MNIST, 132).groups <= 4
     assert config.sweep(1, *MNIST, 132).groups >= 64
 
 
@@ -154,6 +154,37 @@ def test_float32_follows_the_matmul_precision_at_run_time():
             assert precision_of(torch.float64, cuda) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@needs_triton
+def test_tuning_is_by_request_and_leaves_the_order_of_sums_alone(monkeypatch):
+    import triton
+
+    from capsule_kernels.backends.triton import launch
+
+    calls = []
+
+    class Kernel:
+        arg_names = ("u_ptr", "B", "t", "J")
+
+        def __getitem__(self, grid):
+            return lambda **options: calls.append(options)
+
+    def autotune(configs, key):
+        calls.append((configs, key))
+        return lambda kernel: kernel
+
+    monkeypatch.setattr(triton, "autotune", autotune)
+    monkeypatch.delenv("CAPSULE_KERNELS_AUTOTUNE", raising=False)
+    launch.run(Kernel(), (1,), 4, 2, B=3)
+    assert calls == [{"B": 3, "num_warps": 4, "num_stages": 2}]
+    monkeypatch.setenv("CAPSULE_KERNELS_AUTOTUNE", "1")
+    launch.run(Kernel(), (1,), 4, 2, B=3)
+    configs, key = calls[1]
+    assert {config.num_warps for config in configs} == {4}
+    assert len({config.num_stages for config in configs}) == len(configs) > 1
+    assert key == ["B", "J"]
+    assert calls[2] == {"B": 3}
 
 
 SHAPE = RoutingShape(*MNIST, 3)

@@ -84,17 +84,20 @@ def sweep(B: int, I: int, J: int, K: int, D: int, processors: int) -> Sweep:
     """The cut of a sweep for a machine with ``processors`` multiprocessors.
 
     Too few groups leave multiprocessors idle; but each is one more partial sum that every program
-    of the next sweep reads. Cost in the time of one capsule's step, about that of two partial sums:
-    the programs of the busiest multiprocessor, times the steps and sums of each.
+    of the next sweep reads. Cost in the time of one capsule's step, where a step reads 5 KB of
+    weights through the L2 and a partial sum of 16 samples 10 KB: the programs of the busiest
+    multiprocessor, times the steps and sums of each. One program alone fills two thirds of the
+    instruction slots that two fill (a guess, to be measured).
     """
     tile = tile_of(J, K, D)
     assert tile is not None, "unsupported() lets no such shape pass"
     tiles_B, tiles_J = ceil_div(B, tile.BLOCK_B), ceil_div(J, tile.BLOCK_J)
-    partial_sum = 0.5 * min(1, B / tile.BLOCK_B)
+    partial_sum = 2 * min(1, B / tile.BLOCK_B)
 
     def cost(groups: int) -> float:
         programs = ceil_div(tiles_B * tiles_J * groups, processors)
-        return programs * (ceil_div(I, groups) + groups * partial_sum)
+        step = 1.5 if programs == 1 else 1
+        return programs * (step * ceil_div(I, groups) + groups * partial_sum)
 
     groups = min(range(1, min(I, 2 * processors) + 1), key=cost)
     capsules = ceil_div(ceil_div(I, groups), 2) * 2  # two at a time

@@ -1,5 +1,7 @@
 """The host side: which kernels run in which order, on which workspaces."""
 
+import functools
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -7,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -42,7 +45,23 @@ def run(
     kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any
 ) -> None:
     """Launch a kernel on the current device and stream."""
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    if os.environ.get("CAPSULE_KERNELS_AUTOTUNE") == "1":
+        tuned(kernel, num_warps)[grid](**arguments)
+    else:
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+
+
+@functools.cache
+def tuned(kernel: Any, num_warps: int) -> Any:
+    """The kernel with ``triton.autotune`` about it: slow where it meets new sizes.
+
+    Only the depth of the load pipeline is tuned: tiles, warps and groups decide in which order
+    sums are taken, and no environment variable changes results.
+    """
+    return triton.autotune(
+        configs=[triton.Config({}, num_warps, num_stages) for num_stages in (1, 2, 3, 4)],
+        key=[name for name in kernel.arg_names if not name.endswith("_ptr") and name != "t"],
+    )(kernel)
 
 
 def precision_of(dtype: torch.dtype, gpu: Gpu) -> str:
