@@ -95,7 +95,12 @@ def fused_routing(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for can't be used; the message says why.
     """
-    if isinstance(u, Tensor) and torch.is_autocast_enabled(u.device.type):
+    # Autocast does not know the meta device.
+    if (
+        isinstance(u, Tensor)
+        and u.device.type != "meta"
+        and torch.is_autocast_enabled(u.device.type)
+    ):
         with torch.autocast(u.device.type, enabled=False):
             return fused_routing(  # type: ignore[call-overload]
                 under_autocast(u, u.device.type),
