@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd import FusedRouting
+from .autograd import FusedRouting, TransformableRouting, transformed
 from .dispatch import select_backend
 from .ops import OPERATORS
 from .reference import reference_routing
@@ -138,26 +138,18 @@ def fused_routing(
             routing_gradient=routing_gradient,
             return_coupling=return_coupling,
         )
-    differentiable = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (u, weight, logits, bias)
-    )
-    if differentiable:
+    tensors = (u, weight, logits, bias)
+    options = (num_iterations, leaky, weight_sharing)
+    if transformed():
+        v, coupling, _ = TransformableRouting.apply(
+            *tensors, chosen, *options, routing_gradient, return_coupling
+        )
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         v, coupling = FusedRouting.apply(
-            u,
-            weight,
-            logits,
-            bias,
-            chosen,
-            num_iterations,
-            leaky,
-            weight_sharing,
-            routing_gradient,
-            return_coupling,
+            *tensors, chosen, *options, routing_gradient, return_coupling
         )
     else:
-        v, _, coupling = OPERATORS[chosen].forward(
-            u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
-        )
+        v, _, coupling = OPERATORS[chosen].forward(*tensors, *options, return_coupling)
     return (v, coupling) if return_coupling else v
 
 

@@ -1,10 +1,17 @@
-"""Differentiation: the fused forward and backward operators as ``torch.autograd.Function``."""
+"""Differentiation: the fused forward and backward operators as ``torch.autograd.Function``.
 
+First derivatives are fused. Second and higher ones, and forward mode, come from the oracle, which
+stores ``u_hat``.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from . import vmap  # noqa: F401
 from .ops import OPERATORS
 from .reference import reference_routing
 
@@ -39,15 +46,82 @@ class FusedRouting(torch.autograd.Function):
         return v, coupling
 
     @staticmethod
-    def backward(ctx: Any, grad_v: Tensor, _grad_coupling: Tensor | None) -> tuple[Any, ...]:
-        u, weight, logits, bias, s = ctx.saved_tensors
-        arguments = (grad_v, u, weight, logits, bias, s, *ctx.options, ctx.needs_input_grad[:4])
-        # Grad mode is on only under create_graph=True: then this backward is itself differentiated.
-        run = FusedRoutingBackward.apply if torch.is_grad_enabled() else routing_gradients
-        return *run(*arguments), *[None] * 6
+    def backward(ctx: Any, grad_v: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+        wanted = ctx.needs_input_grad[:4]
+        arguments = (grad_v, *ctx.saved_tensors, *ctx.options, *wanted)
+        # Grad mode is on only where this backward is itself differentiated (create_graph=True,
+        # torch.func.grad).
+        if torch.is_grad_enabled():
+            gradients = FusedRoutingBackward.apply(*arguments)
+        else:
+            gradients = backward_operator(*arguments)
+        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[
+            None
+        ] * 6
 
 
-def routing_gradients(
+class TransformableRouting(torch.autograd.Function):
+    """:class:`FusedRouting` for ``torch.func`` (grad, vmap, jvp and what is made of them).
+
+    The form such transforms ask for costs several times the call itself, so it is used only under
+    them. The operators' rules for vmap are in :mod:`capsule_kernels.vmap`.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        u: Tensor,
+        weight: Tensor,
+        logits: Tensor | None,
+        bias: Tensor | None,
+        backend: str,
+        num_iterations: int,
+        leaky: bool,
+        weight_sharing: int,
+        routing_gradient: str,
+        return_coupling: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        v, s, coupling = OPERATORS[backend].forward(
+            u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
+        )
+        return v, coupling, s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        u, weight, logits, bias, backend, _, leaky, weight_sharing, routing_gradient, _ = inputs
+        _, coupling, s = output
+        ctx.save_for_backward(u, weight, logits, bias, s)
+        ctx.save_for_forward(u, weight, logits, bias, s)
+        ctx.options = (backend, leaky, weight_sharing, routing_gradient)
+        ctx.mark_non_differentiable(coupling, s)
+
+    backward = FusedRouting.backward
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:
+        *inputs, s = ctx.saved_tensors
+        oracle = oracle_of(s.shape[0], *ctx.options[1:])
+        v_like = inputs[0].new_zeros(s.shape[1:])
+        return jacobian_vector(oracle, inputs, tangents[:4], v_like), None, None
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation surrounds this call.
+
+    Raises ``RuntimeError`` under ``torch.compile``, whose traces of such transforms lose gradients.
+    """
+    found = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if found and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "fused_routing: torch.func transforms and forward-mode differentiation inside "
+            "torch.compile are not supported; call them outside of the compiled function, or "
+            "compile without fullgraph=True"
+        )
+    return found
+
+
+def backward_operator(
     grad_v: Tensor,
     u: Tensor,
     weight: Tensor,
@@ -58,52 +132,63 @@ def routing_gradients(
     leaky: bool,
     weight_sharing: int,
     routing_gradient: str,
-    needs_grad: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of u, weight, logits and bias by the fused operator; None where not needed."""
-    gradients = OPERATORS[backend].backward(
-        grad_v,
-        u,
-        weight,
-        logits,
-        s,
-        leaky,
-        weight_sharing,
-        routing_gradient == "full",
-        list(needs_grad),
+    *wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, weight, logits and bias by the fused operator; [0] where not ``wanted``."""
+    full = routing_gradient == "full"
+    return OPERATORS[backend].backward(
+        grad_v, u, weight, logits, s, leaky, weight_sharing, full, list(wanted)
     )
-    return tuple(g if wanted else None for g, wanted in zip(gradients, needs_grad, strict=True))
 
 
 class FusedRoutingBackward(torch.autograd.Function):
-    """The backward as a function of ``grad_v`` and the inputs, differentiable for double backward.
+    """:func:`backward_operator` as a differentiable function of ``grad_v`` and the inputs."""
 
-    Its own values come from the fused operator; its derivatives come from the oracle, which stores
-    ``u_hat``, and are differentiable again.
-    """
+    generate_vmap_rule = True
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
-        grad_v, u, weight, logits, bias, _, _, leaky, weight_sharing, routing_gradient, needs = arguments
-        ctx.save_for_backward(grad_v, u, weight, logits, bias)
-        ctx.options = (arguments[5].shape[0], leaky, weight_sharing, routing_gradient, needs)
-        return routing_gradients(*arguments)
+    forward = staticmethod(backward_operator)
 
     @staticmethod
-    def backward(ctx: Any, *second_gradients: Tensor | None) -> tuple[Any, ...]:
-        num_iterations, leaky, weight_sharing, routing_gradient, needs = ctx.options
-        with torch.enable_grad():
-            # Views: nodes of this graph alone, so that grad() below stops at them.
-            grad_v, *inputs = (
-                None if x is None else (x.view_as(x) if x.requires_grad else x.detach())
-                for x in ctx.saved_tensors
-            )
-            leaves = [
-                x if x is None or x.requires_grad or not wanted else x.requires_grad_()
-                for x, wanted in zip(inputs, needs, strict=True)
-            ]
-            u, weight, logits, bias = leaves
-            v = reference_routing(
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, s, _, leaky, weight_sharing, routing_gradient = inputs[:10]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.options = (s.shape[0], leaky, weight_sharing, routing_gradient)
+        ctx.wanted = inputs[10:]
+
+    @staticmethod
+    def backward(ctx: Any, *second_gradients: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[:5]
+        cotangents = tuple(h for h, w in zip(second_gradients, ctx.wanted, strict=True) if w)
+        function = FusedRoutingBackward.by_oracle(ctx)
+        found = iter(vector_jacobian(function, ctx.saved_tensors, needed, cotangents))
+        return *(next(found) if need else None for need in needed), *[None] * 9
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        function = FusedRoutingBackward.by_oracle(ctx)
+        inputs = ctx.saved_tensors[1:]
+        like = tuple(torch.zeros_like(x) for x, w in zip(inputs, ctx.wanted, strict=True) if w)
+        found = iter(jacobian_vector(function, ctx.saved_tensors, tangents[:5], like))
+        empty = inputs[0].new_zeros(0)
+        return tuple(next(found) if w else empty for w in ctx.wanted)
+
+    @staticmethod
+    def by_oracle(ctx: Any) -> Callable[..., tuple[Tensor, ...]]:
+        """The gradients that are wanted, as a function of grad_v, u, weight, logits and bias."""
+        oracle = oracle_of(*ctx.options)
+        wanted = ctx.wanted
+        return lambda grad_v, *inputs: vector_jacobian(oracle, inputs, wanted, grad_v)
+
+
+def oracle_of(
+    num_iterations: int, leaky: bool, weight_sharing: int, routing_gradient: str
+) -> Callable[..., Tensor]:
+    """The oracle as a function of u, weight, logits and bias, untouched by autocast."""
+
+    def routing(u: Tensor, weight: Tensor, logits: Tensor | None, bias: Tensor | None) -> Tensor:
+        with torch.autocast(u.device.type, enabled=False):
+            return reference_routing(  # type: ignore[return-value]
                 u,
                 weight,
                 num_iterations,
@@ -113,31 +198,32 @@ class FusedRoutingBackward(torch.autograd.Function):
                 weight_sharing=weight_sharing,
                 routing_gradient=routing_gradient,
             )
-            wanted = [x for x, need in zip(leaves, needs, strict=True) if need]
-            first = torch.autograd.grad(
-                v, wanted, grad_v, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            pairs = [
-                (g, h)
-                for g, h in zip(
-                    first, (h for h, need in zip(second_gradients, needs, strict=True) if need), strict=True
-                )
-                if h is not None and g.requires_grad
-            ]
-            sources = (grad_v, *leaves)
-            targets = [
-                x for x, need in zip(sources, ctx.needs_input_grad[:5], strict=True) if need
-            ]
-            found = iter(
-                torch.autograd.grad(
-                    [g for g, _ in pairs],
-                    targets,
-                    [h for _, h in pairs],
-                    create_graph=torch.is_grad_enabled(),
-                    allow_unused=True,
-                )
-                if pairs and targets
-                else [None] * len(targets)
-            )
-            gradients = [next(found) if need else None for need in ctx.needs_input_grad[:5]]
-        return *gradients, *[None] * 6
+
+    return routing
+
+
+def vector_jacobian(
+    function: Callable[..., Any], values: Sequence[Any], wanted: Sequence[bool], cotangents: Any
+) -> tuple[Tensor, ...]:
+    """Gradients of ``function(*values)`` with respect to the values that are ``wanted``."""
+
+    def of_wanted(*chosen: Tensor) -> Any:
+        rest = iter(chosen)
+        return function(*(next(rest) if w else x for x, w in zip(values, wanted, strict=True)))
+
+    chosen = (x for x, w in zip(values, wanted, strict=True) if w)
+    pull_back = torch.func.vjp(of_wanted, *chosen)[1]
+    return pull_back(cotangents)
+
+
+def jacobian_vector(
+    function: Callable[..., Any], values: Sequence[Any], tangents: Sequence[Any], like: Any
+) -> Any:
+    """How ``function(*values)`` moves along the tangents, None where a value stays.
+
+    Forward mode by reverse mode twice: gradients are linear in the cotangents, and the transpose of
+    that map is the derivative. ``like``: zeros in the shapes of the function's results.
+    """
+    moved = [tangent is not None for tangent in tangents]
+    pull_back = torch.func.vjp(lambda x: vector_jacobian(function, values, moved, x), like)[1]
+    return pull_back(tuple(tangent for tangent in tangents if tangent is not None))[0]

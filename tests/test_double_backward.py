@@ -1,0 +1,122 @@
+"""Gradients of gradients, against the oracle differentiated by PyTorch and against differences."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from capsule_kernels import CapsuleLinear, fused_routing, reference_routing
+
+from .cases import Case, copies, make_inputs
+
+SMALL = Case(B=2, I=4, J=3, K=2, D=3)
+OPTIONS = [
+    SMALL,
+    Case(B=2, I=4, J=3, K=2, D=3, logits=True, bias=True),
+    Case(B=2, I=4, J=3, K=2, D=3, leaky=True, weight_sharing=2),
+    Case(B=2, I=4, J=3, K=2, D=3, routing_gradient="last", logits=True),
+    Case(B=2, I=4, J=3, K=2, D=3, R=1, bias=True),
+]
+
+
+def route(function: Any, case: Case, inputs: dict[str, Any]) -> Tensor:
+    return function(
+        inputs["u"],
+        inputs["weight"],
+        case.R,
+        logits=inputs["logits"],
+        bias=inputs["bias"],
+        leaky=case.leaky,
+        weight_sharing=case.weight_sharing,
+        routing_gradient=case.routing_gradient,
+    )
+
+
+def derivatives(function: Any, case: Case, inputs: dict[str, Any]) -> list[Tensor]:
+    """First, second and third derivatives of the sum of v, each of what came before."""
+    leaves = [x for x in inputs.values() if x is not None and x.requires_grad]
+    scalar, found = route(function, case, inputs).sum(), []
+    for _ in range(3):
+        # In just this form: the gradient that enters depends on nothing (it is all ones at first).
+        gradients = torch.autograd.grad(
+            scalar, leaves, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        found += gradients
+        scalar = torch.stack([g.square().sum() for g in gradients]).sum()
+        if not scalar.requires_grad:
+            break
+    return found
+
+
+@pytest.mark.parametrize("case", OPTIONS, ids=str)
+def test_three_orders_match_the_oracle(case: Case) -> None:
+    inputs = make_inputs(case, torch.float64)
+    found = derivatives(fused_routing, case, inputs)
+    expected = derivatives(reference_routing, case, copies(inputs, torch.float64))
+    assert any(x.abs().max() > 0 for x in expected[-2:])
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("case", OPTIONS[:3] + OPTIONS[4:], ids=str)
+def test_gradgradcheck(case: Case) -> None:
+    inputs = make_inputs(case, torch.float64)
+    names = [name for name, x in inputs.items() if x is not None]
+
+    def function(*leaves: Tensor) -> Tensor:
+        return route(fused_routing, case, inputs | dict(zip(names, leaves, strict=True)))
+
+    leaves = [inputs[name] for name in names]
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("frozen", [f for f in product([False, True], repeat=4) if not all(f)])
+def test_any_subset_requires_grad(frozen: tuple[bool, ...]) -> None:
+    case = OPTIONS[1]
+    inputs = make_inputs(case, torch.float64)
+    oracle = copies(inputs, torch.float64)
+    for leaves in (inputs, oracle):
+        for x, freeze in zip(leaves.values(), frozen, strict=True):
+            x.requires_grad_(not freeze)
+    found = derivatives(fused_routing, case, inputs)
+    torch.testing.assert_close(found, derivatives(reference_routing, case, oracle))
+
+
+def test_first_derivatives_in_a_graph_are_the_fused_ones() -> None:
+    inputs = make_inputs(SMALL, torch.float32)
+    leaves = [inputs["u"], inputs["weight"]]
+    plain = torch.autograd.grad(route(fused_routing, SMALL, inputs).sum(), leaves)
+    v = route(fused_routing, SMALL, inputs).sum()
+    graph = torch.autograd.grad(v, leaves, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, graph, strict=True))
+    assert all(g.requires_grad for g in graph)
+
+
+def test_inside_autocast() -> None:
+    """The oracle beneath the second derivative computes as outside: nothing is cast again."""
+    inputs = make_inputs(SMALL, torch.float64)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(derivatives(fused_routing, SMALL, inputs))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_gradient_penalty_trains() -> None:
+    """The penalty of WGAN-GP (Gulrajani et al. 2017): the gradient's length is pulled to 1."""
+    torch.manual_seed(0)
+    layer = CapsuleLinear(6, 4, 3, 4)
+    u = torch.randn(8, 6, 4, requires_grad=True)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.03)
+    penalties = []
+    for _ in range(30):
+        score = layer(u).norm(dim=-1).sum()
+        (slope,) = torch.autograd.grad(score, u, create_graph=True)
+        penalty = (slope.flatten(1).norm(dim=1) - 1).square().mean()
+        optimizer.zero_grad()
+        penalty.backward()
+        optimizer.step()
+        penalties.append(penalty.item())
+    assert penalties[-1] < 0.2 * penalties[0]
