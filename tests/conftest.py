@@ -1,0 +1,27 @@
+"""Figures that tests count, such as calls tried or bits compared: a line each, after the run."""
+
+from collections.abc import Callable
+
+import pytest
+
+LINES = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LINES] = {}
+
+
+@pytest.fixture(scope="session")
+def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """``figure(what, amount)`` prints ``what: amount`` in the summary; the last amount counts."""
+    return request.config.stash[LINES].__setitem__
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    lines = config.stash[LINES]
+    if lines:
+        terminalreporter.section("figures")
+    for what, amount in lines.items():
+        terminalreporter.write_line(f"{what}: {amount}")

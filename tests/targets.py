@@ -1,0 +1,40 @@
+"""The kernels that can run here: what tests of every backend are parametrized with."""
+
+from typing import NamedTuple
+
+import torch
+
+from capsule_kernels import backends
+from capsule_kernels.dispatch import RoutingShape, reason_against
+
+from .cases import Case
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+class Target(NamedTuple):
+    """A backend and the device its tensors live on."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+    def can_run(self, case: Case, dtype: torch.dtype) -> bool:
+        shape = RoutingShape(case.I, case.J, case.K, case.D, case.R)
+        return (
+            self.backend == "reference"
+            or reason_against(self.backend, torch.device(self.device), dtype, shape) is None
+        )
+
+
+GPU = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = [
+    Target(name, "cpu" if name == "cpu" else GPU)
+    for name, status in backends().items()
+    if name != "reference" and status.usable
+]
+"""Every kernel backend; triton is among them on a GPU or under ``TRITON_INTERPRET=1``."""
+
+EVERY = [Target("reference", "cpu"), *KERNELS]

@@ -1,0 +1,157 @@
+"""Odd but right arguments: no samples, zeros, any strides, gradients of any subset."""
+
+import itertools
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from capsule_kernels import fused_routing
+
+from .cases import Case, make_inputs, run
+from .targets import DTYPES, EVERY, KERNELS
+
+EVERYTHING = Case(B=3, I=6, J=3, K=4, D=5, logits=True, bias=True, leaky=True, weight_sharing=2)
+
+
+@pytest.mark.parametrize("target", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("R", [1, 3])
+def test_an_empty_batch(target, dtype, R):
+    case = replace(EVERYTHING, B=0, R=R)
+    if not target.can_run(case, dtype):
+        pytest.skip(f"{target} does not take {dtype}")
+    inputs = make_inputs(case, dtype, target.device)
+    results = run(fused_routing, case, inputs, backend=target.backend)
+    assert results["v"].shape == (0, 3, 5)
+    assert results["coupling"].shape == (0, 6, 3)
+    for name, x in inputs.items():
+        gradient = results[f"grad_{name}"]
+        assert gradient.shape == x.shape
+        assert gradient.dtype == dtype
+        assert not gradient.any(), name
+
+
+@pytest.mark.parametrize("target", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B", [2, 20])
+def test_capsules_of_zeros(target, dtype, B):
+    """u = 0 and no bias: v is 0, and so is every gradient."""
+    case = replace(EVERYTHING, B=B, bias=False)
+    if not target.can_run(case, dtype):
+        pytest.skip(f"{target} does not take {dtype}")
+    inputs = make_inputs(case, dtype, target.device)
+    with torch.no_grad():
+        inputs["u"].zero_()
+    results = run(fused_routing, case, inputs, backend=target.backend)
+    coupling = results.pop("coupling")
+    for name, x in results.items():
+        assert not x.any(), name
+    assert coupling.isfinite().all()
+
+
+def expanded(x: Tensor) -> Tensor:
+    """The first entry of x's first dimension everywhere, without a copy: stride 0."""
+    return x[:1].expand_as(x)
+
+
+def permuted(x: Tensor) -> Tensor:
+    """x with its first dimension innermost in memory."""
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+LAYOUTS = {
+    "permuted": permuted,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "shifted": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "expanded": expanded,
+}
+
+
+@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("argument", ["u", "weight", "logits", "bias"])
+@pytest.mark.parametrize("B", [3, 20])
+def test_strides_do_not_change_a_bit(target, layout, argument, B):
+    case = replace(EVERYTHING, B=B)
+    inputs = make_inputs(case, torch.float32, target.device)
+    odd = LAYOUTS[layout](inputs[argument].detach())
+    # Aligned on purpose in one, off by four bytes in the other.
+    assert layout == "shifted" or not odd.is_contiguous()
+    found = run(
+        fused_routing, case, inputs | {argument: odd.requires_grad_()}, backend=target.backend
+    )
+    plain = odd.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    expected = run(fused_routing, case, inputs | {argument: plain}, backend=target.backend)
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("B", [3, 20])
+def test_gradients_of_any_strides(target, B):
+    """``v.sum().backward()`` hands over a gradient of stride 0, a transposed consumer another."""
+    inputs = make_inputs(replace(EVERYTHING, B=B), torch.float32, target.device)
+    leaves = list(inputs.values())
+    options = {"leaky": True, "weight_sharing": 2, "backend": target.backend}
+
+    def v():
+        return fused_routing(
+            inputs["u"], inputs["weight"], logits=inputs["logits"], bias=inputs["bias"], **options
+        )
+
+    ones = torch.ones_like(v())
+    by_sum = torch.autograd.grad(v().sum(), leaves)
+    by_ones = torch.autograd.grad(v(), leaves, ones)
+    assert all(map(torch.equal, by_sum, by_ones))
+    generator = torch.Generator().manual_seed(0)
+    grad_v = torch.randn(5, 3, B, generator=generator).to(target.device).permute(2, 1, 0)
+    assert not grad_v.is_contiguous()
+    odd = torch.autograd.grad(v(), leaves, grad_v)
+    plain = torch.autograd.grad(v(), leaves, grad_v.contiguous())
+    assert all(map(torch.equal, odd, plain))
+
+
+@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("gradient", ["full", "last"])
+@pytest.mark.parametrize("B", [3, 20])
+def test_gradients_of_any_subset(target, gradient, B):
+    """Each of the 15 subsets gets the very gradients of the whole, and nothing gets more."""
+    case = replace(EVERYTHING, B=B, routing_gradient=gradient)
+    whole = run(
+        fused_routing, case, make_inputs(case, torch.float32, target.device), backend=target.backend
+    )
+    for wanted in itertools.product([False, True], repeat=4):
+        if not any(wanted):
+            continue
+        inputs = make_inputs(case, torch.float32, target.device)
+        for x, wants in zip(inputs.values(), wanted, strict=True):
+            x.requires_grad_(wants)
+        found = run(fused_routing, case, inputs, backend=target.backend)
+        for name in found:
+            assert torch.equal(found[name], whole[name]), (name, wanted)
+
+
+@pytest.mark.parametrize("target", EVERY, ids=str)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
+def test_what_requires_a_gradient(target, mode):
+    case = replace(EVERYTHING, logits=False, bias=False, leaky=False)
+    inputs = make_inputs(case, torch.float32, target.device)
+    with mode():
+        v, coupling = fused_routing(
+            inputs["u"],
+            inputs["weight"],
+            weight_sharing=2,
+            return_coupling=True,
+            backend=target.backend,
+        )
+    assert v.requires_grad == (mode is nullcontext)
+    assert not coupling.requires_grad
+    frozen = fused_routing(
+        inputs["u"].detach(), inputs["weight"].detach(), weight_sharing=2, backend=target.backend
+    )
+    assert not frozen.requires_grad
+    assert torch.equal(frozen, v)

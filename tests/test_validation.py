@@ -1,0 +1,243 @@
+"""Wrong arguments raise before anything runs, each with a sentence that names it."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from capsule_kernels import CapsuleLinear, backends, fused_routing
+
+# I = 6, K = 4, J = 3, D = 5
+SIZES: dict[str, tuple[int, ...]] = {
+    "u": (2, 6, 4),
+    "weight": (6, 3, 5, 4),
+    "logits": (6, 3),
+    "bias": (3, 5),
+}
+W_SHAPE = "weight must have shape [I // weight_sharing, J, D, K]"
+GRADIENTS = "routing_gradient must be one of 'full', 'last'"
+BACKENDS = "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda'"
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def good_arguments() -> dict[str, Any]:
+    return {name: tensor(*shape) for name, shape in SIZES.items()}
+
+
+# What is wrong, and the message after "fused_routing: ".
+VALUE_ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"u": tensor(6, 4)}, "u must have shape [B, I, K], got [6, 4]"),
+    ({"u": tensor(2, 6, 4, 1)}, "u must have shape [B, I, K], got [2, 6, 4, 1]"),
+    ({"u": tensor()}, "u must have shape [B, I, K], got []"),
+    ({"u": tensor(2, 0, 4)}, "u must have I >= 1, got shape [2, 0, 4]"),
+    ({"u": tensor(2, 6, 0)}, "u must have K >= 1, got shape [2, 6, 0]"),
+    ({"u": tensor(2, 7, 4)}, f"{W_SHAPE} = [7, J, D, 4], got [6, 3, 5, 4]"),
+    ({"u": tensor(2, 6, 3)}, f"{W_SHAPE} = [6, J, D, 3], got [6, 3, 5, 4]"),
+    ({"weight": tensor(6, 3, 20)}, f"{W_SHAPE}, got [6, 3, 20]"),
+    ({"weight": tensor(1, 6, 3, 5, 4)}, f"{W_SHAPE}, got [1, 6, 3, 5, 4]"),
+    ({"weight": tensor(3, 6, 5, 4)}, f"{W_SHAPE} = [6, J, D, 4], got [3, 6, 5, 4]"),
+    ({"weight": tensor(6, 3, 4, 5)}, f"{W_SHAPE} = [6, J, D, 4], got [6, 3, 4, 5]"),
+    ({"weight": tensor(6, 0, 5, 4)}, "weight must have J >= 1, got shape [6, 0, 5, 4]"),
+    ({"weight": tensor(6, 3, 0, 4)}, "weight must have D >= 1, got shape [6, 3, 0, 4]"),
+    ({"logits": tensor(2, 6, 3)}, "logits must have shape [I, J], got [2, 6, 3]"),
+    ({"logits": tensor(3, 6)}, "logits must have shape [I, J] = [6, 3], got [3, 6]"),
+    ({"logits": tensor(1, 3)}, "logits must have shape [I, J] = [6, 3], got [1, 3]"),
+    ({"bias": tensor(15)}, "bias must have shape [J, D], got [15]"),
+    ({"bias": tensor(4, 5)}, "bias must have shape [J, D] = [3, 5], got [4, 5]"),
+    ({"bias": tensor(3, 1)}, "bias must have shape [J, D] = [3, 5], got [3, 1]"),
+    ({"num_iterations": 0}, "num_iterations must be >= 1, got 0"),
+    ({"num_iterations": -3}, "num_iterations must be >= 1, got -3"),
+    ({"weight_sharing": 0}, "weight_sharing must be >= 1, got 0"),
+    ({"weight_sharing": -1}, "weight_sharing must be >= 1, got -1"),
+    ({"weight_sharing": 4}, "weight_sharing must divide I = 6 (u is [2, 6, 4]), got 4"),
+    ({"weight_sharing": 12}, "weight_sharing must divide I = 6 (u is [2, 6, 4]), got 12"),
+    ({"weight_sharing": 2}, f"{W_SHAPE} = [3, J, D, 4], got [6, 3, 5, 4]"),
+    ({"routing_gradient": "first"}, f"{GRADIENTS}, got 'first'"),
+    ({"routing_gradient": None}, f"{GRADIENTS}, got None"),
+    ({"routing_gradient": tensor(2)}, f"{GRADIENTS}, got tensor([1., 1.])"),
+    ({"backend": "tpu"}, f"{BACKENDS}, got 'tpu'"),
+    ({"backend": None}, f"{BACKENDS}, got None"),
+    *(
+        (
+            {name: tensor(*SIZES[name], device="meta")},
+            f"{name} must be on the device of u, cpu, got meta",
+        )
+        for name in ("weight", "logits", "bias")
+    ),
+]
+
+TYPE_ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"u": [[[1.0]]]}, "u must be a tensor [B, I, K], got list"),
+    ({"u": None}, "u must be a tensor [B, I, K], got NoneType"),
+    (
+        {"weight": None},
+        "weight must be a tensor [I // weight_sharing, J, D, K], got NoneType",
+    ),
+    ({"logits": 0.0}, "logits must be a tensor [I, J], got float"),
+    ({"bias": True}, "bias must be a tensor [J, D], got bool"),
+    ({"num_iterations": 3.0}, "num_iterations must be an int >= 1, got float 3.0"),
+    ({"num_iterations": "3"}, "num_iterations must be an int >= 1, got str '3'"),
+    ({"num_iterations": True}, "num_iterations must be an int >= 1, got bool True"),
+    ({"num_iterations": None}, "num_iterations must be an int >= 1, got NoneType None"),
+    ({"weight_sharing": 2.0}, "weight_sharing must be an int >= 1, got float 2.0"),
+    ({"leaky": 0.1}, "leaky must be True or False, got float 0.1"),
+    ({"leaky": 1}, "leaky must be True or False, got int 1"),
+    ({"return_coupling": None}, "return_coupling must be True or False, got NoneType None"),
+    *(
+        (
+            {name: torch.empty(SIZES[name], dtype=dtype)},
+            f"{name} must be float64, float32, bfloat16 or float16, got {dtype}",
+        )
+        for name in SIZES
+        for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
+    ),
+    *(
+        (
+            {name: tensor(*SIZES[name], dtype=dtype)},
+            f"{name} must have the dtype of u, torch.float32, got {dtype}",
+        )
+        for name in ("weight", "logits", "bias")
+        for dtype in (torch.float64, torch.bfloat16, torch.float16)
+    ),
+]
+
+REFUSED = [(changes, ValueError, message) for changes, message in VALUE_ERRORS] + [
+    (changes, TypeError, message) for changes, message in TYPE_ERRORS
+]
+
+
+class Operations(TorchDispatchMode):
+    """Records every tensor operation that starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.started.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def whole(message: str) -> str:
+    """Matches this message and no other."""
+    return f"^{re.escape(message)}$"
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED, ids=lambda x: str(x)[:40])
+def test_wrong_arguments_raise_before_anything_runs(changes, error, message, figure):
+    arguments = good_arguments() | changes
+    with Operations() as operations, pytest.raises(error, match=whole(f"fused_routing: {message}")):
+        fused_routing(**arguments)
+    # A message may print an option that should not have been a tensor.
+    assert operations.started == [] or "got tensor(" in message
+    figure("wrong arguments refused, each with its message", str(len(REFUSED)))
+
+
+def test_good_arguments_run_and_are_seen():
+    """What the tables above start from is accepted, and the recorder sees what runs."""
+    with Operations() as operations:
+        fused_routing(**good_arguments(), backend="reference")
+    assert operations.started
+
+
+def test_two_faults_name_the_first():
+    with pytest.raises(ValueError, match="num_iterations must be >= 1"):
+        fused_routing(None, None, 0)  # type: ignore[call-overload]
+
+
+SIZE_NAMES = (
+    "in_capsules",
+    "in_dim",
+    "out_capsules",
+    "out_dim",
+    "num_iterations",
+    "weight_sharing",
+)
+
+LAYER_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    *(
+        ({name: value}, error, f"{name} {expected}")
+        for name in SIZE_NAMES
+        for value, error, expected in (
+            (0, ValueError, "must be >= 1, got 0"),
+            (-2, ValueError, "must be >= 1, got -2"),
+            (2.0, TypeError, "must be an int >= 1, got float 2.0"),
+            (True, TypeError, "must be an int >= 1, got bool True"),
+        )
+    ),
+    *(
+        ({name: 0.1}, TypeError, f"{name} must be True or False, got float 0.1")
+        for name in ("bias", "learn_logits", "leaky")
+    ),
+    ({"weight_sharing": 4}, ValueError, "weight_sharing must divide in_capsules = 6, got 4"),
+    ({"routing_gradient": "none"}, ValueError, f"{GRADIENTS}, got 'none'"),
+    ({"backend": "gpu"}, ValueError, f"{BACKENDS}, got 'gpu'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), LAYER_REFUSED, ids=lambda x: str(x)[:40])
+def test_layer_refuses_wrong_sizes_and_options_when_made(changes, error, message):
+    arguments = {"in_capsules": 6, "in_dim": 4, "out_capsules": 3, "out_dim": 5} | changes
+    with pytest.raises(error, match=whole(f"CapsuleLinear: {message}")):
+        CapsuleLinear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("u", "error", "message"),
+    [
+        (tensor(2, 7, 4), ValueError, f"{W_SHAPE} = [7, J, D, 4], got [6, 3, 5, 4]"),
+        (tensor(6, 4), ValueError, "u must have shape [B, I, K], got [6, 4]"),
+        (
+            tensor(2, 6, 4, dtype=torch.float64),
+            TypeError,
+            "weight must have the dtype of u, torch.float64, got torch.float32",
+        ),
+        (
+            tensor(2, 6, 4, dtype=torch.int64),
+            TypeError,
+            "u must be float64, float32, bfloat16 or float16, got torch.int64",
+        ),
+        (
+            tensor(2, 6, 4, device="meta"),
+            ValueError,
+            "weight must be on the device of u, meta, got cpu",
+        ),
+    ],
+    ids=["capsules", "rank", "dtype", "integers", "device"],
+)
+def test_layer_refuses_a_wrong_input(u, error, message):
+    layer = CapsuleLinear(6, 4, 3, 5)
+    with pytest.raises(error, match=whole(f"fused_routing: {message}")):
+        layer(u)
+
+
+@pytest.mark.parametrize("name", [name for name, s in backends().items() if not s.usable])
+def test_an_unusable_backend_says_why_and_never_falls_back(name):
+    reason = backends()[name].reason
+    assert len(reason) > 20
+    message = f"fused_routing: backend '{name}' can't be used: {reason}"
+    with pytest.raises(RuntimeError, match=whole(message)):
+        fused_routing(**good_arguments(), backend=name)
+
+
+@pytest.mark.skipif(not backends()["cpu"].usable, reason=backends()["cpu"].reason)
+def test_cpu_backend_refuses_other_devices():
+    arguments = {name: tensor(*shape, device="meta") for name, shape in SIZES.items()}
+    message = (
+        "fused_routing: backend 'cpu' can't be used: it takes CPU tensors, got tensors on meta"
+    )
+    with pytest.raises(RuntimeError, match=whole(message)):
+        fused_routing(**arguments, backend="cpu")
+
+
+def test_automatic_choice_serves_devices_without_kernels():
+    arguments = {name: tensor(*shape, device="meta") for name, shape in SIZES.items()}
+    v = fused_routing(**arguments)
+    assert v.device.type == "meta"
+    assert v.shape == (2, 3, 5)
