@@ -57,6 +57,7 @@ VIEWS = {
     "routing": View("goals", tables.summary_table, "routing"),
     "peers": View("goals", tables.routing_table, "routing", (("case", "MNIST"), ("B", 128))),
     "batches": View("routing", tables.summary_table, "routing", (("case", "MNIST"),)),
+    "batches-tf32": View("routing-tf32", tables.summary_table, "routing"),
     "memory": View("memory", tables.memory_table, "memory"),
     "memory-growth": View("memory", tables.exponents_table, "exponents"),
     "training": View("training", tables.training_table, "training"),
