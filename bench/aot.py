@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from . import aot_triton
+from . import aot_cuda, aot_triton
 from .aot_rows import TARGETS, Row
 from .shapes import MNIST, SHAPES
 from .tables import Table
@@ -42,20 +42,21 @@ def compiled(options: argparse.Namespace) -> Iterator[Row]:
         if shape.name.split()[0] in options.shape:
             for target in options.target:
                 for precision in options.precision:
-                    yield from aot_triton.rows(
-                        shape, options.batch, options.iterations, precision, target
-                    )
+                    call = (shape, options.batch, options.iterations, precision, target)
+                    yield from aot_triton.rows(*call)
+                    if aot_cuda.missing() is None:
+                        yield from aot_cuda.rows(*call)
 
 
 def table(rows: list[Row]) -> Table:
     found = Table(
         "Kernels compiled ahead of time",
-        ["kernel", "shape", "precision", "target", "warps", "registers", "spilled", "shared",
+        ["backend", "kernel", "shape", "precision", "target", "warps", "registers", "spilled", "shared",
          "matrix", "blocks", "occupancy", "useful", "loops"],
     )  # fmt: skip
     for row in rows:
         found.rows.append([
-            row.kernel, row.shape, row.precision, row.target, str(row.warps), str(row.registers),
+            row.backend, row.kernel, row.shape, row.precision, row.target, str(row.warps), str(row.registers),
             f"{row.spilled_bytes} B", f"{row.shared_bytes} B", str(row.matrix_instructions),
             str(row.blocks), f"{row.occupancy:.0%}", f"{row.useful:.0%}", row.loops,
         ])  # fmt: skip
@@ -69,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"aot: {reason}", file=sys.stderr)
         return 2
     progress = Console(stderr=True)
+    if (without_cuda := aot_cuda.missing()) is not None:
+        progress.print(f"aot: the CUDA kernels are left out: {without_cuda}")
     rows: list[Row] = []
     with progress.status("compiling") as status:
         for row in compiled(options):
