@@ -67,15 +67,23 @@ class Step:
                 code = process.wait(limit)
                 self.outcome = "ok" if code == 0 else f"exit code {code}"
             except subprocess.TimeoutExpired:
-                self.outcome = f"stopped after {limit:.0f} s; what it had measured is here"
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(GRACE_SECONDS)
-                except subprocess.TimeoutExpired:
-                    self.outcome = f"killed after {limit:.0f} s"
+                self.outcome = f"{interrupt(process)} after {limit:.0f} s"
+            except KeyboardInterrupt:
+                self.outcome = f"{interrupt(process)} by the user"
+                raise
             finally:
                 self.seconds = round(time.monotonic() - started, 1)
                 end_group(process)
+
+
+def interrupt(process: subprocess.Popen) -> str:
+    """Ask the process to stop, so that it writes what it has; says how that went."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "killed"
+    return "stopped, with what it had measured,"
 
 
 def end_group(process: subprocess.Popen) -> None:

@@ -105,7 +105,7 @@ def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsy
     outcomes = {step["name"]: step["outcome"] for step in content["steps"]}
     assert outcomes["works"] == "ok"
     assert outcomes["fails"] == "exit code 3"
-    assert outcomes["hangs"] == "stopped after 6 s; what it had measured is here"
+    assert outcomes["hangs"] == "stopped, with what it had measured, after 6 s"
     assert outcomes["last"] == "ok"
     assert (folder / "works.log").read_text() == "./here\n"
     assert (folder / "hangs.log").read_text() == "started\nkept\n"
