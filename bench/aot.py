@@ -51,13 +51,13 @@ def compiled(options: argparse.Namespace) -> Iterator[Row]:
 def table(rows: list[Row]) -> Table:
     found = Table(
         "Kernels compiled ahead of time",
-        ["backend", "kernel", "shape", "precision", "target", "warps", "registers", "spilled", "shared",
-         "matrix", "blocks", "occupancy", "useful", "loops"],
+        ["backend", "kernel", "shape", "precision", "target", "warps", "registers", "spilled",
+         "shared", "matrix", "blocks", "occupancy", "useful", "loops"],
     )  # fmt: skip
     for row in rows:
         found.rows.append([
-            row.backend, row.kernel, row.shape, row.precision, row.target, str(row.warps), str(row.registers),
-            f"{row.spilled_bytes} B", f"{row.shared_bytes} B", str(row.matrix_instructions),
+            row.backend, row.kernel, row.shape, row.precision, row.target, str(row.warps),
+            str(row.registers), f"{row.spilled_bytes} B", f"{row.shared_bytes} B", str(row.matrix_instructions),
             str(row.blocks), f"{row.occupancy:.0%}", f"{row.useful:.0%}", row.loops,
         ])  # fmt: skip
     return found

@@ -143,8 +143,10 @@ __device__ __forceinline__ float row_dot(const float (*x)[4], const float4* y, c
 #pragma unroll
   for (int n = 0; n < DT; ++n) {
     const float4 other = y[n * kWarpSize + lane.index];
-    low += x[n][0] * other.x + x[n][1] * other.y;
-    high += x[n][2] * other.z + x[n][3] * other.w;
+    low += x[n][0] * other.x;
+    low += x[n][1] * other.y;
+    high += x[n][2] * other.z;
+    high += x[n][3] * other.w;
   }
   return quad_row_sum(low, high, lane);
 }
