@@ -127,11 +127,13 @@ def compile_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from capsule_kernels.backends.triton.launch import OPTIONS
+
     nvidia = target.startswith("sm_")
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": warps, "num_stages": stages, **OPTIONS},
     )
     if not nvidia:
         code = compiled.asm["amdgcn"]

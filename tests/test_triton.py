@@ -177,14 +177,14 @@ def test_tuning_is_by_request_and_leaves_the_order_of_sums_alone(monkeypatch):
     monkeypatch.setattr(triton, "autotune", autotune)
     monkeypatch.delenv("CAPSULE_KERNELS_AUTOTUNE", raising=False)
     launch.run(Kernel(), (1,), 4, 2, B=3)
-    assert calls == [{"B": 3, "num_warps": 4, "num_stages": 2}]
+    assert calls == [{"B": 3, "num_warps": 4, "num_stages": 2, **launch.OPTIONS}]
     monkeypatch.setenv("CAPSULE_KERNELS_AUTOTUNE", "1")
     launch.run(Kernel(), (1,), 4, 2, B=3)
     configs, key = calls[1]
     assert {config.num_warps for config in configs} == {4}
     assert len({config.num_stages for config in configs}) == len(configs) > 1
     assert key == ["B", "J"]
-    assert calls[2] == {"B": 3}
+    assert calls[2] == {"B": 3, **launch.OPTIONS}
 
 
 SHAPE = RoutingShape(*MNIST, 3)

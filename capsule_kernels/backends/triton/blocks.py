@@ -16,7 +16,7 @@ def wide(x, OFFSET: tl.constexpr):
 
 @triton.jit
 def split_float32(x):
-    """x = high + low, where TF32 holds high exactly and low but for 2^-22 |x|."""
+    """x = high + low, where TF32 holds high exactly and low but for 2^-23 |x|."""
     bits = x.to(tl.int32, bitcast=True)
     high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)  # rounded to 11 bits
     return high, x - high
@@ -27,7 +27,7 @@ def product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """The matrix product a b, in the precision that ``launch.precision_of`` chose.
 
     "tf32x3" is float32 as three TF32 products, the smallest first; what is left out, low by low,
-    is below 2^-24 |a| |b|. (Triton's own "tf32x3" spends twice the instructions, on telling
+    is below 2^-22 |a| |b|. (Triton's own "tf32x3" spends twice the instructions, on telling
     infinity from NaN: here infinite operands give NaN.)
     """
     if PRECISION == "tf32x3":

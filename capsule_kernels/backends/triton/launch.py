@@ -25,6 +25,10 @@ from .forward import routing_forward_kernel, routing_output_kernel
 from .statistics import routing_statistics_kernel
 
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Compiler options of every launch; this one's default differs between versions of Triton."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """What the configurations depend on of a device."""
@@ -46,9 +50,9 @@ def run(
 ) -> None:
     """Launch a kernel on the current device and stream."""
     if os.environ.get("CAPSULE_KERNELS_AUTOTUNE") == "1":
-        tuned(kernel, num_warps)[grid](**arguments)
+        tuned(kernel, num_warps)[grid](**arguments, **OPTIONS)
     else:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
 
 
 @functools.cache
