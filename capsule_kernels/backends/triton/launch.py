@@ -24,7 +24,6 @@ from .backward import (
 from .forward import routing_forward_kernel, routing_output_kernel
 from .statistics import routing_statistics_kernel
 
-
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options of every launch; this one's default differs between versions of Triton."""
 
