@@ -29,6 +29,10 @@ class CapsuleLinear(nn.Module):
     or None. Weights start normal with a standard deviation of 0.1, the authors' choice.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    logits: nn.Parameter | None
+
     def __init__(
         self,
         in_capsules: int,
@@ -79,10 +83,8 @@ class CapsuleLinear(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.weight = parameter(in_capsules // weight_sharing, out_capsules, out_dim, in_dim)
-        self.register_parameter("bias", parameter(out_capsules, out_dim) if bias else None)
-        self.register_parameter(
-            "logits", parameter(in_capsules, out_capsules) if learn_logits else None
-        )
+        self.bias = parameter(out_capsules, out_dim) if bias else None
+        self.logits = parameter(in_capsules, out_capsules) if learn_logits else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
