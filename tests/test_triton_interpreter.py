@@ -29,7 +29,7 @@ pytestmark = [
 EVERYTHING = Case(B=17, I=4, J=10, R=2, logits=True, bias=True, leaky=True, weight_sharing=2)
 
 CASES = [
-    Case(B=1, I=2, J=10), Case(B=127, I=1, J=2, D=4), Case(I=1), Case(I=19, B=1, J=2, R=2),
+    Case(B=1, I=2, J=10), Case(B=127, I=1, J=2, D=4, R=2), Case(I=1), Case(I=19, B=1, J=2, R=2),
     Case(I=2, J=1), Case(I=2, J=33, D=8, R=2), Case(I=2, K=3), Case(I=2, K=6, D=8),
     Case(I=2, D=1), Case(I=2, D=7), Case(I=2, D=10), Case(I=1, D=24), Case(I=2, D=32, R=2),
     Case(B=1, I=1, D=64), Case(B=1, I=1, D=128), Case(I=3, R=1), Case(I=5, R=2), Case(I=1, R=10),
