@@ -9,19 +9,18 @@ DTYPES = (float64, float32, bfloat16, float16)
 ROUTING_GRADIENTS = ("full", "last")
 
 
-def check_tensor(name: str, value: object, shape: str, rank: int) -> Tensor:
-    """``value`` as a floating-point tensor of the given rank; ``shape`` describes it to the reader."""
+def check_tensor(
+    name: str, value: object, shape: str, rank: int, caller: str = "fused_routing"
+) -> None:
+    """A floating-point tensor of the given rank; ``shape`` describes it to the reader."""
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"fused_routing: {name} must be a tensor {shape}, got {type(value).__name__}"
-        )
+        raise TypeError(f"{caller}: {name} must be a tensor {shape}, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(
-            f"fused_routing: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}"
+            f"{caller}: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}"
         )
     if value.dim() != rank:
-        raise ValueError(f"fused_routing: {name} must have shape {shape}, got {list(value.shape)}")
-    return value
+        raise ValueError(f"{caller}: {name} must have shape {shape}, got {list(value.shape)}")
 
 
 def check_int(name: str, value: object, caller: str = "fused_routing") -> None:
@@ -97,7 +96,8 @@ def check_arguments(
         check_tensor("logits", logits, "[I, J]", 2)
         if logits.shape[0] != I or logits.shape[1] != J:
             raise ValueError(
-                f"fused_routing: logits must have shape [I, J] = [{I}, {J}], got {list(logits.shape)}"
+                f"fused_routing: logits must have shape [I, J] = [{I}, {J}], "
+                f"got {list(logits.shape)}"
             )
         others.append(("logits", logits))
     if bias is not None:
