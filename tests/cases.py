@@ -142,11 +142,14 @@ def check_case(
     case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", seed: int = 0
 ) -> None:
     """Outputs, couplings and every gradient of a backend, by the tolerance rule."""
-    inputs = make_inputs(case, dtype, device, seed)
+    check_inputs(case, make_inputs(case, dtype, device, seed), backend)
+
+
+def check_inputs(case: Case, inputs: dict[str, Any], backend: str) -> None:
+    """The same for given values, whose sizes and options are those of the case."""
     found = run(fused_routing, case, inputs, backend=backend)
-    references = [
-        run(reordered(seed), case, copies(inputs, reference_dtype(dtype))) for seed in range(4)
-    ]
+    dtype = reference_dtype(inputs["u"].dtype)
+    references = [run(reordered(seed), case, copies(inputs, dtype)) for seed in range(4)]
     exact = run(reference_routing, case, copies(inputs, torch.float64))
     assert found.keys() == exact.keys()
     for name in exact:
