@@ -57,6 +57,22 @@ struct SampleLanes {
     }
   }
 
+  // rows[sample][capsule][padded K]: u as it lies in memory, for products with lanes along k.
+  static CAPSULE_INLINE void pack_rows(const Problem<T>& p, index first_sample, index valid,
+                                       index i0, index count, T* rows) {
+    const index K = p.K, Kp = padded_K(K);
+    for (index b = 0; b < valid; ++b) {
+      const T* u = p.u + ((first_sample + b) * p.I + i0) * K;
+      T* row = rows + b * count * Kp;
+      if (K == Kp) {
+        for (index x = 0; x < count * K; x += k_lanes) store(row + x, load<T, k_lanes>(u + x));
+        continue;
+      }
+      for (index i = 0; i < count; ++i)
+        for (index k = 0; k < Kp; ++k) row[i * Kp + k] = k < K ? u[i * K + k] : T(0);
+    }
+  }
+
   // First iteration: couplings are those of the prior, the same for every sample.
   template <int fixed_K>
   static void linear_chunk(const Problem<T>& p, index i0, index i1, const T* packed, T* out,
@@ -252,18 +268,20 @@ struct SampleLanes {
 
   // Scratch of the last sweep, and how it is laid out. Sums over samples (dW, dlogits) come first:
   // they outlive a block, so wide and narrow blocks must find them at the same place.
+  static CAPSULE_INLINE index larger(index a, index b) { return a > b ? a : b; }
+
   struct Final {
     T *dW, *dlogits, *packed, *rows, *u_hat, *c, *dl, *du, *end;
     Final(const Problem<T>& p, index capsules, T* scratch) {
       const index N = p.N(), K = p.K, J = p.J, weights = p.weight_sharing == 1 ? capsules : 1;
-      dW = scratch;                                   // [weights][N][padded K]
-      dlogits = dW + weights * N * padded_K(K);       // [capsules][J][lanes]
-      packed = dlogits + capsules * J * lanes;        // [capsules][K][width]
-      rows = packed + capsules * K * width;           // [capsules][width][padded K]
-      u_hat = rows + capsules * width * padded_K(K);  // [2][D][width]
-      c = u_hat + 2 * p.D * width;                    // [capsules][R][J][width]
-      dl = c + capsules * p.R * J * width;            // [capsules][R][J][width]
-      du = dl + capsules * p.R * J * width;           // [capsules][K][width]
+      dW = scratch;                                          // [weights][N][padded K]
+      dlogits = dW + weights * N * padded_K(K);              // [capsules][J][lanes]
+      packed = dlogits + capsules * J * lanes;               // [capsules][K][width]
+      rows = packed + capsules * K * width;                  // [width][capsules][padded K]
+      u_hat = rows + capsules * width * padded_K(K);         // [2][D][width]
+      c = u_hat + larger(2 * p.D * width, J * (lanes + 1));  // [capsules][R][J][width]
+      dl = c + capsules * p.R * J * width;                   // [capsules][R][J][width]
+      du = dl + capsules * p.R * J * width;                  // [capsules][K][width]
       end = du + capsules * K * width;
     }
   };
@@ -280,13 +298,7 @@ struct SampleLanes {
     const index valid = p.B - first_sample < width ? p.B - first_sample : width;
 
     pack(p, first_sample, i0, i1 - i0, scratch.packed);
-    if (sweep.grad_weight)
-      for (index b = 0; b < valid; ++b)
-        for (index i = i0; i < i1; ++i)
-          for (index k = 0; k < Kp; ++k)
-            scratch.rows[((i - i0) * width + b) * Kp + k] =
-                k < K ? p.u[((first_sample + b) * p.I + i) * K + k] : T(0);
-
+    if (sweep.grad_weight) pack_rows(p, first_sample, valid, i0, i1 - i0, scratch.rows);
     couplings<fixed_K>(p, sweep, first_sample, i0, i1 - i0, scratch);
     for (index x = 0; x < (i1 - i0) * K * width; ++x) scratch.du[x] = 0;
     for (index j = 0; j < p.J; ++j)
@@ -313,7 +325,7 @@ struct SampleLanes {
             input_gradient<fixed_K>(p.weight + ((i0 + x) / p.weight_sharing * N + j * p.D) * K, p.D,
                                     K, du_hat_c, scratch.du + x * K * width);
           if (sweep.grad_weight)
-            weight_gradient(du_hat_c, p.D, scratch.rows + x * width * Kp, Kp, valid,
+            weight_gradient(du_hat_c, p.D, scratch.rows + x * Kp, (i1 - i0) * Kp, Kp, valid,
                             scratch.dW + ((p.weight_sharing == 1 ? x * N : 0) + j * p.D) * Kp);
         }
       });
@@ -341,7 +353,6 @@ struct SampleLanes {
                                        index first_sample, index i0, index count,
                                        const Final& scratch) {
     const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
-    for (index x = 0; x < count * R * J * width; ++x) scratch.c[x] = 0;
     for (index j = 0; j < J; ++j)
       for_tiles<2>(count, [&](auto size, index first) {
         constexpr int capsules = size;
@@ -361,21 +372,31 @@ struct SampleLanes {
           dots<n, capsules>(sources, scratch.u_hat, D * width, D, out, R * J * width);
         });
       });
-    for (index x = 0; x < count; ++x)
-      for (index t = sweep.full ? 1 : R; t <= R; ++t)
+    for (index x = 0; x < count; ++x) {
+      const T* prior = p.logits ? p.logits + (i0 + x) * J : nullptr;
+      for (index t = sweep.full ? 1 : R; t <= R; ++t) {
+        T* c = scratch.c + (x * R + t - 1) * J * width;
+        T* dl = scratch.dl + (x * R + t - 1) * J * width;
+        if (t == 1) {
+          T* scalars = scratch.u_hat;  // free again; [J] and [J][lanes]
+          prior_softmax(scalars, J, prior, p.leaky, scalars + J);
+          for (index j = 0; j < J; ++j)
+            for (index q = 0; q < width; q += lanes)
+              store(c + j * width + q, broadcast(scalars[j]));
+        }
 #pragma GCC unroll 2
-        for (int q = 0; q < vectors; ++q) {
-          T* c = scratch.c + (x * R + t - 1) * J * width + q * lanes;
-          T* dl = scratch.dl + (x * R + t - 1) * J * width + q * lanes;
-          softmax(c, J, width, p.logits ? p.logits + (i0 + x) * J : nullptr, p.leaky);
+        for (int q = 0; q < width; q += lanes) {
+          if (t > 1) softmax(c + q, J, width, prior, p.leaky);
           if (!sweep.needs_dl(t)) continue;
-          softmax_gradient(c, dl, J, width);
+          softmax_gradient(c + q, dl + q, J, width);
           if (sweep.grad_logits)
             for (index j = 0; j < J; ++j) {
               T* sum = scratch.dlogits + (x * J + j) * lanes;
-              store(sum, load(sum) + load(dl + j * width));
+              store(sum, load(sum) + load(dl + q + j * width));
             }
         }
+      }
+    }
   }
 
   // out[c][d] = sum over m of coefficient[m][c] source[m][d], on top of what is there if `add`.
@@ -436,9 +457,10 @@ struct SampleLanes {
     });
   }
 
-  // dW[n][k] += sum_b du_hat[n][b] u[b][k], lanes along k
-  static CAPSULE_INLINE void weight_gradient(const T* du_hat, index N, const T* rows, index Kp,
-                                             index valid, T* dW) {
+  // dW[n][k] += sum_b du_hat[n][b] u[b][k], lanes along k; `stride` from one sample's u to the
+  // next.
+  static CAPSULE_INLINE void weight_gradient(const T* du_hat, index N, const T* rows, index stride,
+                                             index Kp, index valid, T* dW) {
     for (index k = 0; k < Kp; k += k_lanes)
       for_tiles<8>(N, [&](auto size, index o) {
         constexpr int n = size;
@@ -446,7 +468,7 @@ struct SampleLanes {
 #pragma GCC unroll 16
         for (int m = 0; m < n; ++m) acc[m] = load<T, k_lanes>(dW + (o + m) * Kp + k);
         for (index b = 0; b < valid; ++b) {
-          const VK x = load<T, k_lanes>(rows + b * Kp + k);
+          const VK x = load<T, k_lanes>(rows + b * stride + k);
 #pragma GCC unroll 16
           for (int m = 0; m < n; ++m) acc[m] += du_hat[(o + m) * width + b] * x;
         }

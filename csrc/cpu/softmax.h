@@ -37,13 +37,18 @@ CAPSULE_INLINE void softmax_gradient(const T* c, T* dc, index J, index stride) {
     store(dc + j * stride, load(c + j * stride) * (load(dc + j * stride) - mean));
 }
 
-// Couplings before any agreement: the same for every sample, one scalar a j.
+// Couplings before any agreement, the same for every sample: one scalar a j, softmax of the priors
+// of one capsule, or uniform where `prior` is null. `scratch` holds [J][lanes].
 template <typename T>
-CAPSULE_INLINE void prior_softmax(T* c, index J, const T* prior, bool leaky, T* lanes_scratch) {
+CAPSULE_INLINE void prior_softmax(T* c, index J, const T* prior, bool leaky, T* scratch) {
   constexpr int lanes = kLanes<T>;
-  for (index j = 0; j < J * lanes; ++j) lanes_scratch[j] = 0;
-  softmax(lanes_scratch, J, lanes, prior, leaky);
-  for (index j = 0; j < J; ++j) c[j] = lanes_scratch[j * lanes];
+  if (!prior) {
+    for (index j = 0; j < J; ++j) c[j] = T(1) / T(J + leaky);
+    return;
+  }
+  for (index x = 0; x < J * lanes; ++x) scratch[x] = 0;
+  softmax(scratch, J, lanes, prior, leaky);
+  for (index j = 0; j < J; ++j) c[j] = scratch[j * lanes];
 }
 
 }  // namespace capsule::CAPSULE_ISA

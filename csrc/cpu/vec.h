@@ -120,40 +120,68 @@ CAPSULE_INLINE Vec<T> square_root(Vec<T> x) {
   return x;
 }
 
-// Lane l of the result: a[l] where keep(l), else the shuffled partner, for one butterfly stage.
-template <typename T, int stage, bool high, int... l>
-CAPSULE_INLINE Vec<T> butterfly(Vec<T> a, Vec<T> b, std::integer_sequence<int, l...>) {
-  constexpr int lanes = kLanes<T>;
-#define CAPSULE_SOURCE \
-  (high ? ((l & stage) ? lanes + l : l + stage) : ((l & stage) ? lanes + l - stage : l))
+// A shuffle of two vectors: lane l of the result is lane from(l) of a and b, side by side.
+template <typename T, typename From, int... l>
+CAPSULE_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, From from, std::integer_sequence<int, l...>) {
 #ifdef __clang__
-  return __builtin_shufflevector(a, b, CAPSULE_SOURCE...);
+  return __builtin_shufflevector(a, b, from(l)...);
 #else
   using Int = typename SignedOf<T>::type;
-  return __builtin_shuffle(a, b, Vec<Int, lanes>{CAPSULE_SOURCE...});
+  return __builtin_shuffle(a, b, Vec<Int, kLanes<T>>{from(l)...});
 #endif
-#undef CAPSULE_SOURCE
+}
+
+template <typename T, typename From>
+CAPSULE_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, From from) {
+  return shuffle<T>(a, b, from, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// Swaps the off-diagonal blocks of `stage` x `stage` in rows that lie `stage` apart.
+template <typename T, int stage>
+CAPSULE_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b) {
+  constexpr int lanes = kLanes<T>;
+  const Vec<T> low =
+      shuffle<T>(a, b, [](int l) constexpr { return l & stage ? lanes + l - stage : l; });
+  b = shuffle<T>(a, b, [](int l) constexpr { return l & stage ? lanes + l : l + stage; });
+  a = low;
 }
 
 template <typename T, int stage>
 CAPSULE_INLINE void transpose_stages(Vec<T> (&rows)[kLanes<T>]) {
-  using Lanes = std::make_integer_sequence<int, kLanes<T>>;
   if constexpr (stage < kLanes<T>) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kLanes<T>; ++r) {
-      if (r & stage) continue;
-      const Vec<T> a = rows[r], b = rows[r + stage];
-      rows[r] = butterfly<T, stage, false>(a, b, Lanes{});
-      rows[r + stage] = butterfly<T, stage, true>(a, b, Lanes{});
-    }
+    for (int r = 0; r < kLanes<T>; ++r)
+      if (!(r & stage)) swap_blocks<T, stage>(rows[r], rows[r + stage]);
     transpose_stages<T, 2 * stage>(rows);
   }
 }
 
-// Rows become columns: rows[r][l] -> rows[l][r], in log2(lanes) stages that swap blocks.
+// Rows become columns: rows[r][l] -> rows[l][r], in log2(lanes) stages that swap blocks. The first
+// two stages of 4-byte elements go through interleaved pairs, one instruction a row instead of two.
 template <typename T>
 CAPSULE_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
-  transpose_stages<T, 1>(rows);
+  constexpr int lanes = kLanes<T>;
+  if constexpr (sizeof(T) == 4 && lanes >= 4) {
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; r += 4) {
+      // Of every four lanes: {a0 b0 a1 b1} and {a2 b2 a3 b3}.
+      auto even = [](int l) constexpr { return (l & ~3) + (l & 3) / 2 + (l & 1 ? lanes : 0); };
+      auto odd = [](int l) constexpr { return (l & ~3) + 2 + (l & 3) / 2 + (l & 1 ? lanes : 0); };
+      Vec<T> a = shuffle<T>(rows[r], rows[r + 1], even),
+             b = shuffle<T>(rows[r + 2], rows[r + 3], even);
+      Vec<T> c = shuffle<T>(rows[r], rows[r + 1], odd),
+             d = shuffle<T>(rows[r + 2], rows[r + 3], odd);
+      swap_blocks<T, 2>(a, b);
+      swap_blocks<T, 2>(c, d);
+      rows[r] = a;
+      rows[r + 1] = b;
+      rows[r + 2] = c;
+      rows[r + 3] = d;
+    }
+    transpose_stages<T, 4>(rows);
+  } else {
+    transpose_stages<T, 1>(rows);
+  }
 }
 
 // out[f][r] = rows[r][f] for f < count, r < lanes: lanes rows of memory become lane vectors.
