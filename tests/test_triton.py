@@ -212,6 +212,13 @@ def test_capsules_too_large_for_a_tile_are_refused():
     shape = RoutingShape(16, 10, 1024, 64, 3)
     reason = backend.unsupported(torch.device("cuda", 0), torch.float32, shape)
     assert "K = 1024 with D = 64" in reason
+    assert config.tile_of(10, 64, 65) is None
+    for K, D in ((64, 64), (16, 256), (256, 16), (300, 1)):
+        tile = config.tile_of(10, K, D)
+        if tile is not None:
+            columns = tile.BLOCK_J * tile.BLOCK_D
+            assert 16 * columns * tile.BLOCK_K + 128 * columns <= 99 << 10
+        assert (tile is None) == (K == 300)
 
 
 def test_a_named_backend_raises_its_reason(monkeypatch):

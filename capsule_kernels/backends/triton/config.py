@@ -7,14 +7,14 @@ MATRIX_ROWS = 16
 """Rows of the matrix instructions' tile, and the shortest contraction that tl.dot takes."""
 
 MAX_TILE = 256
-"""Most (j, d) columns of a tile: in the last sweep of split float32 twice as many would overflow
-the 163 KiB of shared memory of sm_80."""
+"""Most (j, d) columns of a tile."""
 
 WARP_COLUMNS = 64
 """Columns of a warp: with 16 samples 32 registers of a thread for each of u_hat, V and s."""
 
-MAX_WEIGHTS = 16384
-"""Most elements of the weights of one input capsule in a tile, (j, d) times k."""
+MAX_WEIGHTS = 4096
+"""Most elements of a tile of weights, (j, d) times k. The last sweep of split float32 keeps 16
+bytes of shared memory for each and 128 for each column: 96 KiB; sm_86 and sm_89 have 99."""
 
 
 STATISTICS_CAPSULES = 16
