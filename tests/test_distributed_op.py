@@ -1,0 +1,66 @@
+"""DDP and FSDP2 around a capsule layer: two processes step as one does on the joint batch."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from capsule_kernels import CapsuleLinear
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
+
+PROCESSES = 2
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        CapsuleLinear(6, 4, 4, 5, bias=True, learn_logits=True), CapsuleLinear(4, 5, 3, 2)
+    )
+
+
+def step(model: nn.Module, u: torch.Tensor) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(u).square().sum(-1).mean().backward()
+        optimizer.step()
+
+
+def work(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES
+    )
+    joint = torch.randn(8, 6, 4, generator=torch.Generator().manual_seed(1))
+    alone = network()
+    step(alone, joint)
+    own = joint.chunk(PROCESSES)[rank]
+
+    replicated = DistributedDataParallel(network())
+    step(replicated, own)
+    for (name, p), q in zip(alone.named_parameters(), replicated.parameters(), strict=True):
+        torch.testing.assert_close(q, p, msg=lambda m, name=name: f"DDP, {name}: {m}")
+
+    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
+    sharded = copy.deepcopy(network())
+    for layer in sharded:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert sharded[0].weight.to_local().shape[0] == 6 // PROCESSES
+    step(sharded, own)
+    for (name, p), q in zip(alone.named_parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(
+            q.full_tensor(), p, msg=lambda m, name=name: f"FSDP2, {name}: {m}"
+        )
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_step_as_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, (str(tmp_path / "rendezvous"),), nprocs=PROCESSES)

@@ -1,0 +1,76 @@
+"""The op from many Python threads at once, as inference servers call it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from torch import Tensor
+
+from capsule_kernels import fused_routing
+
+from .cases import Case, make_inputs
+
+THREADS = 12
+CALLS = 8
+CASES = [Case(), Case(B=20, I=36, J=10, leaky=True), Case(B=1, I=64), Case(K=3, D=7, logits=True)]
+
+
+def forward_and_backward(case: Case, seed: int, dtype: torch.dtype) -> list[Tensor]:
+    inputs = make_inputs(case, dtype, seed=seed)
+    u, weight = inputs["u"], inputs["weight"]
+    v = fused_routing(u, weight, case.R, logits=inputs["logits"], leaky=case.leaky)
+    return [v.detach(), *torch.autograd.grad(v.square().sum(), [u, weight])]
+
+
+@pytest.mark.parametrize("intra_op_threads", [1, 2])
+def test_the_same_bits_as_alone(intra_op_threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(intra_op_threads)
+    try:
+        jobs = [
+            (CASES[n % len(CASES)], n, torch.float64 if n % 3 else torch.float32)
+            for n in range(THREADS)
+        ]
+        expected = [forward_and_backward(*job) for job in jobs]
+        start = Barrier(THREADS)
+
+        def work(n: int) -> None:
+            start.wait()
+            for _ in range(CALLS):
+                found = forward_and_backward(*jobs[n])
+                assert all(torch.equal(a, b) for a, b in zip(found, expected[n], strict=True))
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            for done in [pool.submit(work, n) for n in range(THREADS)]:
+                done.result()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_modes_of_one_thread_are_not_those_of_another() -> None:
+    """Autocast and no_grad are a thread's own; one layer serves all."""
+    inputs = make_inputs(CASES[0], torch.float32)
+    u, weight = inputs["u"], inputs["weight"]
+    start = Barrier(3)
+
+    def plain() -> Tensor:
+        start.wait()
+        return fused_routing(u, weight)
+
+    def cast() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            start.wait()
+            return fused_routing(u, weight)
+
+    def frozen() -> Tensor:
+        with torch.no_grad():
+            start.wait()
+            return fused_routing(u, weight)
+
+    with ThreadPoolExecutor(3) as pool:
+        a, b, c = (job.result() for job in [pool.submit(f) for f in (plain, cast, frozen)])
+    assert (a.dtype, b.dtype, c.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert a.requires_grad
+    assert b.requires_grad
+    assert not c.requires_grad
