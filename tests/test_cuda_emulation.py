@@ -21,7 +21,7 @@ pytestmark = [
 SHAPES = [
     Case(B=1), Case(B=3), Case(B=127, I=9), Case(I=1), Case(I=153), Case(J=1), Case(J=2),
     Case(J=20, D=8), Case(J=10, D=16), Case(J=10, D=8), Case(J=3, D=16),
-    Case(K=3), Case(K=6, D=8), Case(K=17), Case(B=48, D=1), Case(D=7), Case(D=10), Case(D=24),
+    Case(K=3), Case(K=6, D=8), Case(K=17), Case(D=1, R=2), Case(D=7), Case(D=10), Case(D=24),
     Case(D=32), Case(R=1), Case(R=2), Case(R=10),
     Case(B=33, I=40, J=10),
 ]  # fmt: skip

@@ -82,18 +82,20 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
   for (int t = R; t > 1; --t) {
     const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
-    sweep<P, T, Tile>(shape, plan.sweep, share, lane, u, weight, exchange, states, 2, w.partial,
-                      [&](typename Tile::Row& dl, const typename Tile::Values& u_hat,
-                          const float4* const(&staged)[2], int, int i) {
-                        typename Tile::Row c;
-                        load_prior<T, Tile>(c, logits, i, shape.J);
-                        add_row_dots<Tile>(c, u_hat, staged[0], shape.J, lane);
-                        softmax<Tile>(c, shape.J, arguments.leaky);
+    const auto add = [&](typename Tile::Values& sum, const typename Tile::Values& u_hat,
+                         const float4* const(&staged)[2], int, int i) {
+      typename Tile::Row c, dl;  // dl holds dc first
+      load_prior<T, Tile>(c, logits, i, shape.J);
+      add_row_dots<Tile>(c, u_hat, staged[0], shape.J, lane);
+      softmax<Tile>(c, shape.J, arguments.leaky);
 #pragma unroll
-                        for (int j = 0; j < Tile::kCapsules; ++j) dl[j] = 0.0f;
-                        add_row_dots<Tile>(dl, u_hat, staged[1], shape.J, lane);
-                        softmax_backward<Tile>(dl, c, shape.J);
-                      });
+      for (int j = 0; j < Tile::kCapsules; ++j) dl[j] = 0.0f;
+      add_row_dots<Tile>(dl, u_hat, staged[1], shape.J, lane);
+      softmax_backward<Tile>(dl, c, shape.J);
+      add_scaled<Tile>(sum, dl, u_hat, shape.J, lane);
+    };
+    sweep<P, T, Tile>(shape, plan.sweep, share, lane, u, weight, exchange, states, 2, w.partial,
+                      add);
     grid_barrier();
 
     // G^(t-1) and ds^(t-1) of one output capsule of a tile a block.

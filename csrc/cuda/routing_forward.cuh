@@ -34,22 +34,35 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
   for (int t = 1; t <= shape.R; ++t) {
     const auto coupling = static_cast<T*>(t == shape.R ? arguments.coupling : nullptr);
-    sweep<P, T, Tile>(shape, plan.sweep, share, lane, u, weight, exchange, &V, t > 1 ? 1 : 0,
-                      partial,
-                      [&](typename Tile::Row& c, const typename Tile::Values& u_hat,
-                          const float4* const(&staged)[2], int tile, int i) {
-                        load_prior<T, Tile>(c, logits, i, shape.J);
-                        if (t > 1) add_row_dots<Tile>(c, u_hat, staged[0], shape.J, lane);
-                        softmax<Tile>(c, shape.J, arguments.leaky);
-                        const int b = tile * kTileSamples + lane.own_row();
-                        if (coupling != nullptr && b < shape.B && lane.writes_own_row()) {
-                          T* to = coupling + (std::size_t(b) * shape.I + i) * shape.J;
+    // Without a prior the first couplings are all the same: one factor for the whole sum.
+    const bool uniform = t == 1 && logits == nullptr && coupling == nullptr;
+    const auto add = [&](typename Tile::Values& sum, const typename Tile::Values& u_hat,
+                         const float4* const(&staged)[2], int tile, int i) {
+      if (uniform) {
 #pragma unroll
-                          for (int j = 0; j < Tile::kCapsules; ++j) {
-                            if (Tile::has(j, shape.J)) store(to + j, c[j]);
-                          }
-                        }
-                      });
+        for (int n = 0; n < Tile::kFragments; ++n) {
+          if (Tile::has(n / DT, shape.J)) {
+            for (int e = 0; e < 4; ++e) sum[n][e] += u_hat[n][e];
+          }
+        }
+        return;
+      }
+      typename Tile::Row c;
+      load_prior<T, Tile>(c, logits, i, shape.J);
+      if (t > 1) add_row_dots<Tile>(c, u_hat, staged[0], shape.J, lane);
+      softmax<Tile>(c, shape.J, arguments.leaky);
+      const int b = tile * kTileSamples + lane.own_row();
+      if (coupling != nullptr && b < shape.B && lane.writes_own_row()) {
+        T* to = coupling + (std::size_t(b) * shape.I + i) * shape.J;
+#pragma unroll
+        for (int j = 0; j < Tile::kCapsules; ++j) {
+          if (Tile::has(j, shape.J)) store(to + j, c[j]);
+        }
+      }
+      add_scaled<Tile>(sum, c, u_hat, shape.J, lane);
+    };
+    sweep<P, T, Tile>(shape, plan.sweep, share, lane, u, weight, exchange, &V, t > 1 ? 1 : 0,
+                      partial, add);
     grid_barrier();
 
     // s^t, v^t and V^t of one output capsule of a tile a block.
@@ -62,7 +75,9 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
                            lane);
       if (share.warp != 0) continue;
       const auto index = [&](int b, int d) { return (std::size_t(b) * shape.J + j) * shape.D + d; };
+      const float factor = uniform ? 1.0f / (shape.J + (arguments.leaky ? 1 : 0)) : 1.0f;
       for_each_element<DT>(tile, lane, [&](int n, int e, int b, int d) {
+        s[n][e] *= factor;
         if (bias != nullptr && d < shape.D) s[n][e] += to_float(bias[j * shape.D + d]);
         if (b < shape.B && d < shape.D) s_out[index(b, d)] = s[n][e];
       });

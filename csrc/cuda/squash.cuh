@@ -15,11 +15,12 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// The factors of squash at one capsule: v = f s, J^T x = f (x + h (s_unit . x) s_unit).
+// The factors of squash at one capsule: v = f s. J^T scales what is across s by f, and what is
+// along s by f times `along`; kept apart, the two do not cancel where n is large.
 struct Squash {
-  float f;        // 1 / (n + 1 / n); 0 at s = 0, where v and its gradient vanish
-  float h;        // 2 / (1 + n^2) - 1
-  float inverse;  // 1 / n; 0 at s = 0
+  float f;       // 1 / (n + 1 / n); 0 at s = 0, where v and its gradient vanish
+  float along;   // 2 / (1 + n^2)
+  float length;  // n; 1 at s = 0
 };
 
 // Of row `half` (0: g, 1: g + 8) of one capsule, s[DT][4]. No square of a length is formed before
@@ -49,8 +50,8 @@ __device__ __forceinline__ Squash squash_of(const float (&s)[DT][4], int half) {
     }
   }
   const float length = unit * sqrtf(quad_sum(sum));
-  if (!nonzero) return {0.0f, 0.0f, 0.0f};
-  return {1.0f / (length + 1.0f / length), 2.0f / (1.0f + length * length) - 1.0f, 1.0f / length};
+  if (!nonzero) return {0.0f, 0.0f, 1.0f};
+  return {1.0f / (length + 1.0f / length), 2.0f / (1.0f + length * length), length};
 }
 
 // v = squash(s), both rows.
@@ -70,16 +71,22 @@ template <int DT>
 __device__ __forceinline__ void squash_backward(float (&x)[DT][4], const float (&s)[DT][4]) {
   for (int half = 0; half < 2; ++half) {
     const Squash factors = squash_of(s, half);
+    float unit[DT][2];  // s / n
     float dot = 0;
 #pragma unroll
     for (int n = 0; n < DT; ++n) {
-      for (int e = 2 * half; e < 2 * half + 2; ++e) dot += s[n][e] * factors.inverse * x[n][e];
+      for (int e = 0; e < 2; ++e) {
+        unit[n][e] = s[n][2 * half + e] / factors.length;
+        dot += unit[n][e] * x[n][2 * half + e];
+      }
     }
-    dot = factors.h * quad_sum(dot);
+    dot = quad_sum(dot);
 #pragma unroll
     for (int n = 0; n < DT; ++n) {
-      for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        x[n][e] = factors.f * (x[n][e] + dot * (s[n][e] * factors.inverse));
+      for (int e = 0; e < 2; ++e) {
+        const float parallel = dot * unit[n][e];
+        float& value = x[n][2 * half + e];
+        value = factors.f * ((value - parallel) + factors.along * parallel);
       }
     }
   }

@@ -97,14 +97,14 @@ __device__ __forceinline__ void add_over_lanes(typename Tile::Values& sum, float
   }
 }
 
-// One sweep. `coefficients(own, u_hat, staged, tile, i)` sets the coefficients of the row the lane
-// owns, given u_hat of capsule i and the `state_count` state tiles of `states` [tiles][tile], which
-// lie at staged[0..] on chip. `partial` is [G_i][tiles][tile].
-template <class P, class T, class Tile, class Coefficients>
+// One sweep. `add(sum, u_hat, staged, tile, i)` adds u_hat of capsule i, weighted, to the sum; the
+// `state_count` state tiles of `states` [tiles][tile] lie at staged[0..] on chip. `partial` is
+// [G_i][tiles][tile].
+template <class P, class T, class Tile, class Add>
 __device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan, const Share& share,
                                       const Lane& lane, const T* u, const T* weight,
                                       float4* exchange, const float4* const* states,
-                                      int state_count, float4* partial, Coefficients coefficients) {
+                                      int state_count, float4* partial, Add add) {
   const int tiles = ceil_div(shape.B, kTileSamples);
   const int tile_size = shape.J * Tile::DT * kWarpSize;  // float4s
   const int weight_elements = shape.J * Tile::DT * kTileDims * Tile::padded_K(shape.K);
@@ -143,11 +143,9 @@ __device__ __forceinline__ void sweep(const Shape& shape, const SweepPlan& plan,
         }
         const int row = i / shape.weight_sharing - share.first_row;
         typename Tile::Values u_hat;
-        typename Tile::Row own;
         predict<P, T, Tile>(u_hat, 0, weight + row * weight_elements, first_u,
                             InputRows<T>(u, tile, i, shape, lane), shape, lane);
-        coefficients(own, u_hat, staged, tile, i);
-        add_scaled<Tile>(sum, own, u_hat, shape.J, lane);
+        add(sum, u_hat, staged, tile, i);
       }
     }
     __syncthreads();  // the staged states are read
