@@ -1,0 +1,77 @@
+"""``torch.export`` and AOTInductor: a network saved, and served by a process without its code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from .tiny import tiny_capsnet
+
+
+class Scores(nn.Module):
+    """Class scores [B, classes] of images [B, C, H, W]: what a server wants of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = tiny_capsnet(reconstruction=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images).scores
+
+
+def export(network: nn.Module) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    images = torch.rand(4, 1, 28, 28)
+    return torch.export.export(network.eval(), (images,), dynamic_shapes=({0: batch},))
+
+
+def test_one_program_for_every_batch_size() -> None:
+    network = Scores()
+    program = export(network)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "capsule_kernels.routing_forward.cpu" in names
+    module = program.module()
+    for B in (1, 2, 9):
+        images = torch.rand(B, 1, 28, 28)
+        torch.testing.assert_close(module(images), network(images))
+
+
+SERVE = """
+import sys, torch
+import capsule_kernels
+
+package, images, scores = sys.argv[1:]
+serve = (
+    torch._inductor.aoti_load_package(package)
+    if package.endswith(".pt2")
+    else torch.export.load(package).module()
+)
+images = torch.load(images)
+torch.save([serve(images[:n]) for n in (1, 7)], scores)
+assert not any(name.split(".")[0] in ("model", "tests") for name in sys.modules)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["export", "aotinductor"])
+def test_a_saved_program_in_a_fresh_process(kind: str, tmp_path: Path) -> None:
+    network = Scores()
+    program = export(network)
+    package = tmp_path / ("program.pt2" if kind == "aotinductor" else "program.ep")
+    if kind == "aotinductor":
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package))
+    else:
+        torch.export.save(program, package)
+    images = torch.rand(7, 1, 28, 28)
+    torch.save(images, tmp_path / "images.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE, package, tmp_path / "images.pt", tmp_path / "scores.pt"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for scores in torch.load(tmp_path / "scores.pt"):
+        torch.testing.assert_close(scores, network(images[: len(scores)]))
