@@ -76,6 +76,15 @@ def test_other_architecture_names_the_first_tensor(tmp_path: Path) -> None:
         restore_model(tiny_capsnet(reconstruction=False), example(), Path("here"))
 
 
+def test_a_new_file_takes_the_old_ones_place_in_one_go(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    write_atomically(path, b"before")
+    with path.open("rb") as reader:
+        write_atomically(path, b"after it")
+        assert reader.read() == b"before"
+    assert path.read_bytes() == b"after it"
+
+
 def test_a_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_atomically(path, b"before")

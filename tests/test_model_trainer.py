@@ -1,0 +1,100 @@
+"""What a step sees and does: order, shares, seeds, learning rates."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import Config
+from model.data import Dataset, Split
+from model.distributed import World
+from model.trainer import Trainer, derived_seed
+from model.views import Batch
+
+from .tiny import ARCHITECTURE, tiny_capsnet
+
+
+def alike(count: int = 22) -> Dataset:
+    """Images that are all the same, so that only their place can differ."""
+    images = torch.zeros(count, 1, 28, 28, dtype=torch.uint8)
+    images[:, :, 10:18, 12:16] = 255
+    split = Split(images, torch.arange(count) % 10)
+    return Dataset(split, split, tuple("0123456789"))
+
+
+def trainer(world: World | None = None, **changes: object) -> Trainer:
+    config = Config("x", ARCHITECTURE, **{"epochs": 3, "batch_size": 8, **changes})  # type: ignore[arg-type]
+    made = Trainer(config, tiny_capsnet(), alike(), Path(), torch.device("cpu"))
+    if world is not None:
+        made.world = world
+    return made
+
+
+def batches(made: Trainer, steps: int) -> list[Batch]:
+    """What the next steps are given."""
+    seen: list[Batch] = []
+    made.update = seen.append
+    for _ in range(steps):
+        made.step()
+    return seen
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own() -> None:
+    made = trainer()
+    assert (made.steps_per_epoch, made.total_steps) == (2, 6)
+    orders = [torch.cat([made.batch_index(2 * epoch + n) for n in (0, 1)]) for epoch in range(3)]
+    for order in orders:
+        assert len(order.unique()) == 16  # the last 6 of 22 make no whole batch
+    assert not torch.equal(orders[0], orders[1])
+    assert torch.equal(trainer().batch_index(3), made.batch_index(3))
+    assert not torch.equal(trainer(seed=1).batch_index(3), made.batch_index(3))
+
+
+def test_processes_share_a_batch() -> None:
+    whole = trainer().batch_index(1)
+    shares = [trainer(World(rank, 2)).batch_index(1) for rank in range(2)]
+    assert sorted(torch.cat(shares).tolist()) == sorted(whole.tolist())
+    assert not set(shares[0].tolist()) & set(shares[1].tolist())
+
+
+def test_every_step_and_process_shifts_its_images_anew() -> None:
+    first, second = batches(trainer(), 2)
+    assert not torch.equal(first.images, second.images)
+    (again, _), (other, _) = batches(trainer(), 2), batches(trainer(seed=1), 2)
+    assert torch.equal(again.images, first.images)
+    assert not torch.equal(other.images, first.images)
+    pair = [batches(trainer(World(rank, 2)), 1)[0] for rank in range(2)]
+    assert not torch.equal(pair[0].images, pair[1].images)
+
+
+def test_seeds_of_different_keys_differ() -> None:
+    seeds = {derived_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}
+    assert len(seeds) == 125
+    assert max(seeds) > 2**60
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lr": 1.0, "lr_decay": 0.5}, [1, 1, 0.5, 0.5, 0.25, 0.25]),
+        ({"lr": 1.0, "lr_schedule": "linear"}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        (
+            {"lr": 1.0, "lr_schedule": "steps", "lr_decay": 0.25, "lr_decay_steps": 2},
+            [1, 0.5, 0.25, 0.125, 0.0625, 0.03125],
+        ),
+    ],
+)
+def test_learning_rates(changes: dict[str, object], expected: list[float]) -> None:
+    made, used = trainer(**changes), []
+    made.update = lambda batch: used.append(float(made.lr))
+    for _ in expected:
+        made.step()
+    assert used == pytest.approx(expected)
+
+
+def test_a_data_set_smaller_than_a_batch() -> None:
+    made = trainer(batch_size=100)
+    assert (made.batch_size, made.steps_per_epoch) == (22, 1)
+    made.step()
+    assert made.running_means()[0] > 0
+    assert made.sums[2] == 22
