@@ -81,6 +81,7 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
   }
 
   const index Kp = SampleLanes<T, 2>::padded_K(K);
+  const bool paper_sizes = K == 8 && p.D == 16;  // loops of constant length, unrolled
   auto write_weights = [&](const T* dW, T* out, index rows) {
     for (index o = 0; o < rows; ++o)
       for (index k = 0; k < K; ++k) out[o * K + k] = dW[o * Kp + k];
@@ -91,11 +92,11 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
     for (T* x = first ? wide.dW : wide.dlogits; x < wide.packed; ++x) *x = 0;
     for (index b = 0; b < part.padded; b += part.block)
       if (is_wide<T>(part, b))
-        K == 8 ? SampleLanes<T, 2>::template final_block<8>(p, sweep, b, i0, i1, wide)
-               : SampleLanes<T, 2>::template final_block<0>(p, sweep, b, i0, i1, wide);
+        paper_sizes ? SampleLanes<T, 2>::template final_block<8, 16>(p, sweep, b, i0, i1, wide)
+                    : SampleLanes<T, 2>::template final_block<0, 0>(p, sweep, b, i0, i1, wide);
       else
-        K == 8 ? SampleLanes<T, 1>::template final_block<8>(p, sweep, b, i0, i1, narrow)
-               : SampleLanes<T, 1>::template final_block<0>(p, sweep, b, i0, i1, narrow);
+        paper_sizes ? SampleLanes<T, 1>::template final_block<8, 16>(p, sweep, b, i0, i1, narrow)
+                    : SampleLanes<T, 1>::template final_block<0, 0>(p, sweep, b, i0, i1, narrow);
     if (sweep.grad_logits)
       for (index i = i0; i < i1; ++i)
         for (index j = 0; j < p.J; ++j)

@@ -74,10 +74,10 @@ struct SampleLanes {
   }
 
   // First iteration: couplings are those of the prior, the same for every sample.
-  template <int fixed_K>
+  template <int fixed_K, int fixed_D>
   static void linear_chunk(const Problem<T>& p, index i0, index i1, const T* packed, T* out,
                            T* scratch) {
-    const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N();
+    const index K = fixed_K ? fixed_K : p.K, D = fixed_D ? fixed_D : p.D, J = p.J, N = J * D;
     T* c = scratch;
     prior_softmax(c, J, static_cast<const T*>(nullptr), p.leaky, c + J);
     for (index i = i0; i < i1; ++i) {
@@ -153,10 +153,10 @@ struct SampleLanes {
 
   // Later iterations, forward (coefficient c) and backward (coefficient dl), `batch` capsules at a
   // time: V_j, ds_j and the sum of one j are read once for all of them.
-  template <int fixed_K, bool is_backward>
+  template <int fixed_K, int fixed_D, bool is_backward>
   static void routing_chunk(const Problem<T>& p, const Sweep<T>& sweep, index first_sample,
                             index i0, index i1, const T* packed, T* out, T* scratch) {
-    const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N();
+    const index K = fixed_K ? fixed_K : p.K, D = fixed_D ? fixed_D : p.D, J = p.J, N = J * D;
     const T* V_block = sweep.V + first_sample * N;
     const T* ds_block = is_backward ? sweep.ds + first_sample * N : nullptr;
     const index batch = capsules_at_once(p);
@@ -258,12 +258,14 @@ struct SampleLanes {
     T* packed = scratch;
     T* rest = packed + (i1 - i0) * p.K * width;
     pack(p, first_sample, i0, i1 - i0, packed);
+    const bool paper_sizes = p.K == 8 && p.D == 16;
     if (!sweep.V)
-      p.K == 8 ? linear_chunk<8>(p, i0, i1, packed, out, rest)
-               : linear_chunk<0>(p, i0, i1, packed, out, rest);
+      paper_sizes ? linear_chunk<8, 16>(p, i0, i1, packed, out, rest)
+                  : linear_chunk<0, 0>(p, i0, i1, packed, out, rest);
     else
-      p.K == 8 ? routing_chunk<8, is_backward>(p, sweep, first_sample, i0, i1, packed, out, rest)
-               : routing_chunk<0, is_backward>(p, sweep, first_sample, i0, i1, packed, out, rest);
+      paper_sizes
+          ? routing_chunk<8, 16, is_backward>(p, sweep, first_sample, i0, i1, packed, out, rest)
+          : routing_chunk<0, 0, is_backward>(p, sweep, first_sample, i0, i1, packed, out, rest);
   }
 
   // Scratch of the last sweep, and how it is laid out. Sums over samples (dW, dlogits) come first:
@@ -291,15 +293,16 @@ struct SampleLanes {
   }
 
   // One block of samples, input capsules [i0, i1): adds to dW and dlogits in scratch, writes du.
-  template <int fixed_K>
+  template <int fixed_K, int fixed_D>
   static void final_block(const Problem<T>& p, const FinalSweep<T>& sweep, index first_sample,
                           index i0, index i1, const Final& scratch) {
-    const index K = fixed_K ? fixed_K : p.K, Kp = padded_K(K), N = p.N();
+    const index K = fixed_K ? fixed_K : p.K, D = fixed_D ? fixed_D : p.D;
+    const index Kp = padded_K(K), N = p.J * D;
     const index valid = p.B - first_sample < width ? p.B - first_sample : width;
 
     pack(p, first_sample, i0, i1 - i0, scratch.packed);
     if (sweep.grad_weight) pack_rows(p, first_sample, valid, i0, i1 - i0, scratch.rows);
-    couplings<fixed_K>(p, sweep, first_sample, i0, i1 - i0, scratch);
+    couplings<fixed_K, fixed_D>(p, sweep, first_sample, i0, i1 - i0, scratch);
     for (index x = 0; x < (i1 - i0) * K * width; ++x) scratch.du[x] = 0;
     for (index j = 0; j < p.J; ++j)
       for_tiles<2>(i1 - i0, [&](auto size, index first) {
@@ -314,19 +317,19 @@ struct SampleLanes {
             sources[m] = source(p, sweep.terms[m0 + m], first_sample, j);
             coefficients[m] = coefficient(p, sweep.terms[m0 + m], scratch, first, j);
           }
-          combine<n, capsules>(sources, coefficients, p.R * p.J * width, p.D, m0 > 0, du_hat,
-                               p.D * width);
+          combine<n, capsules>(sources, coefficients, p.R * p.J * width, D, m0 > 0, du_hat,
+                               D * width);
         });
 #pragma GCC unroll 2
         for (int c = 0; c < capsules; ++c) {
           const index x = first + c;
-          const T* du_hat_c = du_hat + c * p.D * width;
+          const T* du_hat_c = du_hat + c * D * width;
           if (sweep.grad_u)
-            input_gradient<fixed_K>(p.weight + ((i0 + x) / p.weight_sharing * N + j * p.D) * K, p.D,
-                                    K, du_hat_c, scratch.du + x * K * width);
+            input_gradient<fixed_K>(p.weight + ((i0 + x) / p.weight_sharing * N + j * D) * K, D, K,
+                                    du_hat_c, scratch.du + x * K * width);
           if (sweep.grad_weight)
             weight_gradient(du_hat_c, p.D, scratch.rows + x * Kp, (i1 - i0) * Kp, Kp, valid,
-                            scratch.dW + ((p.weight_sharing == 1 ? x * N : 0) + j * p.D) * Kp);
+                            scratch.dW + ((p.weight_sharing == 1 ? x * N : 0) + j * D) * Kp);
         }
       });
     if (sweep.grad_u)
@@ -348,11 +351,12 @@ struct SampleLanes {
   }
 
   // c^t and dl^t of every iteration for the capsules [i0, i0 + count), and their share of dlogits.
-  template <int fixed_K>
+  template <int fixed_K, int fixed_D>
   static CAPSULE_INLINE void couplings(const Problem<T>& p, const FinalSweep<T>& sweep,
                                        index first_sample, index i0, index count,
                                        const Final& scratch) {
-    const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
+    const index K = fixed_K ? fixed_K : p.K, D = fixed_D ? fixed_D : p.D, J = p.J, N = J * D,
+                R = p.R;
     for (index j = 0; j < J; ++j)
       for_tiles<2>(count, [&](auto size, index first) {
         constexpr int capsules = size;
@@ -457,6 +461,7 @@ struct SampleLanes {
     });
   }
 
+  // Takes N as it comes, unlike its neighbours: unrolled over all of N it was a fifth slower.
   // dW[n][k] += sum_b du_hat[n][b] u[b][k], lanes along k; `stride` from one sample's u to the
   // next.
   static CAPSULE_INLINE void weight_gradient(const T* du_hat, index N, const T* rows, index stride,
