@@ -184,20 +184,19 @@ class FusedRoutingBackward(torch.autograd.Function):
 def oracle_of(
     num_iterations: int, leaky: bool, weight_sharing: int, routing_gradient: str
 ) -> Callable[..., Tensor]:
-    """The oracle as a function of u, weight, logits and bias, untouched by autocast."""
+    """The oracle as a function of u, weight, logits and bias."""
 
     def routing(u: Tensor, weight: Tensor, logits: Tensor | None, bias: Tensor | None) -> Tensor:
-        with torch.autocast(u.device.type, enabled=False):
-            return reference_routing(  # type: ignore[return-value]
-                u,
-                weight,
-                num_iterations,
-                logits=logits,
-                bias=bias,
-                leaky=leaky,
-                weight_sharing=weight_sharing,
-                routing_gradient=routing_gradient,
-            )
+        return reference_routing(  # type: ignore[return-value]
+            u,
+            weight,
+            num_iterations,
+            logits=logits,
+            bias=bias,
+            leaky=leaky,
+            weight_sharing=weight_sharing,
+            routing_gradient=routing_gradient,
+        )
 
     return routing
 
@@ -205,15 +204,19 @@ def oracle_of(
 def vector_jacobian(
     function: Callable[..., Any], values: Sequence[Any], wanted: Sequence[bool], cotangents: Any
 ) -> tuple[Tensor, ...]:
-    """Gradients of ``function(*values)`` with respect to the values that are ``wanted``."""
+    """Gradients of ``function(*values)`` with respect to the values that are ``wanted``.
+
+    Computed without autocast, which would cast inside of the oracle and of its gradients.
+    """
 
     def of_wanted(*chosen: Tensor) -> Any:
         rest = iter(chosen)
         return function(*(next(rest) if w else x for x, w in zip(values, wanted, strict=True)))
 
     chosen = (x for x, w in zip(values, wanted, strict=True) if w)
-    pull_back = torch.func.vjp(of_wanted, *chosen)[1]
-    return pull_back(cotangents)
+    with torch.autocast(values[0].device.type, enabled=False):
+        pull_back = torch.func.vjp(of_wanted, *chosen)[1]
+        return pull_back(cotangents)
 
 
 def jacobian_vector(
@@ -225,5 +228,6 @@ def jacobian_vector(
     that map is the derivative. ``like``: zeros in the shapes of the function's results.
     """
     moved = [tangent is not None for tangent in tangents]
-    pull_back = torch.func.vjp(lambda x: vector_jacobian(function, values, moved, x), like)[1]
-    return pull_back(tuple(tangent for tangent in tangents if tangent is not None))[0]
+    with torch.autocast(values[0].device.type, enabled=False):
+        pull_back = torch.func.vjp(lambda x: vector_jacobian(function, values, moved, x), like)[1]
+        return pull_back(tuple(tangent for tangent in tangents if tangent is not None))[0]
