@@ -91,6 +91,17 @@ def fused_routing(
 
     Under ``torch.autocast`` the inputs are cast as for a matrix product.
 
+    First derivatives are fused. Second and higher ones and forward mode (``torch.func.jvp``) are
+    exact too, but store u_hat. ``torch.func.vmap`` takes mapped u as one larger batch; where other
+    arguments are mapped it makes one call for each index. Inside ``torch.compile`` plain gradients
+    work, transforms of ``torch.func`` do not.
+
+    Example::
+
+        u = torch.randn(128, 1152, 8)
+        weight = 0.1 * torch.randn(1152, 10, 16, 8)
+        v = fused_routing(u, weight)  # [128, 10, 16]
+
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for can't be used; the message says why.
