@@ -25,8 +25,8 @@ class CapsuleLinear(nn.Module):
         leaky, weight_sharing, routing_gradient, backend: as in :func:`fused_routing`.
         device, dtype: of the parameters.
 
-    Parameters: ``weight`` [I // weight_sharing, J, D, K], ``bias`` [J, D] or None, ``logits`` [I, J]
-    or None. Weights start normal with a standard deviation of 0.1, the authors' choice.
+    Parameters: ``weight`` [I // weight_sharing, J, D, K], ``bias`` [J, D] or None, ``logits``
+    [I, J] or None. Weights start normal with a standard deviation of 0.1, the authors' choice.
     """
 
     weight: nn.Parameter
@@ -95,7 +95,7 @@ class CapsuleLinear(nn.Module):
             nn.init.zeros_(self.logits)
 
     def forward(self, u: Tensor) -> Tensor:
-        """Output capsules [B, out_capsules, out_dim] for input capsules [B, in_capsules, in_dim]."""
+        """Output capsules [B, out_capsules, out_dim] for inputs u [B, in_capsules, in_dim]."""
         return fused_routing(
             u,
             self.weight,
