@@ -234,9 +234,10 @@ struct SampleLanes {
     }
   }
 
-  // Capsules whose u_hat is held together: a share of the second-level cache.
+  // Capsules whose u_hat is held together: a share of the second-level cache. As many in a narrow
+  // block as in a wide one, so that what is scratch enough for one is enough for the other.
   static CAPSULE_INLINE index capsules_at_once(const Problem<T>& p) {
-    const index fit = (96 << 10) / (p.N() * width * index(sizeof(T)));
+    const index fit = (96 << 10) / (p.N() * 2 * lanes * index(sizeof(T)));
     return fit < 1 ? 1 : fit > 16 ? 16 : fit;
   }
 
