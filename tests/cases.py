@@ -40,8 +40,8 @@ class Case:
 
 
 SHAPES = [
-    Case(B=1), Case(B=3), Case(B=127, I=9), Case(I=1), Case(I=153), Case(J=1), Case(J=2), Case(J=33),
-    Case(K=3), Case(K=6, D=8), Case(D=1), Case(D=7), Case(D=10), Case(D=24), Case(D=32), Case(D=64),
+    Case(B=1), Case(B=3), Case(B=127, I=9), Case(I=1), Case(I=153), Case(J=1), Case(J=2),
+    Case(J=33), Case(K=3), Case(K=6, D=8), Case(D=1), Case(D=7), Case(D=10), Case(D=24), Case(D=32), Case(D=64),
     Case(R=1), Case(R=2), Case(R=10), Case(B=16, I=72, J=10), Case(B=33, I=40, J=10),
 ]  # fmt: skip
 """The awkward sizes of SPEC section 4, scaled down."""
@@ -50,7 +50,10 @@ OPTIONS = [
     Case(logits=True), Case(bias=True), Case(leaky=True), Case(I=12, weight_sharing=4),
     Case(routing_gradient="last"), Case(R=1, logits=True), Case(R=1, routing_gradient="last"),
     Case(B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=9),
-    Case(B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=36, routing_gradient="last"),
+    Case(
+        B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=36,
+        routing_gradient="last",
+    ),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The C++ kernels against the oracle: every awkward size, every option, every instruction set here."""
+"""The C++ kernels against the oracle: awkward sizes, every option, every instruction set here."""
 
 from dataclasses import replace
 
