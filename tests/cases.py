@@ -41,7 +41,8 @@ class Case:
 
 SHAPES = [
     Case(B=1), Case(B=3), Case(B=127, I=9), Case(I=1), Case(I=153), Case(J=1), Case(J=2),
-    Case(J=33), Case(K=3), Case(K=6, D=8), Case(D=1), Case(D=7), Case(D=10), Case(D=24), Case(D=32), Case(D=64),
+    Case(J=33), Case(K=3), Case(K=6, D=8), Case(D=1), Case(D=7), Case(D=10), Case(D=24),
+    Case(D=32), Case(D=64),
     Case(R=1), Case(R=2), Case(R=10), Case(B=16, I=72, J=10), Case(B=33, I=40, J=10),
 ]  # fmt: skip
 """The awkward sizes of SPEC section 4, scaled down."""
