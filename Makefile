@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 TRITON ?= triton==3.6.0
+JOBS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -30,7 +31,7 @@ train: setup
 	$(PY) -m model.train
 
 test: setup
-	$(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/.packages
 	$(PY) -m ruff check .
