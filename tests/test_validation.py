@@ -129,7 +129,9 @@ def whole(message: str) -> str:
     return f"^{re.escape(message)}$"
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), REFUSED, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"), REFUSED, ids=[message[:60] for _, _, message in REFUSED]
+)
 def test_wrong_arguments_raise_before_anything_runs(changes, error, message, figure):
     arguments = good_arguments() | changes
     with Operations() as operations, pytest.raises(error, match=whole(f"fused_routing: {message}")):
@@ -181,7 +183,11 @@ LAYER_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), LAYER_REFUSED, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    LAYER_REFUSED,
+    ids=[message[:60] for _, _, message in LAYER_REFUSED],
+)
 def test_layer_refuses_wrong_sizes_and_options_when_made(changes, error, message):
     arguments = {"in_capsules": 6, "in_dim": 4, "out_capsules": 3, "out_dim": 5} | changes
     with pytest.raises(error, match=whole(f"CapsuleLinear: {message}")):
