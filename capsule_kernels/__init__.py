@@ -2,10 +2,10 @@
 
 from .api import fused_routing
 from .autograd import FusedRouting
-from .conv import CapsuleConv2d, fused_routing_conv
+from .conv import fused_routing_conv
 from .dispatch import BackendStatus, backends
 from .layouts import rearrange_weight
-from .modules import CapsuleLinear
+from .modules import CapsuleConv2d, CapsuleLinear
 from .reference import reference_routing, squash
 from .version import __version__
 

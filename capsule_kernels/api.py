@@ -1,11 +1,12 @@
 """The public function: :func:`fused_routing`."""
 
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from .autograd import FusedRouting, TransformableRouting, transformed
+from .autograd import FusedRouting, TransformableRouting, capsules, transformed
 from .dispatch import select_backend
 from .ops import OPERATORS
 from .reference import reference_routing
@@ -106,19 +107,15 @@ def fused_routing(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for can't be used; the message says why.
     """
-    # Autocast does not know the meta device.
-    if (
-        isinstance(u, Tensor)
-        and u.device.type != "meta"
-        and torch.is_autocast_enabled(u.device.type)
-    ):
+    if under_autocast(u):
+        cast = cast_of(u.device.type)
         with torch.autocast(u.device.type, enabled=False):
             return fused_routing(  # type: ignore[call-overload]
-                under_autocast(u, u.device.type),
-                under_autocast(weight, u.device.type),
+                cast(u),
+                cast(weight),
                 num_iterations,
-                logits=under_autocast(logits, u.device.type),
-                bias=under_autocast(bias, u.device.type),
+                logits=cast(logits),
+                bias=cast(bias),
                 leaky=leaky,
                 weight_sharing=weight_sharing,
                 routing_gradient=routing_gradient,
@@ -136,10 +133,41 @@ def fused_routing(
         routing_gradient,
         return_coupling,
     )
-    chosen = select_backend(backend, u, weight, num_iterations)
+    v, coupling = route(
+        u,
+        weight,
+        logits,
+        bias,
+        backend,
+        num_iterations,
+        leaky,
+        weight_sharing,
+        routing_gradient,
+        return_coupling,
+    )
+    return (v, coupling) if return_coupling else v
+
+
+def route(
+    u: Tensor,
+    weight: Tensor,
+    logits: Tensor | None,
+    bias: Tensor | None,
+    backend: str,
+    num_iterations: int,
+    leaky: bool,
+    weight_sharing: int,
+    routing_gradient: str,
+    return_coupling: bool,
+) -> tuple[Tensor, Tensor]:
+    """Checked arguments on their way to a backend: v and, where asked for, the coupling.
+
+    u as :func:`capsule_kernels.autograd.capsules` takes it, the rest as :func:`fused_routing`.
+    """
+    chosen = select_backend(backend, u, weight, num_iterations, weight_sharing)
     if chosen == "reference":
-        return reference_routing(
-            u,
+        return reference_routing(  # type: ignore[return-value]
+            capsules(u),
             weight,
             num_iterations,
             logits=logits,
@@ -147,24 +175,38 @@ def fused_routing(
             leaky=leaky,
             weight_sharing=weight_sharing,
             routing_gradient=routing_gradient,
-            return_coupling=return_coupling,
+            return_coupling=True,
         )
-    tensors = (u, weight, logits, bias)
+    tensors = (weight, logits, bias)
     options = (num_iterations, leaky, weight_sharing)
     if transformed():
         v, coupling, _ = TransformableRouting.apply(
-            *tensors, chosen, *options, routing_gradient, return_coupling
+            capsules(u), *tensors, chosen, *options, routing_gradient, return_coupling
         )
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, *tensors)):
         v, coupling = FusedRouting.apply(
-            *tensors, chosen, *options, routing_gradient, return_coupling
+            u, *tensors, chosen, *options, routing_gradient, return_coupling
         )
     else:
-        v, _, coupling = OPERATORS[chosen].forward(*tensors, *options, return_coupling)
-    return (v, coupling) if return_coupling else v
+        v, _, coupling = OPERATORS[chosen].forward(capsules(u), *tensors, *options, return_coupling)
+    return v, coupling
 
 
-def under_autocast(x: Any, device_type: str) -> Any:
-    """``x`` as autocast hands it to a matrix product: its dtype, but float64 is left alone."""
-    eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return x.to(torch.get_autocast_dtype(device_type)) if eligible else x
+def under_autocast(u: Any) -> bool:
+    """Whether autocast is on where u lives. It does not know the meta device."""
+    return (
+        isinstance(u, Tensor)
+        and u.device.type != "meta"
+        and torch.is_autocast_enabled(u.device.type)
+    )
+
+
+def cast_of(device_type: str) -> Callable[[Any], Any]:
+    """Autocast's cast of what enters a matrix product: to its dtype, but for float64."""
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(x: Any) -> Any:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if eligible else x
+
+    return cast

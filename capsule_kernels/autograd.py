@@ -16,48 +16,74 @@ from .ops import OPERATORS
 from .reference import reference_routing
 
 
+def forward_operator(
+    u: Tensor,
+    weight: Tensor,
+    logits: Tensor | None,
+    bias: Tensor | None,
+    backend: str,
+    num_iterations: int,
+    leaky: bool,
+    weight_sharing: int,
+    routing_gradient: str,
+    return_coupling: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(v, coupling, s) by the fused operator: what both forms of the function start with."""
+    v, s, coupling = OPERATORS[backend].forward(
+        capsules(u), weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
+    )
+    return v, coupling, s
+
+
+def capsules(u: Tensor) -> Tensor:
+    """Input capsules [B, I, K], of which u may also be the windows [B, H', W', C, kh, kw, K].
+
+    Windows are a view of the grid they slide over, and are saved as such: only the operators, while
+    they run, are given a copy.
+    """
+    return u if u.dim() == 3 else u.flatten(0, 2).flatten(1, 3)
+
+
 class FusedRouting(torch.autograd.Function):
     """Routing whose forward and backward are one fused operator each; ``u_hat`` is never stored.
 
     Saved for the backward: the inputs and ``s`` [R, B, J, D], the total inputs of every iteration.
-    Arguments in the order of :meth:`forward`; :func:`capsule_kernels.fused_routing` is the face.
+    Arguments as of :func:`forward_operator`; :func:`capsule_kernels.fused_routing` is the face.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        weight: Tensor,
-        logits: Tensor | None,
-        bias: Tensor | None,
-        backend: str,
-        num_iterations: int,
-        leaky: bool,
-        weight_sharing: int,
-        routing_gradient: str,
-        return_coupling: bool,
-    ) -> tuple[Tensor, Tensor]:
-        v, s, coupling = OPERATORS[backend].forward(
-            u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
-        )
-        ctx.save_for_backward(u, weight, logits, bias, s)
-        ctx.options = (backend, leaky, weight_sharing, routing_gradient)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        v, coupling, s = forward_operator(*inputs)
+        remember(ctx, inputs, s)
         ctx.mark_non_differentiable(coupling)
         return v, coupling
 
     @staticmethod
     def backward(ctx: Any, grad_v: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-        wanted = ctx.needs_input_grad[:4]
-        arguments = (grad_v, *ctx.saved_tensors, *ctx.options, *wanted)
-        # Grad mode is on only where this backward is itself differentiated (create_graph=True,
-        # torch.func.grad).
-        if torch.is_grad_enabled():
-            gradients = FusedRoutingBackward.apply(*arguments)
-        else:
-            gradients = backward_operator(*arguments)
-        return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *[
-            None
-        ] * 6
+        return gradients(ctx, grad_v, ctx.needs_input_grad[:4])
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
+    """Save what :func:`gradients` needs of the inputs of :func:`forward_operator`."""
+    *tensors, backend, _, leaky, weight_sharing, routing_gradient, _ = inputs
+    ctx.save_for_backward(*tensors, s)
+    ctx.options = (backend, leaky, weight_sharing, routing_gradient)
+
+
+def gradients(ctx: Any, grad_v: Tensor, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
+    """A backward's result: the gradients that are ``wanted``, None for all other arguments."""
+    u, *others = ctx.saved_tensors
+    arguments = (grad_v, capsules(u), *others, *ctx.options, *wanted)
+    # Grad mode is on only where this backward is itself differentiated (create_graph=True,
+    # torch.func.grad).
+    if torch.is_grad_enabled():
+        found = FusedRoutingBackward.apply(*arguments)
+    else:
+        found = backward_operator(*arguments)
+    results = [g if want else None for g, want in zip(found, wanted, strict=True)]
+    if u.dim() != 3 and wanted[0]:
+        results[0] = found[0].view(u.shape)
+    return *results, *[None] * 6
 
 
 class TransformableRouting(torch.autograd.Function):
@@ -69,34 +95,18 @@ class TransformableRouting(torch.autograd.Function):
 
     generate_vmap_rule = True
 
-    @staticmethod
-    def forward(
-        u: Tensor,
-        weight: Tensor,
-        logits: Tensor | None,
-        bias: Tensor | None,
-        backend: str,
-        num_iterations: int,
-        leaky: bool,
-        weight_sharing: int,
-        routing_gradient: str,
-        return_coupling: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        v, s, coupling = OPERATORS[backend].forward(
-            u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
-        )
-        return v, coupling, s
+    forward = staticmethod(forward_operator)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        u, weight, logits, bias, backend, _, leaky, weight_sharing, routing_gradient, _ = inputs
         _, coupling, s = output
-        ctx.save_for_backward(u, weight, logits, bias, s)
-        ctx.save_for_forward(u, weight, logits, bias, s)
-        ctx.options = (backend, leaky, weight_sharing, routing_gradient)
+        remember(ctx, inputs, s)
+        ctx.save_for_forward(*inputs[:4], s)
         ctx.mark_non_differentiable(coupling, s)
 
-    backward = FusedRouting.backward
+    @staticmethod
+    def backward(ctx: Any, grad_v: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+        return gradients(ctx, grad_v, ctx.needs_input_grad[:4])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:

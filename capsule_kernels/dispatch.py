@@ -47,7 +47,9 @@ def backends() -> dict[str, BackendStatus]:
     return statuses
 
 
-def select_backend(backend: str, u: Tensor, weight: Tensor, num_iterations: int) -> str:
+def select_backend(
+    backend: str, u: Tensor, weight: Tensor, num_iterations: int, weight_sharing: int
+) -> str:
     """The backend that will run this call; a backend asked for by name runs or raises.
 
     Raises ``ValueError`` for an unknown name, ``RuntimeError`` with the reason for a backend
@@ -56,8 +58,8 @@ def select_backend(backend: str, u: Tensor, weight: Tensor, num_iterations: int)
     check_choice("backend", backend, CHOICES)
     if backend == "reference":
         return backend
-    _, J, D, K = weight.shape
-    shape = RoutingShape(u.shape[1], J, K, D, num_iterations)
+    rows, J, D, K = weight.shape
+    shape = RoutingShape(rows * weight_sharing, J, K, D, num_iterations)
     if backend == "auto":
         for name in automatic_order(u.device):
             if reason_against(name, u.device, u.dtype, shape) is None:

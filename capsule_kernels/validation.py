@@ -1,6 +1,6 @@
-"""Checks of every argument of :func:`fused_routing`, before any kernel starts.
+"""Checks of every argument, before any kernel starts.
 
-Each message names the argument, says what was expected and what came.
+Each message names the function and the argument, says what was expected and what came.
 """
 
 from torch import Tensor, bfloat16, float16, float32, float64
@@ -23,14 +23,57 @@ def check_tensor(
         raise ValueError(f"{caller}: {name} must have shape {shape}, got {list(value.shape)}")
 
 
-def check_int(name: str, value: object, caller: str = "fused_routing") -> None:
-    """A whole number of at least 1 (bool does not count as one)."""
+def check_beside_u(
+    name: str, value: Tensor, shape: str, sizes: tuple[int, ...], u: Tensor, caller: str
+) -> None:
+    """A tensor of the given sizes, called ``shape`` in letters, with the dtype and device of u."""
+    check_tensor(name, value, shape, len(sizes), caller)
+    if tuple(value.shape) != sizes:
+        raise ValueError(
+            f"{caller}: {name} must have shape {shape} = {list(sizes)}, got {list(value.shape)}"
+        )
+    check_like_u(name, value, u, caller)
+
+
+def check_like_u(name: str, value: Tensor, u: Tensor, caller: str) -> None:
+    """The dtype and device of u."""
+    if value.dtype != u.dtype:
+        raise TypeError(f"{caller}: {name} must have the dtype of u, {u.dtype}, got {value.dtype}")
+    if value.device != u.device:
+        raise ValueError(
+            f"{caller}: {name} must be on the device of u, {u.device}, got {value.device}"
+        )
+
+
+def check_not_empty(name: str, value: Tensor, caller: str, **sizes: int) -> None:
+    """Sizes of at least 1, each given by its letter."""
+    for letter, size in sizes.items():
+        if size < 1:
+            raise ValueError(
+                f"{caller}: {name} must have {letter} >= 1, got shape {list(value.shape)}"
+            )
+
+
+def check_int(name: str, value: object, caller: str = "fused_routing", least: int = 1) -> None:
+    """A whole number of at least ``least`` (bool does not count as one)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
-            f"{caller}: {name} must be an int >= 1, got {type(value).__name__} {value!r}"
+            f"{caller}: {name} must be an int >= {least}, got {type(value).__name__} {value!r}"
         )
-    if value < 1:
-        raise ValueError(f"{caller}: {name} must be >= 1, got {value}")
+    if value < least:
+        raise ValueError(f"{caller}: {name} must be >= {least}, got {value}")
+
+
+def check_pair(
+    name: str, value: int | tuple[int, int], caller: str, least: int = 1
+) -> tuple[int, int]:
+    """The pair that ``value`` stands for: itself, or a whole number twice."""
+    pair = value if isinstance(value, tuple) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{caller}: {name} must be an int >= {least} or two of them, got {value}")
+    for x in pair:
+        check_int(name, x, caller, least)
+    return pair
 
 
 def check_bool(name: str, value: object, caller: str = "fused_routing") -> None:
@@ -49,6 +92,20 @@ def check_choice(
         raise ValueError(f"{caller}: {name} must be one of {listed}, got {value!r}")
 
 
+def check_options(
+    num_iterations: int,
+    leaky: bool,
+    routing_gradient: str,
+    caller: str = "fused_routing",
+    **switches: bool,
+) -> None:
+    """What is no tensor and the same for every kind of layer, and further switches by name."""
+    check_int("num_iterations", num_iterations, caller)
+    for name, value in {"leaky": leaky, **switches}.items():
+        check_bool(name, value, caller)
+    check_choice("routing_gradient", routing_gradient, ROUTING_GRADIENTS, caller)
+
+
 def check_arguments(
     u: Tensor,
     weight: Tensor,
@@ -61,58 +118,27 @@ def check_arguments(
     return_coupling: bool,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` at the first argument that does not fit."""
-    check_int("num_iterations", num_iterations)
+    caller = "fused_routing"
+    check_options(num_iterations, leaky, routing_gradient, return_coupling=return_coupling)
     check_int("weight_sharing", weight_sharing)
-    check_bool("leaky", leaky)
-    check_bool("return_coupling", return_coupling)
-    check_choice("routing_gradient", routing_gradient, ROUTING_GRADIENTS)
     check_tensor("u", u, "[B, I, K]", 3)
     check_tensor("weight", weight, "[I // weight_sharing, J, D, K]", 4)
     _, I, K = u.shape
     rows, J, D, weight_K = weight.shape
-    for size, letter, name in (
-        (I, "I", "u"),
-        (K, "K", "u"),
-        (J, "J", "weight"),
-        (D, "D", "weight"),
-    ):
-        if size < 1:
-            raise ValueError(
-                f"fused_routing: {name} must have {letter} >= 1, got shape "
-                f"{list(u.shape if name == 'u' else weight.shape)}"
-            )
+    check_not_empty("u", u, caller, I=I, K=K)
+    check_not_empty("weight", weight, caller, J=J, D=D)
     if I % weight_sharing != 0:
         raise ValueError(
-            f"fused_routing: weight_sharing must divide I = {I} (u is {list(u.shape)}), "
+            f"{caller}: weight_sharing must divide I = {I} (u is {list(u.shape)}), "
             f"got {weight_sharing}"
         )
     if rows != I // weight_sharing or weight_K != K:
         raise ValueError(
-            f"fused_routing: weight must have shape [I // weight_sharing, J, D, K] = "
+            f"{caller}: weight must have shape [I // weight_sharing, J, D, K] = "
             f"[{I // weight_sharing}, J, D, {K}], got {list(weight.shape)}"
         )
-    others = [("weight", weight)]
+    check_like_u("weight", weight, u, caller)
     if logits is not None:
-        check_tensor("logits", logits, "[I, J]", 2)
-        if logits.shape[0] != I or logits.shape[1] != J:
-            raise ValueError(
-                f"fused_routing: logits must have shape [I, J] = [{I}, {J}], "
-                f"got {list(logits.shape)}"
-            )
-        others.append(("logits", logits))
+        check_beside_u("logits", logits, "[I, J]", (I, J), u, caller)
     if bias is not None:
-        check_tensor("bias", bias, "[J, D]", 2)
-        if bias.shape[0] != J or bias.shape[1] != D:
-            raise ValueError(
-                f"fused_routing: bias must have shape [J, D] = [{J}, {D}], got {list(bias.shape)}"
-            )
-        others.append(("bias", bias))
-    for name, value in others:
-        if value.dtype != u.dtype:
-            raise TypeError(
-                f"fused_routing: {name} must have the dtype of u, {u.dtype}, got {value.dtype}"
-            )
-        if value.device != u.device:
-            raise ValueError(
-                f"fused_routing: {name} must be on the device of u, {u.device}, got {value.device}"
-            )
+        check_beside_u("bias", bias, "[J, D]", (J, D), u, caller)

@@ -1,91 +1,142 @@
 """Convolutional capsules against loops over positions, and at the size of the window itself."""
 
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from capsule_kernels import CapsuleConv2d, fused_routing, fused_routing_conv, reference_routing
 
+Pair = int | tuple[int, int]
+
 B, C, K, H, W, J, D = 2, 3, 4, 6, 7, 5, 2
 
 
-def inputs(kh: int = 3, kw: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(kh: int = 3, kw: int = 2) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((B, C, K, H, W), (C, kh, kw, J, D, K), (J, D))
-    u, weight, bias = (
-        torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes
+    shapes = {
+        "u": (B, C, K, H, W),
+        "weight": (C, kh, kw, J, D, K),
+        "logits": (C, kh, kw, J),
+        "bias": (J, D),
+    }
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("stride", "padding"), [(1, 0), (2, 0), (2, 1), (3, 2), ((1, 2), (2, 0)), ((3, 1), (0, 1))]
+)
+def test_is_routing_at_every_position(stride: Pair, padding: Pair) -> None:
+    leaves = inputs()
+    weight, logits, bias = leaves["weight"], leaves["logits"], leaves["bias"]
+    v, coupling = fused_routing_conv(
+        **leaves, num_iterations=2, stride=stride, padding=padding, leaky=True, return_coupling=True
     )
-    return u, weight, bias
-
-
-@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 0), (2, 1), (3, 2)])
-def test_is_routing_at_every_position(stride: int, padding: int) -> None:
-    u, weight, bias = leaves = inputs()
-    v = fused_routing_conv(u, weight, 2, stride=stride, padding=padding, bias=bias, leaky=True)
-    grid = torch.nn.functional.pad(u, (padding,) * 4)
-    expected = torch.empty_like(v)
+    down, right = stride if isinstance(stride, tuple) else (stride, stride)
+    above, left = padding if isinstance(padding, tuple) else (padding, padding)
+    grid = torch.nn.functional.pad(leaves["u"], (left, left, above, above))
+    expected, expected_coupling = torch.empty_like(v), torch.empty_like(coupling)
     rows, columns = v.shape[3:]
-    assert rows == (H + 2 * padding - 3) // stride + 1
-    assert columns == (W + 2 * padding - 2) // stride + 1
-    for y in range(rows):
-        for x in range(columns):
-            capsules, matrices = [], []
-            for c in range(C):
-                for dy in range(3):
-                    for dx in range(2):
-                        capsules.append(grid[:, c, :, y * stride + dy, x * stride + dx])
-                        matrices.append(weight[c, dy, dx])
-            expected[..., y, x] = reference_routing(
-                torch.stack(capsules, 1), torch.stack(matrices), 2, bias=bias, leaky=True
-            )
-    torch.testing.assert_close(v, expected)
+    assert rows == (H + 2 * above - 3) // down + 1
+    assert columns == (W + 2 * left - 2) // right + 1
+    places = list(product(range(C), range(3), range(2)))
+    for y, x in product(range(rows), range(columns)):
+        capsules = [grid[:, c, :, y * down + dy, x * right + dx] for c, dy, dx in places]
+        expected[..., y, x], c = reference_routing(
+            torch.stack(capsules, 1),
+            torch.stack([weight[place] for place in places]),
+            2,
+            logits=torch.stack([logits[place] for place in places]),
+            bias=bias,
+            leaky=True,
+            return_coupling=True,
+        )
+        expected_coupling[..., y, x] = c.unflatten(1, (C, 3, 2))
+    torch.testing.assert_close((v, coupling), (expected, expected_coupling))
+    assert not coupling.requires_grad
     direction = torch.randn_like(v)
     torch.testing.assert_close(
-        torch.autograd.grad(v, leaves, direction),
-        torch.autograd.grad(expected, leaves, direction),
+        torch.autograd.grad(v, list(leaves.values()), direction),
+        torch.autograd.grad(expected, list(leaves.values()), direction),
     )
 
 
 def test_a_window_as_large_as_the_grid_is_a_fully_connected_layer() -> None:
-    u, weight, _ = inputs(H, W)
+    leaves = inputs(H, W)
+    u, weight = leaves["u"], leaves["weight"]
     v = fused_routing_conv(u, weight)
     assert v.shape == (B, J, D, 1, 1)
     flat = fused_routing(u.permute(0, 1, 3, 4, 2).flatten(1, 3), weight.flatten(0, 2))
     assert torch.equal(v[..., 0, 0], flat)
 
 
-def test_the_predictions_are_not_kept() -> None:
-    """What the graph holds for the backward: windows, kernel and s, but nothing like u_hat."""
-    u, weight, _ = inputs()
-    saved: list[int] = []
-    hooks = torch.autograd.graph.saved_tensors_hooks(
-        lambda x: saved.append(x.numel()) or x, lambda x: x
-    )
-    with hooks:
+def test_neither_predictions_nor_windows_are_kept() -> None:
+    """What the graph holds for the backward: the grid, the kernel and s."""
+    leaves = inputs()
+    u, weight = leaves["u"], leaves["weight"]
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         v = fused_routing_conv(u, weight, 3)
-    positions = v.shape[3] * v.shape[4]
-    windows = B * positions * C * 6 * K
-    assert sum(saved) == windows + weight.numel() + 3 * v.numel()
-    assert max(saved) < B * positions * C * 6 * J * D
+    assert sum(kept.values()) == 8 * (u.numel() + weight.numel() + 3 * v.numel())
 
 
-def test_layer() -> None:
+def test_a_grid_changed_in_place_is_noticed() -> None:
+    leaves = inputs()
+    u = leaves["u"].detach().clone()
+    v = fused_routing_conv(u, leaves["weight"])
+    u.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        v.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1, "bias": True},
+        {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 1), "learn_logits": True},
+    ],
+    ids=str,
+)
+def test_layer(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    layer = CapsuleConv2d(C, K, J, D, kernel_size=3, stride=2, padding=1, bias=True)
+    layer = CapsuleConv2d(C, K, J, D, **options)
     u = torch.randn(B, C, K, H, W)
-    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert set(layer.state_dict()) == {
+        "weight",
+        *(["bias"] if "bias" in options else ["logits"]),
+    }
     found = layer(u)
-    assert torch.equal(
-        found, fused_routing_conv(u, layer.weight, stride=2, padding=1, bias=layer.bias)
+    expected = fused_routing_conv(
+        u,
+        layer.weight,
+        stride=options["stride"],
+        padding=options["padding"],
+        bias=layer.bias,
+        logits=layer.logits,
     )
+    assert torch.equal(found, expected)
     rebuilt = eval(repr(layer), {"CapsuleConv2d": CapsuleConv2d})
     rebuilt.load_state_dict(layer.state_dict())
     assert torch.equal(rebuilt(u), found)
     assert layer(u[:0]).shape == (0, *found.shape[1:])
     found.square().sum().backward()
-    assert layer.weight.grad is not None
+    assert all(p.grad is not None for p in layer.parameters())
     whole = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert torch.equal(whole(u), found)
+    again = whole(u)
+    assert torch.equal(again, found)
+    gradient = torch.autograd.grad(again.square().sum(), layer.weight)
+    torch.testing.assert_close(*gradient, layer.weight.grad)
 
 
 @pytest.mark.parametrize(
@@ -94,13 +145,19 @@ def test_layer() -> None:
         ({"u": torch.zeros(2, 3, 4, 6)}, ValueError, r"u must have shape \[B, C, K, H, W\]"),
         ({"weight": torch.zeros(2, 3, 2, J, D, K)}, ValueError, r"\[3, kh, kw, J, D, 4\]"),
         ({"weight": torch.zeros(C, 9, 2, J, D, K)}, ValueError, "window of weight, 9 x 2"),
+        ({"weight": torch.zeros(C, 0, 2, J, D, K)}, ValueError, "weight must have kh >= 1"),
+        ({"logits": torch.zeros(C, 3, 2, 1)}, ValueError, r"logits must .* = \[3, 3, 2, 5\], got"),
+        ({"bias": torch.zeros(J)}, ValueError, r"bias must have shape \[J, D\], got \[5\]"),
+        ({"bias": torch.zeros(J, D).double()}, TypeError, "bias must have the dtype of u"),
+        ({"num_iterations": 0}, ValueError, "num_iterations must be >= 1, got 0"),
+        ({"return_coupling": 1}, TypeError, "return_coupling must be True or False"),
         ({"stride": 0}, ValueError, "stride must be >= 1, got 0"),
+        ({"stride": (1, 2, 3)}, ValueError, r"stride must be an int >= 1 or two of them, got \(1"),
         ({"padding": -1}, ValueError, "padding must be >= 0, got -1"),
         ({"padding": "same"}, TypeError, "padding must be an int >= 0, got str 'same'"),
     ],
 )
 def test_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:
-    u, weight, _ = inputs()
-    arguments = {"u": u.float(), "weight": weight.float()} | change
+    arguments = {name: x.detach().float() for name, x in inputs().items()} | change
     with pytest.raises(error, match=f"^fused_routing_conv: .*{message}"):
         fused_routing_conv(**arguments)  # type: ignore[arg-type]
