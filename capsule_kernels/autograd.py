@@ -60,7 +60,7 @@ class FusedRouting(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_v: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-        return gradients(ctx, grad_v, ctx.needs_input_grad[:4])
+        return gradients(ctx, grad_v, asked_for(ctx))
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
@@ -68,6 +68,27 @@ def remember(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
     *tensors, backend, _, leaky, weight_sharing, routing_gradient, _ = inputs
     ctx.save_for_backward(*tensors, s)
     ctx.options = (backend, leaky, weight_sharing, routing_gradient)
+
+
+def asked_for(ctx: Any) -> tuple[bool, ...]:
+    """Which gradients, of u, weight, logits and bias, this run of the engine is to find.
+
+    ``needs_input_grad`` says which require one: all parameters, too, where
+    ``torch.autograd.grad(v, u)`` wants no more than that of u.
+    """
+    required = ctx.needs_input_grad[:4]
+    if torch.compiler.is_compiling():
+        return required
+    nodes = (node for node, _ in ctx.next_functions if node is not None)
+    return tuple(need and will_run(next(nodes)) for need in required)
+
+
+def will_run(node: Any) -> bool:
+    """Whether the engine, in the backward that is running, goes on to a node of the graph."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient torch.autograd.grad returns
+        return True
 
 
 def gradients(ctx: Any, grad_v: Tensor, wanted: tuple[bool, ...]) -> tuple[Any, ...]:

@@ -42,22 +42,47 @@ def test_the_mask_is_what_requires_grad(
 ) -> None:
     inputs = make_inputs(CASE, torch.float64)
     names = list(inputs)
-    fused_routing(
-        inputs["u"], inputs["weight"], logits=inputs["logits"], bias=inputs["bias"]
-    ).sum().backward()
+    route(inputs).sum().backward()
     everything = {name: x.grad for name, x in inputs.items()}
     calls.clear()
     for name, want in zip(names, wanted, strict=True):
         inputs[name] = inputs[name].detach().requires_grad_(want)
-    fused_routing(
-        inputs["u"], inputs["weight"], logits=inputs["logits"], bias=inputs["bias"]
-    ).sum().backward()
+    route(inputs).sum().backward()
     (arguments,) = calls
     assert arguments[-1] == list(wanted)
     for name, want in zip(names, wanted, strict=True):
         assert (inputs[name].grad is not None) == want
         if want:
             torch.testing.assert_close(inputs[name].grad, everything[name])
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("wanted", [["u"], ["weight"], ["u", "bias"], ["logits", "weight"]])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_only_what_grad_is_asked_for(
+    wanted: list[str], leaf: bool, create_graph: bool, calls: list[tuple[Any, ...]]
+) -> None:
+    """A trainable weight costs nothing where ``torch.autograd.grad`` wants the gradient of u."""
+    inputs = make_inputs(CASE, torch.float64)
+    if not leaf:
+        inputs = {name: 1 * x for name, x in inputs.items()}
+    expected = torch.autograd.grad(route(inputs).sum(), list(inputs.values()))
+    calls.clear()
+    v = route(inputs).sum()
+    found = torch.autograd.grad(v, [inputs[name] for name in wanted], create_graph=create_graph)
+    (arguments,) = calls
+    assert arguments[-1] == [name in wanted for name in inputs]
+    everything = dict(zip(inputs, expected, strict=True))
+    for name, gradient in zip(wanted, found, strict=True):
+        torch.testing.assert_close(gradient, everything[name])
+
+
+def test_only_the_inputs_that_backward_is_given(calls: list[tuple[Any, ...]]) -> None:
+    inputs = make_inputs(CASE, torch.float64)
+    route(inputs).sum().backward(inputs=[inputs["weight"]])
+    (arguments,) = calls
+    assert arguments[-1] == [False, True, False, False]
+    assert [name for name, x in inputs.items() if x.grad is not None] == ["weight"]
 
 
 def test_no_graph_without_gradients() -> None:
