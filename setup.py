@@ -112,7 +112,7 @@ def extensions() -> list[Extension]:
         macros.append(("CAPSULE_CUDA", None))
         sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c[pu]*"))
         sources = [source for source in sources if not source.endswith(".cuh")]
-        flags["nvcc"] = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
+        flags["nvcc"] = ["-O3", "-std=c++17"]
     return [
         make(
             "capsule_kernels._C",
