@@ -1,4 +1,4 @@
-// squash(s) = s / (n + 1 / n), n = |s|, and its transposed Jacobian, for capsules spread over
+// squash(s) = n / (1 + n^2) s, n = |s|, and its transposed Jacobian, for capsules spread over
 // quads.
 //
 // A tile of 16 samples lies in registers as results of mma: of output capsule j, lane (g, q) of a
@@ -18,13 +18,13 @@ __device__ __forceinline__ float quad_sum(float x) {
 // The factors of squash at one capsule: v = f s. J^T scales what is across s by f, and what is
 // along s by f times `along`; kept apart, the two do not cancel where n is large.
 struct Squash {
-  float f;       // 1 / (n + 1 / n); 0 at s = 0, where v and its gradient vanish
+  float f;       // n / (1 + n^2); 0 at s = 0, where v and its gradient vanish
   float along;   // 2 / (1 + n^2)
   float length;  // n; 1 at s = 0
 };
 
 // Of row `half` (0: g, 1: g + 8) of one capsule, s[DT][4]. No square of a length is formed before
-// it is scaled, so that any finite s gives a finite v.
+// it is scaled, so that any finite s gives a finite v, and f has a form for each end of the range.
 template <int DT>
 __device__ __forceinline__ Squash squash_of(const float (&s)[DT][4], int half) {
   float scale = 0;
@@ -51,7 +51,8 @@ __device__ __forceinline__ Squash squash_of(const float (&s)[DT][4], int half) {
   }
   const float length = unit * sqrtf(quad_sum(sum));
   if (!nonzero) return {0.0f, 0.0f, 1.0f};
-  return {1.0f / (length + 1.0f / length), 2.0f / (1.0f + length * length), length};
+  const float along = 2.0f / (1.0f + length * length);
+  return {length < 1 ? 0.5f * length * along : 1.0f / (length + 1.0f / length), along, length};
 }
 
 // v = squash(s), both rows.
