@@ -81,16 +81,17 @@ def backward_shapes(
     return grad_u, grad_weight, grad_logits, grad_bias
 
 
-def _triton_forward(*args):
+def _triton_forward(*arguments):
     from .backends import triton
 
-    return triton.routing_forward(*args)
+    return triton.routing_forward(*arguments)
 
 
-def _triton_backward(*args):
+def _triton_backward(grad_v, u, weight, logits, s, *options):
     from .backends import triton
 
-    return triton.routing_backward(*args)
+    # Its kernels index s as the forward made it; torch.func.vmap hands on slices.
+    return triton.routing_backward(grad_v, u, weight, logits, s.contiguous(), *options)
 
 
 for _backend in KERNEL_BACKENDS:
