@@ -8,7 +8,6 @@ namespace {
 
 template <typename T>
 size_t scratch_size(const Problem<T>& p, const Partition& part) {
-  auto larger = [](index a, index b) { return a > b ? a : b; };
   const index squash = p.N() * kLanes<T>;
   if (part.capsule_lanes)
     return larger(
@@ -80,12 +79,7 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
     return;
   }
 
-  const index Kp = SampleLanes<T, 2>::padded_K(K);
   const bool paper_sizes = K == 8 && p.D == 16;  // loops of constant length, unrolled
-  auto write_weights = [&](const T* dW, T* out, index rows) {
-    for (index o = 0; o < rows; ++o)
-      for (index k = 0; k < K; ++k) out[o * K + k] = dW[o * Kp + k];
-  };
   auto run_blocks = [&](index i0, index i1, bool first, bool last) {
     const typename SampleLanes<T, 2>::Final wide(p, part.final_chunk, scratch);
     const typename SampleLanes<T, 1>::Final narrow(p, part.final_chunk, scratch);
@@ -103,8 +97,8 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
           sweep.grad_logits[i * p.J + j] =
               sum_lanes<T>(load(wide.dlogits + ((i - i0) * p.J + j) * kLanes<T>));
     if (last && grad_weight)
-      write_weights(wide.dW, grad_weight + (sharing > 1 ? 0 : (i0 - begin) * N * K),
-                    sharing > 1 ? N : (i1 - i0) * N);
+      SampleLanes<T, 2>::write_weights(wide.dW, K, sharing > 1 ? N : (i1 - i0) * N,
+                                       grad_weight + (sharing > 1 ? 0 : (i0 - begin) * N * K));
   };
   for (index i0 = begin; i0 < end; i0 += part.final_chunk) {
     const index i1 = i0 + part.final_chunk < end ? i0 + part.final_chunk : end;

@@ -14,13 +14,22 @@ struct SampleLanes {
   using V = Vec<T>;
   static constexpr int lanes = kLanes<T>;
   static constexpr int width = vectors * lanes;
-  // Accumulators in flight: enough to hide the latency of a multiply-add.
+  static constexpr bool many_registers = sizeof(V) == 64;  // 32 of them, otherwise 16
+  // Rows of a tile. Accumulators in flight hide the latency of a multiply-add; a product with
+  // nothing else in registers can afford more of them, which takes fewer loads.
   static constexpr int tile = 8 / vectors;
-  // Lanes along k, for dW: at most 32 bytes, since K is small.
-  static constexpr int k_lanes = sizeof(V) > 32 ? int(32 / sizeof(T)) : lanes;
-  using VK = Vec<T, k_lanes>;
+  static constexpr int product_tile = (many_registers ? 16 : 12) / vectors;
+  static constexpr int sum_tile = many_registers ? 16 : 8;
 
-  static CAPSULE_INLINE index padded_K(index K) { return (K + k_lanes - 1) / k_lanes * k_lanes; }
+  // For dW lanes are elements k: a row of one sample's u, or of two samples interleaved where K is
+  // half a vector or less. f(samples) with the number as a constant.
+  template <typename F>
+  static CAPSULE_INLINE auto with_samples_per_row(index K, F f) {
+    if constexpr (sizeof(T) == 4)
+      if (2 * K <= lanes) return f(std::integral_constant<int, 2>{});
+    return f(std::integral_constant<int, 1>{});
+  }
+  static CAPSULE_INLINE index row_length(index K) { return (K + lanes - 1) / lanes * lanes; }
 
   // acc[n] = sum_k W[n][k] u[k], a tile of u_hat.
   template <int n>
@@ -29,6 +38,12 @@ struct SampleLanes {
     for (int m = 0; m < n; ++m)
 #pragma GCC unroll 16
       for (int q = 0; q < vectors; ++q) acc[m][q] = V{};
+    add_prediction<n>(W, K, u, acc);
+  }
+
+  // acc[n] += sum_k W[n][k] u[k]
+  template <int n>
+  static CAPSULE_INLINE void add_prediction(const T* W, index K, const T* u, V (&acc)[n][vectors]) {
     for (index k = 0; k < K; ++k) {
       V x[vectors];
 #pragma GCC unroll 16
@@ -57,49 +72,65 @@ struct SampleLanes {
     }
   }
 
-  // rows[sample][capsule][padded K]: u as it lies in memory, for products with lanes along k.
+  // rows[sample / samples][capsule][row]: u with lanes along k, for dW.
+  template <int fixed_K, int samples>
   static CAPSULE_INLINE void pack_rows(const Problem<T>& p, index first_sample, index valid,
                                        index i0, index count, T* rows) {
-    const index K = p.K, Kp = padded_K(K);
-    for (index b = 0; b < valid; ++b) {
+    const index K = fixed_K ? fixed_K : p.K, length = row_length(K);
+    for (index b = 0; b < valid; b += samples) {
       const T* u = p.u + ((first_sample + b) * p.I + i0) * K;
-      T* row = rows + b * count * Kp;
-      if (K == Kp) {
-        for (index x = 0; x < count * K; x += k_lanes) store(row + x, load<T, k_lanes>(u + x));
+      const T* next = samples == 2 && b + 1 < valid ? u + p.I * K : nullptr;
+      T* row = rows + b / samples * count * length;
+      if (K == length) {
+        for (index x = 0; x < count * K; x += lanes) store(row + x, load(u + x));
         continue;
       }
-      for (index i = 0; i < count; ++i)
-        for (index k = 0; k < Kp; ++k) row[i * Kp + k] = k < K ? u[i * K + k] : T(0);
+      for (index i = 0; i < count; ++i, u += K, row += length) {
+        if (samples * K < length)
+          for (index x = 0; x < length; x += lanes) store(row + x, V{});
+        for (index k = 0; k < K; ++k) {
+          row[k * samples] = u[k];
+          if constexpr (samples == 2) row[k * samples + 1] = next ? next[i * K + k] : T(0);
+        }
+      }
     }
   }
 
-  // First iteration: couplings are those of the prior, the same for every sample.
+  // First iteration: couplings are those of the prior, the same for every sample. So s is a matrix
+  // product over (i, k), with u scaled by c_ij where there is a prior.
   template <int fixed_K, int fixed_D>
   static void linear_chunk(const Problem<T>& p, index i0, index i1, const T* packed, T* out,
                            T* scratch) {
     const index K = fixed_K ? fixed_K : p.K, D = fixed_D ? fixed_D : p.D, J = p.J, N = J * D;
-    T* c = scratch;
-    prior_softmax(c, J, static_cast<const T*>(nullptr), p.leaky, c + J);
-    for (index i = i0; i < i1; ++i) {
-      if (p.logits) prior_softmax(c, J, p.logits + i * J, p.leaky, c + J);
-      const T* W = p.weight + i / p.weight_sharing * N * K;
-      const T* u = packed + (i - i0) * K * width;
-      for (index j = 0; j < J; ++j) {
-        for_tiles<tile>(D, [&](auto size, index d) {
-          constexpr int n = size;
-          const index o = j * D + d;
-          V acc[n][vectors];
-          predict<n>(W + o * K, K, u, acc);
+    const index count = p.logits ? i1 - i0 : 1;
+    T* c = scratch;  // [count][J]
+    for (index x = 0; x < count; ++x)
+      prior_softmax(c + x * J, J, p.logits ? p.logits + (i0 + x) * J : nullptr, p.leaky,
+                    c + count * J);
+    T* scaled = c + count * J;  // [K][width]
+    for (index j = 0; j < J; ++j)
+      for_tiles<product_tile>(D, [&](auto size, index d) {
+        constexpr int n = size;
+        const T* W = p.weight + (j * D + d) * K;
+        V acc[n][vectors]{};
+        for (index i = i0; i < i1; ++i) {
+          const T* u = packed + (i - i0) * K * width;
+          if (p.logits) {
+            for (index x = 0; x < K * width; x += lanes)
+              store(scaled + x, c[(i - i0) * J + j] * load(u + x));
+            u = scaled;
+          }
+          add_prediction<n>(W + i / p.weight_sharing * N * K, K, u, acc);
+        }
+        const T scale = p.logits ? T(1) : c[j];
 #pragma GCC unroll 16
-          for (int m = 0; m < n; ++m)
+        for (int m = 0; m < n; ++m)
 #pragma GCC unroll 16
-            for (int q = 0; q < vectors; ++q) {
-              T* s = out + (o + m) * width + q * lanes;
-              store(s, load(s) + c[j] * acc[m][q]);
-            }
-        });
-      }
-    }
+          for (int q = 0; q < vectors; ++q) {
+            T* s = out + (j * D + d + m) * width + q * lanes;
+            store(s, load(s) + scale * acc[m][q]);
+          }
+      });
   }
 
   // u_hat_j of one capsule: out[D][width] = W_j u
@@ -160,7 +191,7 @@ struct SampleLanes {
     const T* V_block = sweep.V + first_sample * N;
     const T* ds_block = is_backward ? sweep.ds + first_sample * N : nullptr;
     const index batch = capsules_at_once(p);
-    T* u_hat = scratch;                // [batch][N][width]
+    T* u_hat = scratch;                // [J][vectors][batch][D][lanes]
     T* c = u_hat + batch * N * width;  // [batch][J][width], logits first
     T* dl = c + batch * J * width;     // [batch][J][width], dc first; backward only
     const T* coefficient = is_backward ? dl : c;
@@ -181,7 +212,7 @@ struct SampleLanes {
 #pragma GCC unroll 16
               for (int q = 0; q < vectors; ++q) {
                 const index o = (j * D + d + m) * width + q * lanes;
-                store(u_hat + x * N * width + o, acc[m][q]);
+                store(u_hat + (((j * vectors + q) * batch + x) * D + d + m) * lanes, acc[m][q]);
                 logit[q] += acc[m][q] * load(V_block + o);
                 if constexpr (is_backward) dc[q] += acc[m][q] * load(ds_block + o);
               }
@@ -205,21 +236,23 @@ struct SampleLanes {
           write_coupling(p, c + x * J * width, first_sample, i + x, sweep.coupling);
       }
       for (index j = 0; j < J; ++j)
-        for_tiles<tile>(D, [&](auto size, index d) {
-          constexpr int n = size;
-          const index o = (j * D + d) * width;
-          V sum[n][vectors];
+        for (int q = 0; q < vectors; ++q)
+          for_tiles<sum_tile>(D, [&](auto size, index d) {
+            constexpr int n = size;
+            T* s = out + (j * D + d) * width + q * lanes;
+            V sum[n];
 #pragma GCC unroll 16
-          for (int m = 0; m < n; ++m)
+            for (int m = 0; m < n; ++m) sum[m] = load(s + m * width);
+            const T* x = u_hat + ((j * vectors + q) * batch * D + d) * lanes;
+            const T* factor = coefficient + j * width + q * lanes;
+            for (index k = 0; k < count; ++k, x += D * lanes, factor += J * width) {
+              const V scale = load(factor);
 #pragma GCC unroll 16
-            for (int q = 0; q < vectors; ++q) sum[m][q] = load(out + o + m * width + q * lanes);
-          for (index x = 0; x < count; ++x)
-            add_scaled<n>(sum, coefficient + (x * J + j) * width, u_hat + x * N * width + o);
+              for (int m = 0; m < n; ++m) sum[m] += scale * load(x + m * lanes);
+            }
 #pragma GCC unroll 16
-          for (int m = 0; m < n; ++m)
-#pragma GCC unroll 16
-            for (int q = 0; q < vectors; ++q) store(out + o + m * width + q * lanes, sum[m][q]);
-        });
+            for (int m = 0; m < n; ++m) store(s + m * width, sum[m]);
+          });
     }
   }
 
@@ -237,7 +270,7 @@ struct SampleLanes {
   // Capsules whose u_hat is held together: a share of the second-level cache. As many in a narrow
   // block as in a wide one, so that what is scratch enough for one is enough for the other.
   static CAPSULE_INLINE index capsules_at_once(const Problem<T>& p) {
-    const index fit = (96 << 10) / (p.N() * 2 * lanes * index(sizeof(T)));
+    const index fit = (256 << 10) / (p.N() * 2 * lanes * index(sizeof(T)));
     return fit < 1 ? 1 : fit > 16 ? 16 : fit;
   }
 
@@ -249,7 +282,8 @@ struct SampleLanes {
   }
 
   static index sweep_scratch(const Problem<T>& p, index chunk) {
-    return (chunk * p.K + capsules_at_once(p) * (p.N() + 2 * p.J)) * width + p.J * (lanes + 1);
+    return (chunk * p.K + capsules_at_once(p) * (p.N() + 2 * p.J)) * width + p.K * width +
+           p.J * (lanes + chunk);
   }
 
   // One block of samples, input capsules [begin, end), in chunks.
@@ -271,17 +305,15 @@ struct SampleLanes {
 
   // Scratch of the last sweep, and how it is laid out. Sums over samples (dW, dlogits) come first:
   // they outlive a block, so wide and narrow blocks must find them at the same place.
-  static CAPSULE_INLINE index larger(index a, index b) { return a > b ? a : b; }
-
   struct Final {
     T *dW, *dlogits, *packed, *rows, *u_hat, *c, *dl, *du, *end;
     Final(const Problem<T>& p, index capsules, T* scratch) {
       const index N = p.N(), K = p.K, J = p.J, weights = p.weight_sharing == 1 ? capsules : 1;
-      dW = scratch;                                          // [weights][N][padded K]
-      dlogits = dW + weights * N * padded_K(K);              // [capsules][J][lanes]
+      dW = scratch;                                          // [weights][N][row]
+      dlogits = dW + weights * N * row_length(K);            // [capsules][J][lanes]
       packed = dlogits + capsules * J * lanes;               // [capsules][K][width]
-      rows = packed + capsules * K * width;                  // [width][capsules][padded K]
-      u_hat = rows + capsules * width * padded_K(K);         // [2][D][width]
+      rows = packed + capsules * K * width;                  // [width][capsules][row]
+      u_hat = rows + capsules * width * row_length(K);       // [2][D][width]
       c = u_hat + larger(2 * p.D * width, J * (lanes + 1));  // [capsules][R][J][width]
       dl = c + capsules * p.R * J * width;                   // [capsules][R][J][width]
       du = dl + capsules * p.R * J * width;                  // [capsules][K][width]
@@ -298,11 +330,14 @@ struct SampleLanes {
   static void final_block(const Problem<T>& p, const FinalSweep<T>& sweep, index first_sample,
                           index i0, index i1, const Final& scratch) {
     const index K = fixed_K ? fixed_K : p.K, D = fixed_D ? fixed_D : p.D;
-    const index Kp = padded_K(K), N = p.J * D;
+    const index length = row_length(K), N = p.J * D;
     const index valid = p.B - first_sample < width ? p.B - first_sample : width;
 
     pack(p, first_sample, i0, i1 - i0, scratch.packed);
-    if (sweep.grad_weight) pack_rows(p, first_sample, valid, i0, i1 - i0, scratch.rows);
+    if (sweep.grad_weight)
+      with_samples_per_row(K, [&](auto samples) {
+        pack_rows<fixed_K, samples>(p, first_sample, valid, i0, i1 - i0, scratch.rows);
+      });
     couplings<fixed_K, fixed_D>(p, sweep, first_sample, i0, i1 - i0, scratch);
     for (index x = 0; x < (i1 - i0) * K * width; ++x) scratch.du[x] = 0;
     for (index j = 0; j < p.J; ++j)
@@ -329,8 +364,11 @@ struct SampleLanes {
             input_gradient<fixed_K>(p.weight + ((i0 + x) / p.weight_sharing * N + j * D) * K, D, K,
                                     du_hat_c, scratch.du + x * K * width);
           if (sweep.grad_weight)
-            weight_gradient(du_hat_c, p.D, scratch.rows + x * Kp, (i1 - i0) * Kp, Kp, valid,
-                            scratch.dW + ((p.weight_sharing == 1 ? x * N : 0) + j * D) * Kp);
+            with_samples_per_row(K, [&](auto samples) {
+              weight_gradient<samples>(
+                  du_hat_c, p.D, scratch.rows + x * length, (i1 - i0) * length, length, valid,
+                  scratch.dW + ((p.weight_sharing == 1 ? x * N : 0) + j * D) * length);
+            });
         }
       });
     if (sweep.grad_u)
@@ -462,25 +500,39 @@ struct SampleLanes {
     });
   }
 
-  // Takes N as it comes, unlike its neighbours: unrolled over all of N it was a fifth slower.
-  // dW[n][k] += sum_b du_hat[n][b] u[b][k], lanes along k; `stride` from one sample's u to the
-  // next.
+  // dW[n] += sum_b du_hat[n][b] u[b], lanes along k; `stride` from one row of u to the next. Takes
+  // N as it comes, unlike its neighbours: unrolled over all of N it was a fifth slower.
+  template <int samples>
   static CAPSULE_INLINE void weight_gradient(const T* du_hat, index N, const T* rows, index stride,
-                                             index Kp, index valid, T* dW) {
-    for (index k = 0; k < Kp; k += k_lanes)
-      for_tiles<8>(N, [&](auto size, index o) {
+                                             index length, index valid, T* dW) {
+    for (index x = 0; x < length; x += lanes)
+      for_tiles<sum_tile>(N, [&](auto size, index o) {
         constexpr int n = size;
-        VK acc[n];
+        V acc[n];
 #pragma GCC unroll 16
-        for (int m = 0; m < n; ++m) acc[m] = load<T, k_lanes>(dW + (o + m) * Kp + k);
-        for (index b = 0; b < valid; ++b) {
-          const VK x = load<T, k_lanes>(rows + b * stride + k);
+        for (int m = 0; m < n; ++m) acc[m] = load(dW + (o + m) * length + x);
+        // One pointer for all n: the compiler would keep, and spill, one for each.
+        const T *g = du_hat + o * width, *u = rows + x;
+        for (const T* end = g + valid; g < end; g += samples, u += stride) {
+          const V row = load(u);
 #pragma GCC unroll 16
-          for (int m = 0; m < n; ++m) acc[m] += du_hat[(o + m) * width + b] * x;
+          for (int m = 0; m < n; ++m) acc[m] += broadcast_group<samples>(g + m * width) * row;
         }
 #pragma GCC unroll 16
-        for (int m = 0; m < n; ++m) store(dW + (o + m) * Kp + k, acc[m]);
+        for (int m = 0; m < n; ++m) store(dW + (o + m) * length + x, acc[m]);
       });
+  }
+
+  // Rows of dW as they are summed become rows of K elements.
+  static CAPSULE_INLINE void write_weights(const T* dW, index K, index rows, T* out) {
+    const index length = row_length(K);
+    with_samples_per_row(K, [&](auto samples) {
+      for (index o = 0; o < rows; ++o, dW += length, out += K)
+        for (index k = 0; k < K; ++k) {
+          const T* sum = dW + k * samples;
+          out[k] = samples == 2 ? sum[0] + sum[1] : sum[0];
+        }
+    });
   }
 };
 

@@ -18,6 +18,8 @@ namespace capsule::CAPSULE_ISA {
 
 using index = int64_t;
 
+CAPSULE_INLINE index larger(index a, index b) { return a > b ? a : b; }
+
 template <typename T, int lanes>
 struct VecOf {
   typedef T type __attribute__((vector_size(lanes * sizeof(T))));
@@ -55,6 +57,19 @@ CAPSULE_INLINE void store(T* p, const V& x) {
 template <typename T>
 CAPSULE_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
+}
+
+// p[0], ..., p[count - 1], over and over.
+template <int count, typename T>
+CAPSULE_INLINE Vec<T> broadcast_group(const T* p) {
+  if constexpr (count == 1) {
+    return broadcast(*p);
+  } else {
+    static_assert(count * sizeof(T) == 8);
+    int64_t bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return reinterpret_cast<Vec<T>>(bits + Vec<int64_t>{});
+  }
 }
 
 template <typename V>
@@ -224,13 +239,13 @@ CAPSULE_INLINE void scatter_rows(const T* in, index stride, index count, index v
     for (int r = 0; r < used; ++r) rows[r][f] = in[f * stride + r];
 }
 
-// f(std::integral_constant<int, n>, start) over [0, count) in tiles of `most`, then most / 2,
-// ... 1.
+// f(std::integral_constant<int, n>, start) over [0, count) in tiles of `most`, then of 8, 4, 2 and 1.
 template <int most, typename F>
 CAPSULE_INLINE void for_tiles(index count, F f, index start = 0) {
   for (; start + most <= count; start += most) f(std::integral_constant<int, most>{}, start);
   if constexpr (most > 1) {
-    if (start < count) for_tiles<most / 2>(count, f, start);
+    constexpr int next = most > 8 ? 8 : most > 4 ? 4 : most / 2;
+    if (start < count) for_tiles<next>(count, f, start);
   }
 }
 
