@@ -10,9 +10,9 @@ JOBS ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-CPP := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h tests/sanitizers/*.c*)
 
-.PHONY: setup train test lint format bench cpu-report gpu-report figures cuda-build clean
+.PHONY: setup train test sanitize lint format bench cpu-report gpu-report figures cuda-build clean
 
 setup: $(VENV)/.extension
 
@@ -32,6 +32,10 @@ train: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(JOBS) --dist loadfile
+
+sanitize: setup
+	scripts/sanitize.sh address
+	scripts/sanitize.sh thread
 
 lint: $(VENV)/.packages
 	$(PY) -m ruff check .

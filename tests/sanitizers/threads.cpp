@@ -1,0 +1,143 @@
+// The CPU kernels on threads that ThreadSanitizer sees: std::thread in place of torch's pool, whose
+// OpenMP runtime is not instrumented. Every instruction set, both lane layouts, several callers at
+// once that share their inputs; each result must have the bits that one thread computes.
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/dispatch.h"
+#include "../../csrc/cpu/driver.h"
+
+namespace capsule {
+namespace {
+
+struct Shape {
+  index B, I, J, K, D, R, weight_sharing;
+};
+
+// Few samples and many, whole vectors and rests, weights of one capsule and of several (whose
+// gradients are split over tasks), the paper's K and D and others.
+const Shape kShapes[] = {
+    {1, 40, 5, 8, 16, 3, 1},   {3, 24, 10, 6, 8, 2, 1},  {5, 33, 3, 8, 16, 1, 1},
+    {40, 48, 10, 8, 16, 3, 1}, {130, 17, 4, 3, 7, 2, 1}, {19, 64, 3, 8, 16, 3, 32},
+    {2, 48, 3, 4, 5, 3, 24},
+};
+
+constexpr index kThreadCounts[] = {2, 3, 8};
+constexpr int kCallers = 3;
+
+std::atomic<index> tasks_run{0};
+
+// As operators.cpp has it: threads take the next task when they are free.
+struct Parallel {
+  template <typename Body>
+  void operator()(index tasks, index threads, Body body) const {
+    std::atomic<index> next{0};
+    auto work = [&](index thread) {
+      for (index task; (task = next++) < tasks;) body(task, thread);
+    };
+    std::vector<std::thread> pool;
+    for (index thread = 1; thread < std::min(tasks, threads); ++thread)
+      pool.emplace_back(work, thread);
+    work(0);
+    for (std::thread& thread : pool) thread.join();
+    tasks_run += tasks;
+  }
+};
+
+template <typename T>
+std::vector<T> random_values(std::mt19937& generator, index count) {
+  std::normal_distribution<T> normal;
+  std::vector<T> values(count);
+  for (T& x : values) x = normal(generator);
+  return values;
+}
+
+template <typename T>
+struct Inputs {
+  Shape shape;
+  std::vector<T> u, weight, logits, bias, grad_v;
+
+  Inputs(const Shape& x, std::mt19937& generator)
+      : shape(x),
+        u(random_values<T>(generator, x.B * x.I * x.K)),
+        weight(random_values<T>(generator, x.I / x.weight_sharing * x.J * x.D * x.K)),
+        logits(random_values<T>(generator, x.I * x.J)),
+        bias(random_values<T>(generator, x.J * x.D)),
+        grad_v(random_values<T>(generator, x.B * x.J * x.D)) {}
+};
+
+// Outputs and every gradient, one after another.
+template <typename T>
+std::vector<T> call(const Inputs<T>& x, bool full, index threads) {
+  const auto [B, I, J, K, D, R, weight_sharing] = x.shape;
+  const Problem<T> problem{
+      B, I, J, K, D, R, weight_sharing, true, x.u.data(), x.weight.data(), x.logits.data()};
+  std::deque<std::vector<T>> workspaces;
+  auto allocate = [&](index count) { return workspaces.emplace_back(count).data(); };
+  const index N = J * D,
+              sizes[] = {R * B * N, B * N, B * I * J, index(x.u.size()), index(x.weight.size()),
+                         I * J,     N};
+  index total = 0;
+  for (index size : sizes) total += size;
+  std::vector<T> results(total);
+  T* at[std::size(sizes)];
+  total = 0;
+  for (size_t n = 0; n < std::size(sizes); ++n) {
+    at[n] = results.data() + total;
+    total += sizes[n];
+  }
+  Driver<T, Parallel, decltype(allocate)> driver(problem, kernels<T>(), threads, Parallel(),
+                                                 allocate);
+  driver.forward(x.bias.data(), at[0], at[1], at[2]);
+  driver.backward(x.grad_v.data(), at[0], full, at[3], at[4], at[5], at[6]);
+  return results;
+}
+
+// How many calls on several threads, and whether each had the bits of the call on one.
+template <typename T>
+index check(const Shape& shape, std::mt19937& generator, std::atomic<bool>& equal) {
+  const Inputs<T> inputs(shape, generator);
+  index calls = 0;
+  for (bool full : {true, false}) {
+    const std::vector<T> expected = call(inputs, full, 1);
+    for (index threads : kThreadCounts) {
+      std::vector<std::thread> callers;
+      for (int caller = 0; caller < kCallers; ++caller)
+        callers.emplace_back([&] {
+          const std::vector<T> found = call(inputs, full, threads);
+          if (std::memcmp(found.data(), expected.data(), found.size() * sizeof(T))) equal = false;
+        });
+      for (std::thread& caller : callers) caller.join();
+      calls += kCallers;
+    }
+  }
+  return calls;
+}
+
+// The process's exit status.
+int check_all() {
+  std::mt19937 generator(0);
+  std::atomic<bool> equal{true};
+  for (const std::string& name : usable_instruction_sets()) {
+    set_instruction_set(name);
+    tasks_run = 0;
+    index calls = 0;
+    for (const Shape& shape : kShapes)
+      calls += check<float>(shape, generator, equal) + check<double>(shape, generator, equal);
+    std::printf("threads of the CPU kernels, %s: %lld calls, %lld tasks, %s\n", name.c_str(),
+                static_cast<long long>(calls), static_cast<long long>(tasks_run.load()),
+                equal ? "bits equal to one thread's" : "BITS DIFFER from one thread's");
+  }
+  return equal ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace capsule
+
+int main() { return capsule::check_all(); }
