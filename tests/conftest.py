@@ -1,6 +1,7 @@
 """Figures that tests count, such as calls tried or bits compared: a line each, after the run."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """``figure(what, amount)`` prints ``what: amount`` in the summary; the last amount counts."""
     return request.config.stash[LINES].__setitem__
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # A process of pytest-xdist hands its lines to the one that prints.
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = session.config.stash[LINES]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[LINES] |= getattr(node, "workeroutput", {}).get("figures", {})
 
 
 def pytest_terminal_summary(
