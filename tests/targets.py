@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from capsule_kernels import backends
@@ -38,3 +39,15 @@ KERNELS = [
 """Every kernel backend; triton is among them on a GPU or under ``TRITON_INTERPRET=1``."""
 
 EVERY = [Target("reference", "cpu"), *KERNELS]
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
+        ],
+    ),
+]
+"""For tests that leave the choice of the backend to the op."""

@@ -7,17 +7,8 @@ from torch import Tensor, nn
 from capsule_kernels import CapsuleLinear, fused_routing
 
 from .cases import Case, make_inputs
+from .targets import DEVICES
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here"),
-        ],
-    ),
-]
 LOW = [torch.bfloat16, torch.float16]
 
 
@@ -83,14 +74,15 @@ def test_a_network_trains_with_a_scaler(low: torch.dtype, device: str) -> None:
     assert mixed[-1] == pytest.approx(plain[-1], rel=0.1)
 
 
-def test_overflow_is_seen_by_the_scaler() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_overflow_is_seen_by_the_scaler(device: str) -> None:
     """Gradients too large for float16 come out infinite, so that the step is skipped."""
-    inputs = make_inputs(Case(), torch.float32)
+    inputs = make_inputs(Case(), torch.float32, device)
     u, weight = inputs["u"], inputs["weight"]
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40)
     before = weight.detach().clone()
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(device, torch.float16):
         loss = fused_routing(u, weight).sum()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -99,11 +91,12 @@ def test_overflow_is_seen_by_the_scaler() -> None:
     assert scaler.get_scale() == 2.0**39
 
 
-def test_under_compile() -> None:
-    inputs = make_inputs(Case(), torch.float32)
+@pytest.mark.parametrize("device", DEVICES)
+def test_under_compile(device: str) -> None:
+    inputs = make_inputs(Case(), torch.float32, device)
     u, weight = inputs["u"], inputs["weight"]
     whole = torch.compile(fused_routing, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         found, expected = whole(u, weight), fused_routing(u, weight)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, expected)

@@ -1,6 +1,5 @@
 """DDP and FSDP2 around a capsule layer: two processes step as one does on the joint batch."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from capsule_kernels import CapsuleLinear
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
-
-PROCESSES = 2
 
 
 def network() -> nn.Module:
@@ -32,27 +29,32 @@ def step(model: nn.Module, u: torch.Tensor) -> None:
         optimizer.step()
 
 
-def work(rank: int, rendezvous: str) -> None:
+def work(rank: int, rendezvous: str, device: str, processes: int) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=processes,
     )
-    joint = torch.randn(8, 6, 4, generator=torch.Generator().manual_seed(1))
-    alone = network()
+    joint = torch.randn(8, 6, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    alone = network().to(device)
     step(alone, joint)
-    own = joint.chunk(PROCESSES)[rank]
+    own = joint.chunk(processes)[rank]
 
-    replicated = DistributedDataParallel(network())
+    replicated = DistributedDataParallel(network().to(device))
     step(replicated, own)
     for (name, p), q in zip(alone.named_parameters(), replicated.parameters(), strict=True):
         torch.testing.assert_close(q, p, msg=lambda m, name=name: f"DDP, {name}: {m}")
 
-    mesh = dist.init_device_mesh("cpu", (PROCESSES,))
-    sharded = copy.deepcopy(network())
+    mesh = dist.init_device_mesh(device, (processes,))
+    sharded = network().to(device)
     for layer in sharded:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    assert sharded[0].weight.to_local().shape[0] == 6 // PROCESSES
+    assert sharded[0].weight.to_local().shape[0] == 6 // processes
     step(sharded, own)
     for (name, p), q in zip(alone.named_parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(
@@ -63,4 +65,14 @@ def work(rank: int, rendezvous: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_step_as_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path / "rendezvous"),), nprocs=PROCESSES)
+    torch.multiprocessing.spawn(work, (str(tmp_path / "rendezvous"), "cpu", 2), nprocs=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+def test_nccl(tmp_path: Path) -> None:
+    """A process for each of two GPUs; where there is one, its own reductions at least."""
+    processes = min(2, torch.cuda.device_count())
+    arguments = (str(tmp_path / "rendezvous"), "cuda", processes)
+    torch.multiprocessing.spawn(work, arguments, nprocs=processes)

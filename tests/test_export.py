@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from .targets import DEVICES
 from .tiny import tiny_capsnet
 
 
@@ -23,20 +24,22 @@ class Scores(nn.Module):
         return self.network(images).scores
 
 
-def export(network: nn.Module) -> torch.export.ExportedProgram:
+def export(network: nn.Module, device: str) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=1024)
-    images = torch.rand(4, 1, 28, 28)
+    images = torch.rand(4, 1, 28, 28, device=device)
     return torch.export.export(network.eval(), (images,), dynamic_shapes=({0: batch},))
 
 
-def test_one_program_for_every_batch_size() -> None:
-    network = Scores()
-    program = export(network)
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_program_for_every_batch_size(device: str) -> None:
+    network = Scores().to(device)
+    program = export(network, device)
     names = {str(node.target) for node in program.graph.nodes}
-    assert "capsule_kernels.routing_forward.cpu" in names
+    backend = "cpu" if device == "cpu" else "triton"
+    assert f"capsule_kernels.routing_forward.{backend}" in names
     module = program.module()
     for B in (1, 2, 9):
-        images = torch.rand(B, 1, 28, 28)
+        images = torch.rand(B, 1, 28, 28, device=device)
         torch.testing.assert_close(module(images), network(images))
 
 
@@ -58,15 +61,16 @@ assert not any(name.split(".")[0] in ("model", "tests") for name in sys.modules)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["export", "aotinductor"])
-def test_a_saved_program_in_a_fresh_process(kind: str, tmp_path: Path) -> None:
-    network = Scores()
-    program = export(network)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_saved_program_in_a_fresh_process(kind: str, device: str, tmp_path: Path) -> None:
+    network = Scores().to(device)
+    program = export(network, device)
     package = tmp_path / ("program.pt2" if kind == "aotinductor" else "program.ep")
     if kind == "aotinductor":
         torch._inductor.aoti_compile_and_package(program, package_path=str(package))
     else:
         torch.export.save(program, package)
-    images = torch.rand(7, 1, 28, 28)
+    images = torch.rand(7, 1, 28, 28, device=device)
     torch.save(images, tmp_path / "images.pt")
     done = subprocess.run(
         [sys.executable, "-c", SERVE, package, tmp_path / "images.pt", tmp_path / "scores.pt"],

@@ -1,18 +1,28 @@
-"""The GPU backends on a GPU: full-size shapes, every dtype, streams, graphs, bits.
+"""The GPU backends on a GPU: full-size shapes, every dtype, streams, threads, graphs, bits.
+
+What depends on the device alone is here; autocast, distribution, export, a whole training step as a
+graph and the rest of PyTorch's features have their GPU cases in the files named after them and in
+test_every_backend.py: ``pytest -m gpu`` runs them all.
 
 Skipped with the reason where a backend can't be used. A shape that a backend does not take is
 skipped too, with the backend's own words.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
 
 from capsule_kernels import backends, fused_routing
 from capsule_kernels.dispatch import RoutingShape, reason_against
+from model.config import Config
+from model.losses import total_loss
+from model.views import Batch
 
-from .cases import OPTIONS, SHAPES, Case, check_case, make_inputs, run
+from .cases import OPTIONS, SHAPES, Case, check_case, copies, make_inputs, run
+from .tiny import ARCHITECTURE, tiny_capsnet
 
 HAS_GPU = torch.cuda.is_available()
 pytestmark = [
@@ -103,6 +113,20 @@ def test_poisoned_workspaces(backend):
         assert torch.equal(clean[name], poisoned[name]), name
 
 
+def capture(step):
+    """The graph of a step, after three to warm up, and what it returns at each replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # records, runs nothing
+        returned = step()
+    return graph, returned
+
+
 def test_cuda_graph_replays_with_new_inputs(backend):
     case = Case(B=128, I=1152, J=10)
     skip_unsupported(backend, case, torch.float32)
@@ -113,19 +137,54 @@ def test_cuda_graph_replays_with_new_inputs(backend):
         v = fused_routing(u, weight, 3, backend=backend)
         return v, *torch.autograd.grad(v, (u, weight), torch.ones_like(v))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     u.data.copy_(torch.randn_like(u))
     graph.replay()
     for found, expected in zip(captured, step(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_training_step_of_the_whole_network_as_a_graph():
+    """The CapsNet, its losses and Adam: replays train as steps do; cuDNN may add in another order.
+
+    A layer alone, whose replays give the same bits, is in test_cuda_graphs.py.
+    """
+    generator = torch.Generator("cuda").manual_seed(0)
+    images = torch.rand(6, 8, 1, 28, 28, generator=generator, device="cuda")
+    labels = torch.randint(10, (6, 8, 1), generator=generator, device="cuda")
+    config = Config("tiny", ARCHITECTURE)
+
+    def losses(replayed):
+        torch.manual_seed(0)
+        network = tiny_capsnet().to("cuda")
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, capturable=True)
+        batch = Batch(images[0].clone(), labels[0].clone(), images[0].unsqueeze(1).clone())
+
+        def step():
+            optimizer.zero_grad(set_to_none=False)
+            loss = total_loss(network(batch.images, batch.labels), batch, config)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        if replayed:
+            graph, loss = capture(step)
+        else:
+            for _ in range(3):
+                step()
+        found = []
+        for shown, label in zip(images, labels, strict=True):
+            batch.images.copy_(shown)
+            batch.labels.copy_(label)
+            batch.originals.copy_(shown.unsqueeze(1))
+            if replayed:
+                graph.replay()
+            else:
+                loss = step()
+            found.append(loss.clone())
+        return torch.stack(found)
+
+    torch.testing.assert_close(losses(True), losses(False), rtol=1e-3, atol=1e-4)
 
 
 def test_other_streams(backend):
@@ -150,7 +209,9 @@ def test_a_device_other_than_the_current_one(backend):
     check_case(case, torch.float32, backend, "cuda:1")
 
 
-def test_compiled_whole(backend):
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_whole(mode, backend):
+    """By Inductor; "reduce-overhead" records CUDA graphs on the second call and then replays."""
     case = Case(B=16, I=64, J=10)
     skip_unsupported(backend, case, torch.float32)
     inputs = make_inputs(case, torch.float32, "cuda")
@@ -159,8 +220,39 @@ def test_compiled_whole(backend):
     def function(u, weight):
         return fused_routing(u, weight, 3, backend=backend)
 
-    found = torch.compile(function, fullgraph=True)(u, weight)
-    assert torch.equal(found, function(u, weight))
+    def step(function):
+        v = function(u, weight)
+        return [v, *torch.autograd.grad(v.square().sum(), (u, weight))]
+
+    expected = step(function)
+    torch._dynamo.reset()
+    whole = torch.compile(function, fullgraph=True, mode=mode)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        for found, exact in zip(step(whole), expected, strict=True):
+            assert torch.equal(found, exact)
+    torch._dynamo.reset()
+
+
+def test_many_threads_each_with_a_stream(backend):
+    case = Case(B=16, I=64, J=10)
+    skip_unsupported(backend, case, torch.float32)
+    inputs = make_inputs(case, torch.float32, "cuda")
+    expected = run(fused_routing, case, inputs, backend=backend)
+    torch.cuda.synchronize()
+    start = Barrier(8)
+
+    def work(_):
+        start.wait()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                own = copies(inputs, torch.float32)
+                found = run(fused_routing, case, own, backend=backend)
+                for name in expected:
+                    assert torch.equal(found[name], expected[name]), name
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
 
 
 @pytest.mark.slow
