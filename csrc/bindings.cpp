@@ -23,6 +23,7 @@ py::dict kernel_plan(int64_t B, int64_t I, int64_t J, int64_t K, int64_t D, int6
   plan["final_tasks"] = capsule::final_tasks(problem, part);
   plan["scratch_bytes_per_thread"] = kernels.scratch(problem, part) * sizeof(float);
   plan["partial_sum_bytes"] = part.slots * part.padded * problem.N() * int64_t(sizeof(float));
+  plan["held_prediction_bytes"] = part.held * int64_t(sizeof(float));
   return plan;
 }
 

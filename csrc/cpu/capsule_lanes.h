@@ -1,6 +1,10 @@
 // Kernels for batches too small to fill a vector with samples: lanes are consecutive input
 // capsules, one sample at a time. Weights are transposed on the way through the first-level cache.
 //
+// The predictions of a sample or two, smaller than the weights, may be held in the caches from
+// sweep to sweep: the first one computes them, the others only read them (make_partition in
+// driver.h).
+//
 // Lanes past the last capsule hold u = 0: their u_hat is 0 and they add nothing.
 #pragma once
 
@@ -60,6 +64,61 @@ struct CapsuleLanes {
     }
   }
 
+  template <int n>
+  static CAPSULE_INLINE void load_all(const T* x, V (&acc)[n]) {
+#pragma GCC unroll 16
+    for (int m = 0; m < n; ++m) acc[m] = load(x + m * lanes);
+  }
+
+  template <int n>
+  static CAPSULE_INLINE void store_all(const V (&acc)[n], T* x) {
+#pragma GCC unroll 16
+    for (int m = 0; m < n; ++m) store(x + m * lanes, acc[m]);
+  }
+
+  // Whether vectors fit the rows of W. Where u_hat is held, only its gradient needs W then, with
+  // lanes along the rows as they lie in memory: [N] a capsule is transposed instead of [N][K].
+  static CAPSULE_INLINE bool rows_fit(const Problem<T>& p) {
+    return lanes % p.K == 0 && p.N() * p.K % lanes == 0;
+  }
+
+  // u[k] over and over, as often as it goes into a vector.
+  static CAPSULE_INLINE V repeat(const T* u, index K) {
+    T x[lanes];
+    for (int l = 0; l < lanes; ++l) x[l] = u[l % K];
+    return load(x);
+  }
+
+  // dW = du_hat u (on top of what is there if `add`) and du = W^T du_hat of one capsule, either
+  // null if it is not wanted. Reads up to a vector past du_hat.
+  static CAPSULE_INLINE void gradients_by_row(const Problem<T>& p, const T* W, const T* u,
+                                              const T* du_hat, bool add, T* dW, T* du) {
+    const index K = p.K, rows = lanes / K, vectors = p.N() / rows;
+    const V factor = repeat(u, K);
+    Vec<typename SignedOf<T>::type, lanes> row_of;
+    for (int l = 0; l < lanes; ++l) row_of[l] = l / K;
+    V total{};
+    for_tiles<4>(vectors, [&](auto size, index v) {
+      constexpr int n = size;
+      V sum[n];
+#pragma GCC unroll 4
+      for (int m = 0; m < n; ++m) {
+        const V g = select_lanes<T>(load(du_hat + (v + m) * rows), row_of);
+        sum[m] = du ? load(W + (v + m) * lanes) * g : V{};
+        if (dW) {
+          T* out = dW + (v + m) * lanes;
+          store(out, add ? load(out) + g * factor : g * factor);
+        }
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < n; ++m) total += sum[m];
+    });
+    for (index k = 0; du && k < K; ++k) {
+      du[k] = 0;
+      for (index l = k; l < lanes; l += K) du[k] += total[l];
+    }
+  }
+
   static index sweep_scratch(const Problem<T>& p, const Partition& part) {
     const index samples = part.group < p.B ? part.group : p.B;
     return (samples * (p.K + 2 * p.N() + 2 * p.J) + p.D * p.K) * lanes;
@@ -77,17 +136,19 @@ struct CapsuleLanes {
     T* dl = c + samples * J * lanes;        // [samples][J]
     T* W = dl + samples * J * lanes;        // [D][K]
     const T* coefficient = is_backward ? dl : c;
+    const bool computes = !sweep.held || sweep.fills;
     for (index x = 0; x < samples * N * lanes; ++x) sums[x] = 0;
 
     for (index i = i0; i < i1; i += lanes) {
       const index valid = i1 - i < lanes ? i1 - i : lanes;
-      pack_capsules(p, b0, b1, i, valid, u);
+      if (sweep.held) u_hat = sweep.held + (i / lanes * p.B + b0) * N * lanes;
+      if (computes) pack_capsules(p, b0, b1, i, valid, u);
       for (index b = 0; b < samples; ++b) {
         start_logits(p, i, c + b * J * lanes);
         if (!sweep.V) softmax(c + b * J * lanes, J, lanes, static_cast<const T*>(nullptr), p.leaky);
       }
       for (index j = 0; j < J; ++j) {
-        pack_weights(p, i, j * D * K, D * K, W);
+        if (computes) pack_weights(p, i, j * D * K, D * K, W);
         for (index b = 0; b < samples; ++b) {
           const T* V_row = sweep.V ? sweep.V + (b0 + b) * N : nullptr;
           const T* ds_row = is_backward ? sweep.ds + (b0 + b) * N : nullptr;
@@ -95,11 +156,16 @@ struct CapsuleLanes {
           for_tiles<tile>(D, [&](auto size, index d) {
             constexpr int n = size;
             V acc[n];
-            predict<n>(W + d * K * lanes, K, u + b * K * lanes, acc);
+            T* tile_of_u_hat = u_hat + (b * N + j * D + d) * lanes;
+            if (computes) {
+              predict<n>(W + d * K * lanes, K, u + b * K * lanes, acc);
+              store_all<n>(acc, tile_of_u_hat);
+            } else {
+              load_all<n>(tile_of_u_hat, acc);
+            }
 #pragma GCC unroll 16
             for (int m = 0; m < n; ++m) {
               const index o = j * D + d + m;
-              store(u_hat + (b * N + o) * lanes, acc[m]);
               if (V_row) logit += acc[m] * V_row[o];
               if constexpr (is_backward) dc += acc[m] * ds_row[o];
             }
@@ -133,7 +199,7 @@ struct CapsuleLanes {
       u = scratch;                    // [B][K]
       W = u + p.B * K * lanes;        // [N][K]
       dW = W + N * K * lanes;         // [N][K]
-      c = dW + N * K * lanes;         // [R][J]
+      c = dW + (N * K + 1) * lanes;   // [R][J]
       dl = c + p.R * J * lanes;       // [R][J]
       du_hat = dl + p.R * J * lanes;  // [N]
       du = du_hat + N * lanes;        // [K]
@@ -154,6 +220,7 @@ struct CapsuleLanes {
     const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
     const index first_t = sweep.full ? 1 : R;
     const bool prior_gradient = sweep.grad_logits != nullptr, shared = p.weight_sharing > 1;
+    const bool by_rows = sweep.held && rows_fit(p);
     const Final scratch(p, memory);
     auto coefficient = [&](const Term<T>& term, index j) {
       return (term.is_dl ? scratch.dl : scratch.c) + ((term.t - 1) * J + j) * lanes;
@@ -166,8 +233,8 @@ struct CapsuleLanes {
     for (index i = i0; i < i1; i += lanes) {
       const index valid = i1 - i < lanes ? i1 - i : lanes;
       pack_capsules(p, 0, p.B, i, valid, scratch.u);
-      pack_weights(p, i, 0, N * K, scratch.W);
-      if (!shared) clear(scratch.dW, N * K);
+      if (!by_rows && (sweep.grad_u || !sweep.held)) pack_weights(p, i, 0, N * K, scratch.W);
+      if (!shared && !by_rows) clear(scratch.dW, N * K);
       if (prior_gradient) clear(scratch.dlogits, J);
 
       for (index b = 0; b < p.B; ++b) {
@@ -179,7 +246,10 @@ struct CapsuleLanes {
             constexpr int n = size;
             const index o = j * D + d;
             V acc[n];
-            predict<n>(scratch.W + o * K * lanes, K, u, acc);
+            if (sweep.held)
+              load_all<n>(sweep.held + ((i / lanes * p.B + b) * N + o) * lanes, acc);
+            else
+              predict<n>(scratch.W + o * K * lanes, K, u, acc);
             for (index m = 0; m < sweep.dot_count; ++m)
               dot<n>(acc, sweep.dots[m].source + b * N + o, coefficient(sweep.dots[m], j));
           });
@@ -200,6 +270,16 @@ struct CapsuleLanes {
               sum += load(coefficient(sweep.terms[m], j)) * sweep.terms[m].source[b * N + o];
             store(scratch.du_hat + o * lanes, sum);
           }
+        if (by_rows) {
+          T* rows = scratch.dW;  // in its place
+          scatter_rows(scratch.du_hat, lanes, N, valid, [&](index r) { return rows + r * N; });
+          for (index r = 0; r < valid; ++r)
+            gradients_by_row(p, p.weight + (i + r) * N * K, p.u + (b * p.I + i + r) * K,
+                             rows + r * N, b > 0,
+                             grad_weight ? grad_weight + (i - i0 + r) * N * K : nullptr,
+                             sweep.grad_u ? sweep.grad_u + (b * p.I + i + r) * K : nullptr);
+          continue;
+        }
         if (sweep.grad_u) {
           clear(scratch.du, K);
           for (index o = 0; o < N; ++o) {
@@ -224,7 +304,7 @@ struct CapsuleLanes {
       if (prior_gradient)
         scatter_rows(scratch.dlogits, lanes, J, valid,
                      [&](index r) { return sweep.grad_logits + (i + r) * J; });
-      if (grad_weight && !shared)
+      if (grad_weight && !shared && !by_rows)
         scatter_rows(scratch.dW, lanes, N * K, valid,
                      [&](index r) { return grad_weight + (i - i0 + r) * N * K; });
     }

@@ -18,6 +18,8 @@ template <typename T>
 Partition make_partition(const Problem<T>& p, index lanes) {
   // First-level and second-level cache sizes that every processor of the last ten years has.
   constexpr index weight_bytes = 128 << 10, final_weight_bytes = 64 << 10;
+  // Two second-level caches: what is held of u_hat must fit, and pay.
+  constexpr index held_bytes = 2 << 20;
   constexpr index most_slots = 16, blocks_per_task = 4, final_tasks = 32;
   const index bytes = p.N() * p.K * index(sizeof(T));
 
@@ -47,6 +49,12 @@ Partition make_partition(const Problem<T>& p, index lanes) {
   } else {
     part.splits = 1;
   }
+
+  // The predictions of a sample or two are smaller than the weights they come from. Where they fit
+  // into the caches they stay there from sweep to sweep, and the weights are read once.
+  const index predictions = ceil_div(p.I, lanes) * lanes * p.B * p.N();
+  const bool pays = part.capsule_lanes && p.R > 1 && p.weight_sharing == 1 && p.B < p.K;
+  part.held = pays && predictions * index(sizeof(T)) <= held_bytes ? predictions : 0;
   return part;
 }
 
@@ -86,8 +94,11 @@ class Driver {
   void forward(const T* bias, T* s, T* v, T* coupling) {
     T* V = allocate_(p_.R > 1 ? blocked_ : 0);
     T* partial = allocate_(part_.slots * blocked_);
+    T* held = part_.held ? allocate_(part_.held) : nullptr;
     for (index t = 1; t <= p_.R; ++t) {
       Sweep<T> sweep{};
+      sweep.held = held;
+      sweep.fills = t == 1;
       sweep.V = t > 1 ? V : nullptr;
       sweep.partial = partial;
       sweep.coupling = t == p_.R && t > 1 ? coupling : nullptr;
@@ -134,8 +145,11 @@ class Driver {
     }
     // From here on G is the gradient with respect to v^t through later agreements.
     std::fill(G, G + blocked_, T(0));
+    T* held = full && part_.held ? allocate_(part_.held) : nullptr;
     for (index t = R; full && t > 1; --t) {
       Sweep<T> sweep{};
+      sweep.held = held;
+      sweep.fills = t == R;
       sweep.V = V + (t - 2) * blocked_;
       sweep.ds = ds + (t - 1) * blocked_;
       sweep.partial = partial;
@@ -161,7 +175,7 @@ class Driver {
     if (grad_u || grad_weight || grad_logits) {
       const index tasks = final_tasks(p_, part_), row = N * p_.K;
       T* rows = part_.splits > 1 && grad_weight ? allocate_(tasks * row) : grad_weight;
-      FinalSweep<T> final{full, nullptr, 0, nullptr, 0, grad_u, rows, grad_logits};
+      FinalSweep<T> final{full, nullptr, 0, nullptr, 0, held, grad_u, rows, grad_logits};
       std::vector<Term<T>> dots, terms;
       for (index t = full ? 1 : R; t <= R; ++t) {
         const T* V_before = t > 1 ? V + (t - 2) * blocked_ : nullptr;

@@ -41,6 +41,7 @@ struct Partition {
   index final_chunk;    // the same for the last sweep of the backward
   index splits;  // tasks of the last sweep for each shared weight; their dW are added in order
   index padded;  // samples, rounded up to whole vectors
+  index held;    // elements of u_hat that a call keeps in the caches, or 0 (see make_partition)
 
   index tasks() const { return slots * groups; }
 };
@@ -55,6 +56,8 @@ struct Sweep {
   const T* V;   // blocked: V^(t-1) = v^1 + ... + v^(t-1); null in the first iteration
   const T* ds;  // blocked: ds^t; null in the forward
   T* partial;   // [slots] of blocked
+  T* held;      // [I / lanes][B][N][lanes]: u_hat in the caches, or null
+  bool fills;   // this sweep computes what is held; later ones only read it
   T* coupling;  // [B, I, J]: where to write c, or null
 };
 
@@ -75,6 +78,7 @@ struct FinalSweep {
   index dot_count;
   const Term<T>* terms;  // c^t ds^t, and for full gradients dl^t V^(t-1)
   index term_count;
+  const T* held;   // as in Sweep, or null
   T* grad_u;       // [B, I, K] or null
   T* grad_weight;  // [I / weight_sharing * splits, J, D, K] or null
   T* grad_logits;  // [I, J] or null

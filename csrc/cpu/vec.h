@@ -151,6 +151,18 @@ CAPSULE_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, From from) {
   return shuffle<T>(a, b, from, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
+// Lane l of the result is lane from[l] of x.
+template <typename T>
+CAPSULE_INLINE Vec<T> select_lanes(Vec<T> x, Vec<typename SignedOf<T>::type, kLanes<T>> from) {
+#ifdef __clang__
+  Vec<T> selected;
+  for (int l = 0; l < kLanes<T>; ++l) selected[l] = x[from[l]];
+  return selected;
+#else
+  return __builtin_shuffle(x, from);
+#endif
+}
+
 // Swaps the off-diagonal blocks of `stage` x `stage` in rows that lie `stage` apart.
 template <typename T, int stage>
 CAPSULE_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b) {
@@ -239,7 +251,8 @@ CAPSULE_INLINE void scatter_rows(const T* in, index stride, index count, index v
     for (int r = 0; r < used; ++r) rows[r][f] = in[f * stride + r];
 }
 
-// f(std::integral_constant<int, n>, start) over [0, count) in tiles of `most`, then of 8, 4, 2 and 1.
+// f(std::integral_constant<int, n>, start) over [0, count) in tiles of `most`, then of 8, 4, 2
+// and 1.
 template <int most, typename F>
 CAPSULE_INLINE void for_tiles(index count, F f, index start = 0) {
   for (; start + most <= count; start += most) f(std::integral_constant<int, most>{}, start);
