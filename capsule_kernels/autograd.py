@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import vmap  # noqa: F401
+from . import vmap  # noqa: F401  (registers the operators' rules for it)
 from .ops import OPERATORS
 from .reference import reference_routing
 

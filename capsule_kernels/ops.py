@@ -31,7 +31,7 @@ BACKWARD_SCHEMA = (
 
 KERNEL_BACKENDS = ("cpu", "triton", "cuda")
 
-library = torch.library.Library("capsule_kernels", "DEF")  # noqa: TOR901: lives as long as the module
+library = torch.library.Library("capsule_kernels", "DEF")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
