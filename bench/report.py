@@ -172,12 +172,13 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def make_anonymous(folder: Path, data: Path | None) -> None:
+def make_anonymous(folder: Path, scratch: Path, data: Path | None) -> None:
     """Replace paths of this machine in every text file of the folder."""
     places = {
         sys.prefix: "<python>",
         sys.base_prefix: "<python>",
         str(ROOT): ".",
+        str(scratch): "<scratch>",
         str(Path.home()): "~",
     }
     if data is not None:
@@ -206,8 +207,9 @@ def make_report(device: str, minutes: float, results: Path, data: Path | None = 
     folder = results / name / f"{date}-{machine.commit()}"
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory() as scratch:
-        planned = steps(device, folder, Path(scratch), data)
+    with tempfile.TemporaryDirectory() as name_of_scratch:
+        scratch = Path(name_of_scratch)
+        planned = steps(device, folder, scratch, data)
         try:
             for step in planned:
                 if step.outcome == "not run":
@@ -216,10 +218,10 @@ def make_report(device: str, minutes: float, results: Path, data: Path | None = 
                 screen.print(f"{step.name}: {step.outcome} ({step.seconds:.0f} s)", highlight=False)
         except KeyboardInterrupt:
             screen.print("interrupted: here is what was measured")
-        for metrics in Path(scratch).rglob("metrics.jsonl"):
+        for metrics in scratch.rglob("metrics.jsonl"):
             shutil.copy(metrics, folder)
     write_report(folder, device, planned)
-    make_anonymous(folder, data)
+    make_anonymous(folder, scratch, data)
     table = Table("step", "outcome", "seconds")
     for step in planned:
         table.add_row(step.name, step.outcome, f"{step.seconds:.0f}")
