@@ -4,6 +4,7 @@ The backend's own host code runs on meta tensors, with a launcher that compiles 
 examined here is what a GPU would be given: the same kernels, tiles, warps and constants.
 """
 
+import math
 import re
 import subprocess
 import tempfile
@@ -62,17 +63,12 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
         signature, constants, attributes = specialise(kernel, arguments)
         key = f"{kernel.__name__} {signature} {constants} {attributes}"
         if key not in compiled:
-            useful = 1.0
-            if {"BLOCK_B", "BLOCK_J", "BLOCK_D"} <= arguments.keys():
-                columns = -(-shape.J // arguments["BLOCK_J"]) * arguments["BLOCK_J"]
-                padded_B = -(-B // arguments["BLOCK_B"]) * arguments["BLOCK_B"]
-                useful = B / padded_B * shape.J * shape.D / (columns * arguments["BLOCK_D"])
             facts = compile_for(
                 target, kernel, signature, constants, attributes, num_warps, num_stages
             )
             compiled[key] = Row(
                 "triton", kernel.__name__, shape.name, precision, target, num_warps,
-                useful=useful, **facts,
+                useful=useful(shape, B, arguments), **facts,
             )  # fmt: skip
 
     u = torch.empty(B, shape.I, shape.K, dtype=dtype, device="meta")
@@ -90,6 +86,18 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
     finally:
         torch.set_float32_matmul_precision(before)
     yield from compiled.values()
+
+
+def useful(shape: Shape, B: int, arguments: dict[str, Any]) -> float:
+    """The share of a kernel's tiles, samples times columns (j, d), that is not padding."""
+    if "UNROLL_J" in arguments:
+        BLOCK_J = arguments["WARPS_J"] * arguments["UNROLL_J"]
+    elif "BLOCK_J" in arguments:
+        BLOCK_J = arguments["BLOCK_J"]
+    else:
+        return 1.0
+    blocks = ((B, arguments["BLOCK_B"]), (shape.J, BLOCK_J), (shape.D, arguments["BLOCK_D"]))
+    return math.prod(size / (-(-size // block) * block) for size, block in blocks)
 
 
 def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:

@@ -49,19 +49,52 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("B", [1, 3, 128, 1000])
 @pytest.mark.parametrize("processors", [1, 4, 132, 304])
-def test_sweeps_cover_every_sample_and_capsule_once(B, sizes, processors):
+@pytest.mark.parametrize("columns", [None, 32, 48, 80])
+def test_sweeps_cover_every_sample_and_capsule_once(B, sizes, processors, columns):
     I, J, K, D = sizes
-    sweep = config.sweep(B, I, J, K, D, processors)
-    tile = sweep.tile
-    assert (sweep.tiles_B - 1) * tile.BLOCK_B < B <= sweep.tiles_B * tile.BLOCK_B
-    assert (sweep.tiles_J - 1) * tile.BLOCK_J < J <= sweep.tiles_J * tile.BLOCK_J
+    warps = config.warps_of(J, K, D, columns) if columns else config.warps_of_uniform(J, K, D, 64)
+    sweep = config.sweep(B, I, J, K, warps, processors)
+    assert (sweep.tiles_B - 1) * warps.BLOCK_B < B <= sweep.tiles_B * warps.BLOCK_B
+    assert (sweep.tiles_J - 1) * warps.output_capsules < J <= sweep.tiles_J * warps.output_capsules
     assert (sweep.groups - 1) * sweep.capsules < I <= sweep.groups * sweep.capsules
+    assert sweep.capsules % warps.capsules == 0
+
+
+@pytest.mark.parametrize("columns", [32, 48, 80])
+@pytest.mark.parametrize("J", [1, 2, 5, 10, 16, 33, 196])
+@pytest.mark.parametrize("K", [1, 3, 6, 8, 16, 64, 256])
+@pytest.mark.parametrize("D", [1, 7, 16, 24, 64, 256])
+def test_warps_hold_what_fits(J, K, D, columns):
+    if config.tile_of(J, K, D) is None:
+        return
+    warps = config.warps_of(J, K, D, columns)
+    assert max(D, config.MATRIX_ROWS) <= warps.BLOCK_D
+    assert warps.BLOCK_K >= K
+    assert warps.STEP_I * warps.BLOCK_K >= config.MATRIX_ROWS  # a contraction of tl.dot
+    for size in (warps.WARPS_I, warps.WARPS_J, warps.STEP_I, warps.BLOCK_D, warps.BLOCK_K):
+        assert size == config.power_of_two(size)
+    assert 1 <= warps.number <= 8
+    assert max(columns, warps.BLOCK_D) >= warps.UNROLL_J * warps.BLOCK_D
+    step = warps.number * warps.UNROLL_J * warps.BLOCK_D * warps.STEP_I * warps.BLOCK_K
+    assert step <= config.MAX_STEP
+    if J <= 10 and D <= 16 and K <= 8:
+        assert warps.output_capsules >= J  # the published networks need no statistics
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("B", [1, 3, 128, 1000])
+def test_tiles_cover_every_sample_and_output_capsule_once(B, sizes):
+    _, J, K, D = sizes
+    tiles = config.tiles(B, J, K, D)
+    tile = tiles.tile
+    assert (tiles.tiles_B - 1) * tile.BLOCK_B < B <= tiles.tiles_B * tile.BLOCK_B
+    assert (tiles.tiles_J - 1) * tile.BLOCK_J < J <= tiles.tiles_J * tile.BLOCK_J
     assert tile.BLOCK_D >= D
     assert max(K, config.MATRIX_ROWS) <= tile.BLOCK_K
-    assert config.MATRIX_ROWS <= sweep.columns <= config.MAX_TILE
-    for size in (*vars(tile).values(), sweep.num_warps):
+    assert config.MATRIX_ROWS <= tiles.columns <= config.MAX_TILE
+    for size in (*vars(tile).values(), tiles.num_warps):
         assert size == config.power_of_two(size)
-    assert sweep.columns % (config.parts_of_product(sweep) * config.MATRIX_ROWS) == 0
+    assert tiles.columns % (config.parts_of_product(tiles) * config.MATRIX_ROWS) == 0
 
 
 @pytest.mark.parametrize("rows", [1, 64, 1152])
@@ -79,8 +112,10 @@ def test_many_rows_are_not_split():
 
 
 def test_large_batches_are_cut_by_samples_and_small_ones_by_capsules():
-    assert config.sweep(4096, *MNIST, 132).groups <= 4
-    assert config.sweep(1, *MNIST, 132).groups >= 64
+    I, J, K, D = MNIST
+    warps = config.warps_of(J, K, D, 80)
+    assert config.sweep(4096, I, J, K, warps, 132).groups <= 4
+    assert config.sweep(1, I, J, K, warps, 132).groups >= 64
 
 
 def test_wide_offsets_only_where_an_element_lies_beyond_32_bits():

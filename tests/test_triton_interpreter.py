@@ -173,7 +173,8 @@ def test_zero_input_gives_zero_and_exactly_zero_gradients():
         assert torch.equal(x, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e15])
+# 1e-20: squares below float32's range; 1e-42: lengths that are denormal, with an infinite inverse.
+@pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e-20, 1e15])
 def test_lengths_whose_squares_leave_float32(scale):
     case = Case(B=1, I=2, J=3, R=2, scale=scale)
     found = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")

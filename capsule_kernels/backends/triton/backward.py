@@ -1,10 +1,12 @@
 """Kernels of the backward: sweeps for G^(R-1) ... G^1, then one for all gradients of the inputs."""
 
+# A state grows tile by tile, as Triton builds tuples: mypy takes () for the type of all of it.
+# mypy: disable-error-code="assignment, misc"
+
 import triton
 import triton.language as tl
 
 from .blocks import (
-    agreement,
     agreement_vectors,
     capsules_to_columns,
     capsules_to_lanes,
@@ -24,10 +26,27 @@ from .blocks import (
     state_offsets,
     sum_of_partials,
     table_offsets,
-    visit,
     weight_offsets,
     weight_tile,
     wide,
+)
+from .sweeps import (
+    agreement_with,
+    input_capsules,
+    load_state,
+    logits_of_priors,
+    mean_gradient,
+    plus,
+    softmax_parts,
+    squash_vjps,
+    state_for_every_warp,
+    state_over_inputs,
+    store_state,
+    sum_of_states,
+    summed_agreement_vectors,
+    weighted_sum,
+    weights,
+    zero_state,
 )
 
 
@@ -71,8 +90,11 @@ def routing_backward_kernel(
     WEIGHT_SHARING: tl.constexpr,
     LEAKY: tl.constexpr,
     SUM_INPUT: tl.constexpr,
+    WARPS_I: tl.constexpr,
+    WARPS_J: tl.constexpr,
+    UNROLL_J: tl.constexpr,
+    STEP_I: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
@@ -86,35 +108,72 @@ def routing_backward_kernel(
     """
     i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
     i_group = tl.program_id(1)
-    i_j = tl.program_id(2) * BLOCK_J
+    i_j = tl.program_id(2) * (WARPS_J * UNROLL_J)
     size = wide(B, OFFSET) * (J * D)
-    offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
 
-    V = agreement_vectors(s_ptr, offsets, mask, size, t - 1, ACC)
-    p_ds = ds_ptr + (t - 1) * size + offsets
+    p_s = s_ptr + (t - 1) * size
+    p_ds = ds_ptr + (t - 1) * size
+    V = summed_agreement_vectors(
+        s_ptr, size, t - 1, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC
+    )
     if SUM_INPUT:
-        G, ds = total_gradients(
-            grad_v_ptr, s_ptr + (t - 1) * size, input_ptr, G_before_ptr, offsets, mask, size,
-            tl.num_programs(1), ACC,
-        )  # fmt: skip
+        if input_ptr is None:
+            G = load_state(grad_v_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
+        else:
+            G = sum_of_states(
+                input_ptr, size, tl.num_programs(1), i_b, i_j, B, J, D,
+                WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC,
+            )  # fmt: skip
+            if G_before_ptr is not None:
+                before = load_state(
+                    G_before_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC
+                )
+                G = plus(G, before, UNROLL_J)
+        s = load_state(p_s, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
+        ds = squash_vjps(s, G, UNROLL_J)
         if i_group == 0:
-            tl.store(p_ds, ds, mask=mask)
+            store_state(p_ds, ds, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
             if G_ptr is not None:
-                tl.store(G_ptr + offsets, G, mask=mask)
+                store_state(G_ptr, G, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
     else:
-        ds = tl.load(p_ds, mask=mask, other=0.0)
+        ds = load_state(p_ds, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
+    V = state_for_every_warp(V, WARPS_I, WARPS_J, UNROLL_J)
+    ds = state_for_every_warp(ds, WARPS_I, WARPS_J, UNROLL_J)
 
-    G_step = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
+    G_step = zero_state(WARPS_I * WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC)
     first = i_group * capsules
-    for index in range(first, min(first + capsules, I)):
-        i, u_hat, b = visit(
-            u_ptr, weight_ptr, logits_ptr, V, index, i_b, i_j, B, I, WEIGHT_SHARING, J, K, D,
-            BLOCK_B, BLOCK_J, BLOCK_D, BLOCK_K, ACC, PRECISION,
-        )  # fmt: skip
-        c = coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY)
-        dl = logit_gradients(c, agreement(u_hat, ds), statistics_ptr, i_b, i, B, I)
-        G_step += dl[:, :, None] * u_hat
-    tl.store(partial_ptr + wide(i_group, OFFSET) * size + offsets, G_step, mask=mask)
+    for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
+        start = wide(index, OFFSET)
+        u = input_capsules(
+            u_ptr, i_b, start, B, I, K, WARPS_I, WARPS_J, STEP_I, BLOCK_B, BLOCK_K, ACC
+        )
+        W = ()
+        b = ()
+        dc = ()
+        for n in tl.static_range(UNROLL_J):
+            W += (weights(
+                weight_ptr, start, i_j + n * WARPS_J, I, WEIGHT_SHARING, J, K, D,
+                WARPS_I, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC,
+            ),)  # fmt: skip
+            b_n = logits_of_priors(
+                logits_ptr, start, i_j + n * WARPS_J, I, J, WARPS_I, WARPS_J, STEP_I, BLOCK_B, ACC
+            )
+            b += (b_n + agreement_with(V[n], u, W[n], STEP_I, ACC, PRECISION),)
+            dc += (agreement_with(ds[n], u, W[n], STEP_I, ACC, PRECISION),)
+        e, inverse = softmax_parts(
+            b, statistics_ptr, start, i_b, B, I, LEAKY, WARPS_I, WARPS_J, UNROLL_J, STEP_I
+        )
+        mean = mean_gradient(
+            e, dc, inverse, statistics_ptr, start, i_b, B, I, WARPS_I, WARPS_J, UNROLL_J, STEP_I
+        )
+        G_new = ()
+        for n in tl.static_range(UNROLL_J):
+            dl = e[n] * inverse * (dc[n] - mean)
+            G_new += (G_step[n] + weighted_sum(dl, u, W[n], STEP_I, ACC, PRECISION),)
+        G_step = G_new
+    p_partial = partial_ptr + wide(i_group, OFFSET) * size
+    G_step = state_over_inputs(G_step, WARPS_I, WARPS_J, UNROLL_J)
+    store_state(p_partial, G_step, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["t"])

@@ -170,7 +170,8 @@ def lane_offsets(i_b, i_j, J: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.c
     """
     Q: tl.constexpr = 4 if BLOCK_D >= 4 else BLOCK_D
     b = i_b[None, :, None, None]
-    j = (i_j + tl.arange(0, BLOCK_J))[:, None, None, None]
+    # Beyond J the last j again, at no traffic of its own: there c and dl are 0, and so is W.
+    j = tl.minimum(i_j + tl.arange(0, BLOCK_J), J - 1)[:, None, None, None]
     d = (tl.arange(0, BLOCK_D // Q) * Q)[None, None, :, None] + tl.arange(0, Q)[None, None, None, :]
     return table_offsets(b, j, d, J, BLOCK_J, BLOCK_D)
 
@@ -293,10 +294,7 @@ def statistic(statistics_ptr, which: tl.constexpr, i_b, i, B, I, other):
 
 @triton.jit
 def coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY: tl.constexpr):
-    """c = softmax over J of the logits b, from tabled statistics if given.
-
-    b is [BLOCK_B, BLOCK_J], or [BLOCK_B, BLOCK_J, 2] for two input capsules at a time.
-    """
+    """c = softmax over J of the logits b [BLOCK_B, BLOCK_J], from tabled statistics if given."""
     if statistics_ptr is None:
         maximum = tl.max(b, axis=1, keep_dims=True)
         if LEAKY:  # one more logit, 0
@@ -319,25 +317,6 @@ def logit_gradients(c, dc, statistics_ptr, i_b, i, B, I):
     else:
         mean = statistic(statistics_ptr, 2, i_b, i, B, I, 0.0)
     return c * (dc - mean)
-
-
-@triton.jit
-def visit(
-    u_ptr, weight_ptr, logits_ptr, V, index, i_b, i_j, B, I, WEIGHT_SHARING: tl.constexpr,
-    J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """An input capsule's u_hat and logits b = prior + u_hat . V (V may be None), and its index."""
-    i = wide(index, i_b.dtype)
-    u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
-    row = i // WEIGHT_SHARING
-    W = weight_tile(weight_ptr, row, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC)
-    u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
-    b = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC)
-    if V is not None:
-        b += agreement(u_hat, V)
-    return i, u_hat, b
 
 
 @triton.jit

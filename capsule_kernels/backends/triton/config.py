@@ -1,6 +1,6 @@
 """Launch configurations and offset widths: pure functions of sizes, tested without a GPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 MATRIX_ROWS = 16
@@ -16,6 +16,15 @@ MAX_WEIGHTS = 4096
 """Most elements of a tile of weights, (j, d) times k. The last sweep of split float32 keeps 16
 bytes of shared memory for each and 128 for each column: 96 KiB; sm_86 and sm_89 have 99."""
 
+INPUT_COLUMNS = 32
+"""Columns (i, k) of a warp: four capsules of K = 8, as many as a row of a matrix instruction has
+threads."""
+
+UNIFORM_COLUMNS = 32
+"""Columns (j, d) of a warp in a first sweep without priors."""
+
+MAX_STEP = 10240
+"""Most weights of a step of a sweep: 40 KiB of shared memory, twice."""
 
 STATISTICS_CAPSULES = 16
 """Input capsules of a program that tables softmax statistics."""
@@ -32,7 +41,7 @@ def ceil_div(n: int, divisor: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program holds at a time: samples, output capsules and their padded dimensions."""
+    """What a program holds at a time where u_hat is formed: in the last sweep, in statistics."""
 
     BLOCK_B: int
     BLOCK_J: int
@@ -41,31 +50,26 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """How one sweep over (b, i) is cut into programs."""
+class Tiles:
+    """How [B, J, D] is cut into such tiles."""
 
     tile: Tile
     tiles_B: int
     tiles_J: int
-    groups: int
-    capsules: int
-    num_warps: int
-    num_stages: int
-
-    @property
-    def one_tile(self) -> bool:
-        """Whether a program sees all of J: then it takes the softmax by itself."""
-        return self.tiles_J == 1
-
-    @property
-    def table_size(self) -> int:
-        """Elements of a [B, J, D] table padded to whole tiles."""
-        return self.tiles_B * self.tiles_J * self.tile.BLOCK_B * self.columns
 
     @property
     def columns(self) -> int:
         """(j, d) of a tile."""
         return self.tile.BLOCK_J * self.tile.BLOCK_D
+
+    @property
+    def num_warps(self) -> int:
+        return max(1, self.columns // WARP_COLUMNS)
+
+    @property
+    def table_size(self) -> int:
+        """Elements of a [B, J, D] table padded to whole tiles."""
+        return self.tiles_B * self.tiles_J * self.tile.BLOCK_B * self.columns
 
 
 def tile_of(J: int, K: int, D: int) -> Tile | None:
@@ -79,48 +83,135 @@ def tile_of(J: int, K: int, D: int) -> Tile | None:
     return Tile(MATRIX_ROWS, max(BLOCK_J, MATRIX_ROWS // BLOCK_D), BLOCK_D, BLOCK_K)
 
 
+def tiles(B: int, J: int, K: int, D: int) -> Tiles:
+    tile = tile_of(J, K, D)
+    assert tile is not None, "unsupported() lets no such shape pass"
+    return Tiles(tile, ceil_div(B, tile.BLOCK_B), ceil_div(J, tile.BLOCK_J))
+
+
+@dataclass(frozen=True)
+class Warps:
+    """What the warps of a sweep's program hold (``sweeps.py``)."""
+
+    WARPS_I: int
+    WARPS_J: int
+    UNROLL_J: int
+    STEP_I: int
+    BLOCK_B: int
+    BLOCK_D: int
+    BLOCK_K: int
+
+    @property
+    def number(self) -> int:
+        return self.WARPS_I * self.WARPS_J
+
+    @property
+    def capsules(self) -> int:
+        """Input capsules of a step."""
+        return self.WARPS_I * self.STEP_I
+
+    @property
+    def output_capsules(self) -> int:
+        """Output capsules of a program."""
+        return self.WARPS_J * self.UNROLL_J
+
+
+def state_columns(backward: bool, precision: str) -> int:
+    """Most columns (j, d) of a warp of a sweep, so that its states do not spill.
+
+    With 16 samples a thread has a register for every two columns of each: V and s in the forward;
+    V, ds and G in the backward; the low parts of V and ds, too, in split float32.
+    """
+    if precision == "tf32x3":
+        return 32 if backward else 48
+    return 48 if backward else 80
+
+
+def warps_of(J: int, K: int, D: int, columns: int) -> Warps:
+    """As few warps for all of J as have ``columns`` enough, and the rest of four along I.
+
+    Where no number of warps has, J is cut into tiles.
+    """
+    BLOCK_D = max(MATRIX_ROWS, power_of_two(D))
+    BLOCK_K = max(MATRIX_ROWS // 4, power_of_two(K))
+    STEP_I = max(1, min(4, INPUT_COLUMNS // BLOCK_K))
+    most_weights = MAX_STEP // (STEP_I * BLOCK_K * BLOCK_D)  # of so many output capsules
+    number = min(4, power_of_two(most_weights + 1) // 2)
+
+    def unroll(warps: int) -> int:
+        return min(max(1, columns // BLOCK_D), most_weights // max(number, warps))
+
+    WARPS_J = next((n for n in (1, 2, 4, 8) if n * unroll(n) >= J), number)
+    return Warps(
+        WARPS_I=max(1, number // WARPS_J),
+        WARPS_J=WARPS_J,
+        UNROLL_J=min(unroll(WARPS_J), ceil_div(J, WARPS_J)),
+        STEP_I=STEP_I,
+        BLOCK_B=MATRIX_ROWS,
+        BLOCK_D=BLOCK_D,
+        BLOCK_K=BLOCK_K,
+    )
+
+
+def uniform_rows(precision: str) -> int:
+    """Samples of a program of a first sweep without priors, so that its operands do not spill."""
+    return 32 if precision == "tf32x3" else 64
+
+
+def warps_of_uniform(J: int, K: int, D: int, rows: int) -> Warps:
+    """For the first sweep without priors: its coupling is known, so J may be cut as one likes.
+
+    It holds s only, and with 64 samples reads W a quarter as often as with 16.
+    """
+    few = max(1, min(J, UNIFORM_COLUMNS // power_of_two(D)))
+    return replace(warps_of(few, K, D, UNIFORM_COLUMNS), BLOCK_B=rows)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How one sweep over (b, i) is cut into programs."""
+
+    warps: Warps
+    tiles_B: int
+    tiles_J: int
+    groups: int
+    capsules: int
+
+    @property
+    def one_tile(self) -> bool:
+        """Whether a program sees all of J: then it takes the softmax by itself."""
+        return self.tiles_J == 1
+
+
 @lru_cache(maxsize=1024)
-def sweep(B: int, I: int, J: int, K: int, D: int, processors: int) -> Sweep:
+def sweep(B: int, I: int, J: int, K: int, warps: Warps, processors: int) -> Sweep:
     """The cut of a sweep for a machine with ``processors`` multiprocessors.
 
     Too few groups leave multiprocessors idle; but each is one more partial sum that every program
-    of the next sweep reads. Cost in the time of one capsule's step, where a step reads 5 KB of
-    weights through the L2 and a partial sum of 16 samples 10 KB: the programs of the busiest
-    multiprocessor, times the steps and sums of each. One program alone fills two thirds of the
-    instruction slots that two fill (a guess, to be measured).
+    of the next sweep reads. Cost in the time of reading a capsule's weights through the L2: the
+    programs of the busiest multiprocessor, times the capsules and partial sums of each. One program
+    alone fills two thirds of the instruction slots that two fill (a guess, to be measured).
     """
-    tile = tile_of(J, K, D)
-    assert tile is not None, "unsupported() lets no such shape pass"
-    tiles_B, tiles_J = ceil_div(B, tile.BLOCK_B), ceil_div(J, tile.BLOCK_J)
-    partial_sum = 2 * min(1, B / tile.BLOCK_B)
+    tiles_B, tiles_J = ceil_div(B, warps.BLOCK_B), ceil_div(J, warps.output_capsules)
+    partial_sum = min(B, warps.BLOCK_B) / K  # of weights
+
+    def cut(groups: int) -> int:
+        """Capsules of a group: whole steps."""
+        return ceil_div(ceil_div(I, groups), warps.capsules) * warps.capsules
 
     def cost(groups: int) -> float:
         programs = ceil_div(tiles_B * tiles_J * groups, processors)
         step = 1.5 if programs == 1 else 1
-        return programs * (step * ceil_div(I, groups) + groups * partial_sum)
+        return programs * (step * cut(groups) + groups * partial_sum)
 
-    groups = min(range(1, min(I, 2 * processors) + 1), key=cost)
-    capsules = ceil_div(ceil_div(I, groups), 2) * 2  # two at a time
-    columns = tile.BLOCK_J * tile.BLOCK_D
+    capsules = cut(min(range(1, min(I, 2 * processors) + 1), key=cost))
     return Sweep(
-        tile=tile,
+        warps=warps,
         tiles_B=tiles_B,
         tiles_J=tiles_J,
         groups=ceil_div(I, capsules),
         capsules=capsules,
-        num_warps=max(1, columns // WARP_COLUMNS),
-        num_stages=2,
     )
-
-
-def step(sweep: Sweep, precision: str, first: bool) -> int:
-    """Input capsules that a sweep of the forward takes at a time.
-
-    Two give a warp independent work and share the exchange of the softmax between warps, for 32
-    more registers a thread: split float32 has them only in the first sweep, which holds no V, and
-    the sweeps of the backward, which hold ds as well, never do.
-    """
-    return 2 if sweep.one_tile and (precision == "tf32" or first) else 1
 
 
 @dataclass(frozen=True)
@@ -146,11 +237,9 @@ def split(rows: int, weight_sharing: int, tiles_B: int, processors: int) -> Spli
     return Split(parts, capsules, ceil_div(tiles_B, batch_tiles), batch_tiles)
 
 
-def parts_of_product(sweep: Sweep) -> int:
+def parts_of_product(tiles: Tiles) -> int:
     """Groups of j in W^T du_hat: one for every warp, of four j and of a legal contraction."""
-    tile = sweep.tile
-    columns = tile.BLOCK_J * tile.BLOCK_D
-    return max(1, min(sweep.num_warps, tile.BLOCK_J // 4, columns // MATRIX_ROWS))
+    return max(1, min(tiles.num_warps, tiles.tile.BLOCK_J // 4, tiles.columns // MATRIX_ROWS))
 
 
 def needs_int64(*element_counts: int) -> bool:

@@ -1,29 +1,42 @@
 """Kernels of the forward: one sweep over the input capsules an iteration, then the output."""
 
+# A state grows tile by tile, as Triton builds tuples: mypy takes () for the type of all of it.
+# mypy: disable-error-code="assignment, misc"
+
 import triton
 import triton.language as tl
 
-from .blocks import (
-    agreement_vectors,
-    bias_tile,
-    coupling_coefficients,
-    squash,
-    state_offsets,
-    sum_of_partials,
-    visit,
-    wide,
+from .blocks import bias_tile, squash, state_offsets, sum_of_partials, wide
+from .sweeps import (
+    add_bias,
+    add_squashed,
+    agreement_with,
+    input_capsules,
+    logits_of_priors,
+    softmax_parts,
+    state_for_every_warp,
+    state_over_inputs,
+    store_state,
+    sum_of_states,
+    summed_agreement_vectors,
+    weighted_sum,
+    weights,
+    zero_state,
 )
 
 
 @triton.jit
 def store_coupling(
-    coupling_ptr, c, i_b, i, i_j, B, I, J: tl.constexpr, BLOCK_J: tl.constexpr
+    coupling_ptr, c, start, i_b, i_j, B, I, J: tl.constexpr,
+    WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
 ):  # fmt: skip
-    """c of input capsule i to coupling [B, I, J]."""
-    j = i_j + tl.arange(0, BLOCK_J)
-    p_coupling = coupling_ptr + (i_b * I + i)[:, None] * J + j[None, :]
-    mask = (i_b < B)[:, None] & (j < J)[None, :]
-    tl.store(p_coupling, c.to(coupling_ptr.dtype.element_ty), mask=mask)
+    """c [WARPS, BLOCK_B, STEP_I] to coupling [B, I, J]."""
+    w = tl.arange(0, WARPS_I * WARPS_J)[:, None, None]
+    i = start + w // WARPS_J * STEP_I + tl.arange(0, STEP_I)[None, None, :]
+    j = i_j + w % WARPS_J
+    i_b = i_b[None, :, None]
+    mask = (i_b < B) & (i < I) & (j < J)
+    tl.store(coupling_ptr + (i_b * I + i) * J + j, c.to(coupling_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -37,19 +50,22 @@ def routing_forward_kernel(
     partial_ptr,  # [groups, B, J, D]: partial sums of s^t, written
     statistics_ptr,  # [2, B, I]: the softmax's maximum and sum where J takes several tiles
     coupling_ptr,  # [B, I, J] or None: c^t, written
+    input_groups,  # how many they are
     B,
     I,
     t,  # the iteration, from 1
-    capsules,  # input capsules of a group
+    capsules,  # input capsules of a group, whole steps
     J: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
     LEAKY: tl.constexpr,
     FIRST: tl.constexpr,
-    STEP: tl.constexpr,  # input capsules at a time, 1 or 2
+    WARPS_I: tl.constexpr,
+    WARPS_J: tl.constexpr,
+    UNROLL_J: tl.constexpr,
+    STEP_I: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
@@ -63,53 +79,71 @@ def routing_forward_kernel(
     """
     i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
     i_group = tl.program_id(1)
-    i_j = tl.program_id(2) * BLOCK_J
+    i_j = tl.program_id(2) * (WARPS_J * UNROLL_J)
     size = wide(B, OFFSET) * (J * D)
-    offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
 
-    if FIRST:
-        V = None
-    else:
+    if not FIRST:
+        known = t - 1 if input_ptr is None else t - 2
+        V = summed_agreement_vectors(
+            s_ptr, size, known, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC
+        )
         if input_ptr is not None:
-            V = agreement_vectors(s_ptr, offsets, mask, size, t - 2, ACC)
-            s_before = sum_of_partials(input_ptr, offsets, mask, size, tl.num_programs(1), ACC)
-            if bias_ptr is not None:
-                s_before += bias_tile(bias_ptr, i_j, J, D, BLOCK_J, BLOCK_D, ACC)
-            V += squash(s_before)
-            if i_group == 0:
-                tl.store(s_ptr + (t - 2) * size + offsets, s_before, mask=mask)
-        else:
-            V = agreement_vectors(s_ptr, offsets, mask, size, t - 1, ACC)
-
-    s = tl.zeros([BLOCK_B, BLOCK_J, BLOCK_D], ACC)
-    first = i_group * capsules
-    for index in range(first, min(first + capsules, I), STEP):
-        i, u_hat, b = visit(
-            u_ptr, weight_ptr, logits_ptr, V, index, i_b, i_j, B, I, WEIGHT_SHARING, J, K, D,
-            BLOCK_B, BLOCK_J, BLOCK_D, BLOCK_K, ACC, PRECISION,
-        )  # fmt: skip
-        if STEP == 2:  # beyond I the last capsule again, and nothing is added
-            next_i, next_u_hat, next_b = visit(
-                u_ptr, weight_ptr, logits_ptr, V, min(index + 1, I - 1), i_b, i_j, B, I,
-                WEIGHT_SHARING, J, K, D, BLOCK_B, BLOCK_J, BLOCK_D, BLOCK_K, ACC, PRECISION,
+            s_before = sum_of_states(
+                input_ptr, size, input_groups, i_b, i_j, B, J, D,
+                WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC,
             )  # fmt: skip
-            b = tl.join(b, next_b)
-        if V is None and logits_ptr is None:
-            # The first coupling without a prior is uniform. Multiplied here, not after the loop:
-            # a bare sum would be left to the matrix unit, which rounds towards zero.
-            c = tl.full(b.shape, 1.0 / (J + LEAKY), ACC)
+            if bias_ptr is not None:
+                s_before = add_bias(s_before, bias_ptr, i_j, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
+            V = add_squashed(V, s_before, UNROLL_J)
+            if i_group == 0:
+                p_s = s_ptr + known * size
+                store_state(p_s, s_before, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
+        V = state_for_every_warp(V, WARPS_I, WARPS_J, UNROLL_J)
+
+    s = zero_state(WARPS_I * WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC)
+    first = i_group * capsules
+    for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
+        start = wide(index, OFFSET)
+        u = input_capsules(
+            u_ptr, i_b, start, B, I, K, WARPS_I, WARPS_J, STEP_I, BLOCK_B, BLOCK_K, ACC
+        )
+        W = ()
+        for n in tl.static_range(UNROLL_J):
+            W += (weights(
+                weight_ptr, start, i_j + n * WARPS_J, I, WEIGHT_SHARING, J, K, D,
+                WARPS_I, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC,
+            ),)  # fmt: skip
+        c = ()
+        if FIRST and logits_ptr is None:  # uniform
+            for _ in tl.static_range(UNROLL_J):
+                c += (tl.full([WARPS_I * WARPS_J, BLOCK_B, STEP_I], 1.0 / (J + LEAKY), ACC),)
         else:
-            c = coupling_coefficients(b, statistics_ptr, i_b, i, B, I, LEAKY)
-        if STEP == 2:
-            c, next_c = tl.split(c)
+            b = ()
+            for n in tl.static_range(UNROLL_J):
+                b_n = logits_of_priors(
+                    logits_ptr, start, i_j + n * WARPS_J, I, J,
+                    WARPS_I, WARPS_J, STEP_I, BLOCK_B, ACC,
+                )  # fmt: skip
+                if not FIRST:
+                    b_n += agreement_with(V[n], u, W[n], STEP_I, ACC, PRECISION)
+                b += (b_n,)
+            e, inverse = softmax_parts(
+                b, statistics_ptr, start, i_b, B, I, LEAKY, WARPS_I, WARPS_J, UNROLL_J, STEP_I
+            )
+            for n in tl.static_range(UNROLL_J):
+                c += (e[n] * inverse,)
+        s_new = ()
+        for n in tl.static_range(UNROLL_J):
             if coupling_ptr is not None:
-                store_coupling(coupling_ptr, next_c, i_b, next_i, i_j, B, I, J, BLOCK_J)
-            next_c = tl.where(index + 1 < I, next_c, 0.0)
-            s += next_c[:, :, None] * next_u_hat
-        if coupling_ptr is not None:
-            store_coupling(coupling_ptr, c, i_b, i, i_j, B, I, J, BLOCK_J)
-        s += c[:, :, None] * u_hat
-    tl.store(partial_ptr + i_group.to(OFFSET) * size + offsets, s, mask=mask)
+                store_coupling(
+                    coupling_ptr, c[n], start, i_b, i_j + n * WARPS_J, B, I, J,
+                    WARPS_I, WARPS_J, STEP_I,
+                )  # fmt: skip
+            s_new += (s[n] + weighted_sum(c[n], u, W[n], STEP_I, ACC, PRECISION),)
+        s = s_new
+    p_partial = partial_ptr + i_group.to(OFFSET) * size
+    s = state_over_inputs(s, WARPS_I, WARPS_J, UNROLL_J)
+    store_state(p_partial, s, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
 
 
 @triton.jit

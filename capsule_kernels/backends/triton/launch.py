@@ -91,6 +91,7 @@ class Routing:
 
     launch: Callable[..., None]
     gpu: Gpu
+    backward: bool
     u: Tensor
     weight: Tensor
     logits: Tensor | None
@@ -103,6 +104,7 @@ class Routing:
         cls,
         launch: Callable[..., None],
         gpu: Gpu | None,
+        backward: bool,
         u: Tensor,
         weight: Tensor,
         logits: Tensor | None,
@@ -110,8 +112,9 @@ class Routing:
     ) -> "Routing":
         logits = None if logits is None else logits.contiguous()
         return cls(
-            launch, gpu or gpu_of(u.device), u.contiguous(), weight.contiguous(), logits, *rest
-        )
+            launch, gpu or gpu_of(u.device), backward,
+            u.contiguous(), weight.contiguous(), logits, *rest,
+        )  # fmt: skip
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -122,11 +125,32 @@ class Routing:
 
     @cached_property
     def sweep(self) -> config.Sweep:
-        return config.sweep(*self.sizes[:5], self.gpu.processors)
+        B, I, J, K, D, _ = self.sizes
+        warps = config.warps_of(J, K, D, config.state_columns(self.backward, self.precision))
+        return config.sweep(B, I, J, K, warps, self.gpu.processors)
+
+    @cached_property
+    def first_sweep(self) -> config.Sweep:
+        """The sweep of iteration 1 of the forward."""
+        B, I, J, K, D, _ = self.sizes
+        rows = config.uniform_rows(self.precision)
+        if self.logits is not None or rows > B:
+            return self.sweep
+        warps = config.warps_of_uniform(J, K, D, rows)
+        return config.sweep(B, I, J, K, warps, self.gpu.processors)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.sweep.tiles_B, self.sweep.groups, self.sweep.tiles_J
+    def stages(self) -> int:
+        """Of a sweep's load pipeline: on CUDA a step's weights are on their way during another.
+
+        gfx942 has 64 KiB of shared memory, which hold one step, and prefetches into registers.
+        """
+        return 2 if self.gpu.hip else 3
+
+    @cached_property
+    def tiles(self) -> config.Tiles:
+        B, _, J, K, D, _ = self.sizes
+        return config.tiles(B, J, K, D)
 
     @cached_property
     def types(self) -> dict[str, Any]:
@@ -135,7 +159,7 @@ class Routing:
         state = self.s[0].numel()
         wide = config.needs_int64(
             self.u.numel(), self.weight.numel(), B * I * J, 3 * R * B * I,
-            self.sweep.groups * state, 2 * R * self.sweep.table_size,
+            max(self.first_sweep.groups, self.sweep.groups) * state, 2 * R * self.tiles.table_size,
         )  # fmt: skip
         return {
             "ACC": tl.float64 if self.s.dtype == torch.float64 else tl.float32,
@@ -146,37 +170,53 @@ class Routing:
     def precision(self) -> str:
         return precision_of(self.u.dtype, self.gpu)
 
-    def step(self, first: bool) -> int:
-        """Input capsules that a sweep of the forward takes at a time."""
-        return config.step(self.sweep, self.precision, first)
-
-    def over_capsules(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    def over_capsules(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        num_warps: int,
+        num_stages: int,
+        blocks: Any,
+        **arguments: Any,
+    ) -> None:
         """Launch a kernel that visits the input capsules."""
         B, I, J, K, D, _ = self.sizes
         self.launch(
-            kernel, grid, self.sweep.num_warps, self.sweep.num_stages,
+            kernel, grid, num_warps, num_stages,
             u_ptr=self.u, weight_ptr=self.weight, logits_ptr=self.logits, B=B, I=I, J=J, K=K, D=D,
             WEIGHT_SHARING=self.weight_sharing, LEAKY=self.leaky,
             PRECISION=self.precision,
-            **vars(self.sweep.tile), **self.types, **arguments,
+            **vars(blocks), **self.types, **arguments,
         )  # fmt: skip
+
+    def over_sweep(self, kernel: Any, sweep: config.Sweep, **arguments: Any) -> None:
+        """Launch a sweep of the forward or backward."""
+        self.over_capsules(
+            kernel, (sweep.tiles_B, sweep.groups, sweep.tiles_J),
+            sweep.warps.number, self.stages, sweep.warps,
+            capsules=sweep.capsules, **arguments,
+        )  # fmt: skip
+
+    def over_tiles(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        """Launch a kernel that forms u_hat in tiles."""
+        self.over_capsules(kernel, grid, self.tiles.num_warps, 2, self.tiles.tile, **arguments)
 
     def over_state(self, kernel: Any, **arguments: Any) -> None:
         """Launch a kernel that visits [B, J, D] only."""
         B, _, J, _, D, _ = self.sizes
-        tile = self.sweep.tile
+        tiles, tile = self.tiles, self.tiles.tile
         self.launch(
-            kernel, (self.sweep.tiles_B * tile.BLOCK_B, self.sweep.tiles_J), 2, 1,
-            B=B, groups=self.sweep.groups, J=J, D=D,
+            kernel, (tiles.tiles_B * tile.BLOCK_B, tiles.tiles_J), 2, 1,
+            B=B, J=J, D=D,
             BLOCK_B=1, BLOCK_J=tile.BLOCK_J, BLOCK_D=tile.BLOCK_D, **self.types, **arguments,
         )  # fmt: skip
 
     def tabulate(self, statistics: Tensor, t: int, ds: Tensor | None = None) -> None:
         """The softmax statistics of iteration t."""
         I = self.u.shape[1]
-        self.over_capsules(
+        self.over_tiles(
             routing_statistics_kernel,
-            (self.sweep.tiles_B, config.ceil_div(I, config.STATISTICS_CAPSULES)),
+            (self.tiles.tiles_B, config.ceil_div(I, config.STATISTICS_CAPSULES)),
             s_ptr=self.s, ds_ptr=ds, statistics_ptr=statistics, t=t, FIRST=t == 1,
             BLOCK_I=config.STATISTICS_CAPSULES,
         )  # fmt: skip
@@ -203,28 +243,31 @@ def routing_forward(
     if u.shape[0] == 0:
         return v, s, coupling
     bias = None if bias is None else bias.contiguous()
-    routing = Routing.of(launch, gpu, u, weight, logits, s, leaky, weight_sharing)
+    routing = Routing.of(launch, gpu, False, u, weight, logits, s, leaky, weight_sharing)
     one_tile = routing.sweep.one_tile
     B, I, *_ = routing.sizes
     # Iteration t writes its partial sums to partials[t % 2] and reads those of t - 1.
-    partials = s.new_empty(2, routing.sweep.groups, *s.shape[1:])
+    groups = max(routing.first_sweep.groups, routing.sweep.groups)
+    partials = s.new_empty(2, groups, *s.shape[1:])
     statistics = None if one_tile else s.new_empty(3, B, I)
     with device_guard(u.device):
         for t in range(1, R + 1):
             if statistics is not None and not (t == 1 and logits is None):
                 routing.tabulate(statistics, t)
-            routing.over_capsules(
-                routing_forward_kernel, routing.grid,
-                bias_ptr=bias, s_ptr=s,
+            sweep = routing.first_sweep if t == 1 else routing.sweep
+            routing.over_sweep(
+                routing_forward_kernel, sweep,
+                input_groups=groups, bias_ptr=bias, s_ptr=s,
                 input_ptr=partials[(t - 1) % 2] if one_tile and t > 1 else None,
                 partial_ptr=partials[t % 2],
                 statistics_ptr=statistics,
                 coupling_ptr=coupling if return_coupling and t == R else None,
-                t=t, capsules=routing.sweep.capsules, FIRST=t == 1, STEP=routing.step(first=t == 1),
+                t=t, FIRST=t == 1,
             )  # fmt: skip
+            groups = sweep.groups
             if t == R or not one_tile:
                 routing.over_state(
-                    routing_output_kernel,
+                    routing_output_kernel, groups=groups,
                     partial_ptr=partials[t % 2], bias_ptr=bias, s_ptr=s[t - 1],
                     v_ptr=v if t == R else None,
                 )  # fmt: skip
@@ -258,14 +301,15 @@ def routing_backward(
     grad_u, grad_weight, grad_logits, grad_bias = (
         g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)
     )
-    routing = Routing.of(launch, gpu, u, weight, logits, s, leaky, weight_sharing)
-    sweep, one_tile = routing.sweep, routing.sweep.one_tile
+    routing = Routing.of(launch, gpu, True, u, weight, logits, s, leaky, weight_sharing)
+    sweep, tiles = routing.sweep, routing.tiles
+    one_tile = sweep.tiles_J == tiles.tiles_J == 1
     B, I, *_, R = routing.sizes
     grad_v = grad_v.contiguous()
     # The iterations that are differentiated, and the earliest whose ds is needed.
     earliest = 1 if full_gradient else R
     ds = torch.empty_like(s)
-    table = s.new_empty(R, 2, sweep.table_size)
+    table = s.new_empty(R, 2, tiles.table_size)
     G = s.new_empty(2, *s.shape[1:])
     partials = s.new_empty(2, sweep.groups, *s.shape[1:]) if earliest < R else None
     statistics = None if one_tile else s.new_empty(R, 3, B, I)
@@ -285,23 +329,24 @@ def routing_backward(
             if last or statistics is not None:
                 routing.over_state(
                     routing_state_kernel,
+                    groups=sweep.groups,
                     **state(t),
                     table_ptr=table if last else None,
                     iterations=R,
-                    table_size=sweep.table_size,
+                    table_size=tiles.table_size,
                 )
             if statistics is not None:
                 routing.tabulate(statistics[t - 1], t, ds[t - 1])
             if not last:
                 assert partials is not None
-                routing.over_capsules(
-                    routing_backward_kernel, routing.grid, **state(t),
+                routing.over_sweep(
+                    routing_backward_kernel, sweep, **state(t),
                     partial_ptr=partials[t % 2],
                     statistics_ptr=None if statistics is None else statistics[t - 1],
-                    capsules=sweep.capsules, SUM_INPUT=one_tile,
+                    SUM_INPUT=one_tile,
                 )  # fmt: skip
         rows = I // weight_sharing
-        split = config.split(rows, weight_sharing, sweep.tiles_B, routing.gpu.processors)
+        split = config.split(rows, weight_sharing, tiles.tiles_B, routing.gpu.processors)
 
         def parts_of(gradient: Tensor | None, number: int) -> Tensor | None:
             """Where ``number`` partial sums of a gradient go: the gradient itself if it is one."""
@@ -311,16 +356,20 @@ def routing_backward(
 
         weight_parts = parts_of(grad_weight, split.splits * split.parts)
         logits_parts = parts_of(grad_logits, split.splits)
-        du = grad_u if one_tile or u.dtype == s.dtype else torch.empty_like(u, dtype=s.dtype)
+        du = (
+            grad_u
+            if tiles.tiles_J == 1 or u.dtype == s.dtype
+            else torch.empty_like(u, dtype=s.dtype)
+        )
         if not (grad_u is None and grad_weight is None and grad_logits is None):
-            routing.over_capsules(
+            routing.over_tiles(
                 routing_gradients_kernel, (rows * split.parts, split.splits),
                 table_ptr=table, statistics_ptr=statistics,
                 grad_u_ptr=grad_u, du_ptr=du,
                 grad_weight_ptr=weight_parts, grad_logits_ptr=logits_parts,
-                iterations=R, table_size=sweep.table_size,
+                iterations=R, table_size=tiles.table_size,
                 parts=split.parts, capsules=split.capsules, batch_tiles=split.batch_tiles,
-                PARTS=config.parts_of_product(sweep), FIRST=earliest == 1,
+                PARTS=config.parts_of_product(tiles), FIRST=earliest == 1,
                 LATER="none" if R == 1 else "all" if full_gradient else "last",
             )  # fmt: skip
         sums = [(weight_parts, grad_weight), (logits_parts, grad_logits)]

@@ -1,0 +1,357 @@
+"""What the sweeps of forward and backward share: W contracted with what is small.
+
+u_hat is not formed, not even in registers. With a state x, such as V, of [B, J, D],
+
+    u_hat_ij . x_j = u_i . (x_j W_ij)        sum_i y_ij u_hat_ij = sum_i (y_ij u_i) W_ij^T
+
+and both are matrix products that waste little: they contract d, and (i, k) together, and each j is
+a product of its own, so J need not be a power of two. They are batched over the WARPS of a program,
+WARPS_I x WARPS_J, which share the samples and have input and output capsules of their own. A warp
+goes through UNROLL_J output capsules, so a state is a tuple of UNROLL_J tiles.
+
+A warp takes STEP_I input capsules at a time, in N = STEP_I BLOCK_K columns of the order
+(k // 2, i, k % 2). A matrix instruction leaves two neighbouring columns with a thread, and the
+next three pairs with the next three. So, with four capsules, a thread holds all k of one of them:
+u . (x W) needs no exchange between threads, no logit is computed twice, and the softmax meets other
+threads only where WARPS_J > 1. As an operand, a matrix instruction wants columns n and n + 4 of
+every eight there; those are the same elements in the order (k, i): operand_order() moves nothing.
+"""
+
+# A state grows tile by tile, as Triton builds tuples: mypy takes () for the type of all of it.
+# mypy: disable-error-code="assignment, misc"
+
+import triton
+import triton.language as tl
+
+from .blocks import product, squash, squash_vjp, wide
+
+
+@triton.jit
+def state_tile(
+    x_ptr, i_b, i_j, B, J: tl.constexpr, D: tl.constexpr, WARPS_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Pointers and mask of a tile [WARPS_J, BLOCK_B, BLOCK_D] of a [B, J, D] tensor."""
+    j = tl.arange(0, WARPS_J)
+    d = tl.arange(0, BLOCK_D)
+    offsets = (j * D)[:, None, None] + i_b[None, :, None] * (J * D) + d[None, None, :]
+    mask = (i_j + j < J)[:, None, None] & (i_b < B)[None, :, None] & (d < D)[None, None, :]
+    return x_ptr + i_j * D + offsets, mask
+
+
+@triton.jit
+def load_state(
+    x_ptr, i_b, i_j, B, J: tl.constexpr, D: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A state from a [B, J, D] tensor."""
+    x = ()
+    for index in tl.static_range(UNROLL_J):
+        p, mask = state_tile(x_ptr, i_b, i_j + index * WARPS_J, B, J, D, WARPS_J, BLOCK_D)
+        x += (tl.load(p, mask=mask, other=0.0).to(ACC),)
+    return x
+
+
+@triton.jit
+def store_state(
+    x_ptr, x, i_b, i_j, B, J: tl.constexpr, D: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A state to a [B, J, D] tensor."""
+    for index in tl.static_range(UNROLL_J):
+        p, mask = state_tile(x_ptr, i_b, i_j + index * WARPS_J, B, J, D, WARPS_J, BLOCK_D)
+        tl.store(p, x[index], mask=mask)
+
+
+@triton.jit
+def zero_state(
+    WARPS: tl.constexpr, UNROLL_J: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    x = ()
+    for _ in tl.static_range(UNROLL_J):
+        x += (tl.zeros([WARPS, BLOCK_B, BLOCK_D], ACC),)
+    return x
+
+
+@triton.jit
+def sum_of_states(
+    partial_ptr, size, num_partials, i_b, i_j, B, J: tl.constexpr, D: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Sum of ``num_partials`` tensors of ``size`` elements each, in fixed order."""
+    total = zero_state(WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC)
+    for _ in tl.range(num_partials, loop_unroll_factor=4):  # loads of four under way at a time
+        x = load_state(partial_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
+        total = plus(total, x, UNROLL_J)
+        partial_ptr += size
+    return total
+
+
+@triton.jit
+def add_bias(
+    x, bias_ptr, i_j, J: tl.constexpr, D: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A state plus a bias [J, D], which is a state of a single sample."""
+    i_b = tl.zeros([1], tl.int32)
+    bias = load_state(bias_ptr, i_b, i_j, 1, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
+    return plus(x, bias, UNROLL_J)
+
+
+@triton.jit
+def plus(x, y, UNROLL_J: tl.constexpr):
+    new = ()
+    for index in tl.static_range(UNROLL_J):
+        new += (x[index] + y[index],)
+    return new
+
+
+@triton.jit
+def add_squashed(V, s, UNROLL_J: tl.constexpr):
+    """V + squash(s)."""
+    new = ()
+    for index in tl.static_range(UNROLL_J):
+        new += (V[index] + squash(s[index]),)
+    return new
+
+
+@triton.jit
+def squash_vjps(s, x, UNROLL_J: tl.constexpr):
+    """J^T x with J the Jacobian of squash at s."""
+    new = ()
+    for index in tl.static_range(UNROLL_J):
+        new += (squash_vjp(s[index], x[index]),)
+    return new
+
+
+@triton.jit
+def summed_agreement_vectors(
+    s_ptr, size, t, i_b, i_j, B, J: tl.constexpr, D: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """V^t = v^1 + ... + v^t as a state, from the total inputs s^1 ... s^t."""
+    V = zero_state(WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC)
+    for _ in range(t):
+        s = load_state(s_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
+        V = add_squashed(V, s, UNROLL_J)
+        s_ptr += size
+    return V
+
+
+@triton.jit
+def for_every_warp(x, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr):
+    """[WARPS_J, M, N] to [WARPS, M, N]."""
+    M: tl.constexpr = x.shape[1]
+    N: tl.constexpr = x.shape[2]
+    x = tl.broadcast_to(x[None, :, :, :], [WARPS_I, WARPS_J, M, N])
+    return tl.reshape(x, [WARPS_I * WARPS_J, M, N])
+
+
+@triton.jit
+def sum_over_inputs(x, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr):
+    """[WARPS, M, N] to [WARPS_J, M, N]."""
+    M: tl.constexpr = x.shape[1]
+    N: tl.constexpr = x.shape[2]
+    return tl.sum(tl.reshape(x, [WARPS_I, WARPS_J, M, N]), axis=0)
+
+
+@triton.jit
+def state_for_every_warp(
+    x, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr
+):  # fmt: skip
+    new = ()
+    for index in tl.static_range(UNROLL_J):
+        new += (for_every_warp(x[index], WARPS_I, WARPS_J),)
+    return new
+
+
+@triton.jit
+def state_over_inputs(
+    x, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr
+):  # fmt: skip
+    new = ()
+    for index in tl.static_range(UNROLL_J):
+        new += (sum_over_inputs(x[index], WARPS_I, WARPS_J),)
+    return new
+
+
+@triton.jit
+def input_columns(STEP_I: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The (i, k) of each of a warp's columns, [N] each."""
+    n = tl.arange(0, STEP_I * BLOCK_K)
+    return n // 2 % STEP_I, n // (2 * STEP_I) * 2 + n % 2
+
+
+@triton.jit
+def input_capsules(
+    u_ptr, i_b, start, B, I, K: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr,
+    STEP_I: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The input capsules of every warp, [WARPS, BLOCK_B, N]; 0 from I on."""
+    i, k = input_columns(STEP_I, BLOCK_K)
+    i = (tl.arange(0, WARPS_I) * STEP_I)[:, None] + i[None, :]
+    offsets = i_b[None, :, None] * (I * K) + (i * K + k[None, :])[:, None, :]
+    mask = (i_b < B)[None, :, None] & ((start + i < I) & (k < K)[None, :])[:, None, :]
+    u = tl.load(u_ptr + start * K + offsets, mask=mask, other=0.0).to(ACC)
+    u = tl.broadcast_to(u[:, None, :, :], [WARPS_I, WARPS_J, BLOCK_B, STEP_I * BLOCK_K])
+    return tl.reshape(u, [WARPS_I * WARPS_J, BLOCK_B, STEP_I * BLOCK_K])
+
+
+@triton.jit
+def weights(
+    weight_ptr, start, i_j, I, WEIGHT_SHARING: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
+    D: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """W of the capsules of every warp, [WARPS, BLOCK_D, N]; 0 from I on.
+
+    What changes from step to step and from tile to tile goes into the pointer, so that all of them
+    share one set of offsets.
+    """
+    w = tl.arange(0, WARPS_I * WARPS_J)
+    j = w % WARPS_J
+    d = tl.arange(0, BLOCK_D)
+    i, k = input_columns(STEP_I, BLOCK_K)
+    i = (w // WARPS_J * STEP_I)[:, None] + i[None, :]
+    first = start // WEIGHT_SHARING
+    rows = (start + i) // WEIGHT_SHARING - first
+    columns = rows * (J * D * K) + (j * (D * K))[:, None] + k[None, :]
+    mask = (i_j + j < J)[:, None] & (start + i < I) & (k < K)[None, :]
+    return tl.load(
+        weight_ptr + (first * J + i_j) * (D * K) + (columns[:, None, :] + (d * K)[None, :, None]),
+        mask=mask[:, None, :] & (d < D)[None, :, None],
+        other=0.0,
+    ).to(ACC)
+
+
+@triton.jit
+def logits_of_priors(
+    logits_ptr, start, i_j, I, J: tl.constexpr,
+    WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr, BLOCK_B: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Log priors, [WARPS_I * WARPS_J, BLOCK_B, STEP_I]; -inf beyond J, so that c = 0 there."""
+    w = tl.arange(0, WARPS_I * WARPS_J)
+    j = (i_j + w % WARPS_J)[:, None, None]
+    prior = tl.where(j < J, 0.0, float("-inf")).to(ACC)
+    if logits_ptr is not None:
+        i = start + (w // WARPS_J * STEP_I)[:, None, None] + tl.arange(0, STEP_I)[None, None, :]
+        prior += tl.load(logits_ptr + i * J + j, mask=(i < I) & (j < J), other=0.0).to(ACC)
+    return tl.broadcast_to(prior, [WARPS_I * WARPS_J, BLOCK_B, STEP_I])
+
+
+@triton.jit
+def columns_apart(x, STEP_I: tl.constexpr):
+    """[WARPS, M, N] as [WARPS, M, BLOCK_K // 2, STEP_I, 2]."""
+    return tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // (2 * STEP_I), STEP_I, 2])
+
+
+@triton.jit
+def operand_order(x, STEP_I: tl.constexpr):
+    """Columns (k // 2, i, k % 2) in the order (k, i)."""
+    return tl.reshape(tl.permute(columns_apart(x, STEP_I), (0, 1, 2, 4, 3)), x.shape)
+
+
+@triton.jit
+def agreement_with(x, u, W, STEP_I: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """u_hat . x as u . (x W), [WARPS, BLOCK_B, STEP_I]."""
+    xWu = columns_apart(product(x, W, ACC, PRECISION) * u, STEP_I)
+    return tl.sum(tl.sum(xWu, axis=4), axis=2)
+
+
+@triton.jit
+def weighted_sum(y, u, W, STEP_I: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """sum_i y_i u_hat_i over STEP_I capsules as (y u) W^T, [WARPS, BLOCK_B, BLOCK_D].
+
+    y is doubled and the sum halved: exact, and free where the sum is added to another. Without it
+    the compiler would leave that sum, too, to the matrix unit, which rounds towards zero.
+    """
+    yu = tl.reshape(columns_apart(u, STEP_I) * (2 * y)[:, :, None, :, None], u.shape)
+    W = tl.permute(operand_order(W, STEP_I), (0, 2, 1))
+    return 0.5 * product(operand_order(yu, STEP_I), W, ACC, PRECISION)
+
+
+@triton.jit
+def max_over_warps(x, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr):
+    """The maximum over WARPS_J of [WARPS, BLOCK_B, STEP_I], for every warp."""
+    if WARPS_J > 1:
+        B: tl.constexpr = x.shape[1]
+        I: tl.constexpr = x.shape[2]
+        y = tl.max(tl.reshape(x, [WARPS_I, WARPS_J, B, I]), axis=1, keep_dims=True)
+        x = tl.reshape(tl.broadcast_to(y, [WARPS_I, WARPS_J, B, I]), [WARPS_I * WARPS_J, B, I])
+    return x
+
+
+@triton.jit
+def sum_over_warps(x, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr):
+    """The sum over WARPS_J of [WARPS, BLOCK_B, STEP_I], for every warp."""
+    if WARPS_J > 1:
+        B: tl.constexpr = x.shape[1]
+        I: tl.constexpr = x.shape[2]
+        y = tl.sum(tl.reshape(x, [WARPS_I, WARPS_J, B, I]), axis=1, keep_dims=True)
+        x = tl.reshape(tl.broadcast_to(y, [WARPS_I, WARPS_J, B, I]), [WARPS_I * WARPS_J, B, I])
+    return x
+
+
+@triton.jit
+def tabled_statistic(
+    statistics_ptr, which: tl.constexpr, start, i_b, B, I, other,
+    WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
+):  # fmt: skip
+    """One of the tabled softmax statistics [3, B, I], [WARPS, BLOCK_B, STEP_I]."""
+    w = tl.arange(0, WARPS_I * WARPS_J)
+    i = start + (w // WARPS_J * STEP_I)[:, None, None] + tl.arange(0, STEP_I)[None, None, :]
+    i_b = i_b[None, :, None]
+    offsets = (which * wide(B, i_b.dtype) + i_b) * I + i
+    return tl.load(statistics_ptr + offsets, mask=(i_b < B) & (i < I), other=other)
+
+
+@triton.jit
+def softmax_parts(
+    b, statistics_ptr, start, i_b, B, I, LEAKY: tl.constexpr, WARPS_I: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr,
+):  # fmt: skip
+    """e and 1 / total of logits b, so that c = e / total; from tabled statistics if given."""
+    if statistics_ptr is None:
+        maximum = b[0]
+        for index in tl.static_range(1, UNROLL_J):
+            maximum = tl.maximum(maximum, b[index])
+        maximum = max_over_warps(maximum, WARPS_I, WARPS_J)
+        if LEAKY:  # one more logit, 0
+            maximum = tl.maximum(maximum, 0.0)
+    else:
+        maximum = tabled_statistic(
+            statistics_ptr, 0, start, i_b, B, I, 0.0, WARPS_I, WARPS_J, STEP_I
+        )
+    e = ()
+    for index in tl.static_range(UNROLL_J):
+        e += (tl.exp(b[index] - maximum),)
+    if statistics_ptr is None:
+        total = e[0]
+        for index in tl.static_range(1, UNROLL_J):
+            total += e[index]
+        total = sum_over_warps(total, WARPS_I, WARPS_J)
+        if LEAKY:
+            total += tl.exp(-maximum)
+    else:
+        total = tabled_statistic(statistics_ptr, 1, start, i_b, B, I, 1.0, WARPS_I, WARPS_J, STEP_I)
+    return e, 1 / total
+
+
+@triton.jit
+def mean_gradient(
+    e, dc, inverse, statistics_ptr, start, i_b, B, I, WARPS_I: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr,
+):  # fmt: skip
+    """sum_j c_j dc_j; tabled if given."""
+    if statistics_ptr is None:
+        mean = e[0] * dc[0]
+        for index in tl.static_range(1, UNROLL_J):
+            mean += e[index] * dc[index]
+        mean = sum_over_warps(mean, WARPS_I, WARPS_J) * inverse
+    else:
+        mean = tabled_statistic(statistics_ptr, 2, start, i_b, B, I, 0.0, WARPS_I, WARPS_J, STEP_I)
+    return mean
