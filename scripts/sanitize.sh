@@ -14,8 +14,16 @@ CALLS=${CAPSULE_FUZZ_CALLS:-100000}
 sanitized_build() {
   directory=$PWD/build/sanitize-$1
   rm -rf "$directory/lib" "$directory"/finding.*
-  CFLAGS="-g1 -fno-omit-frame-pointer $2" LDFLAGS=$2 CAPSULE_KERNELS_CUDA=0 "$PY" setup.py --quiet \
+  # Torch compiles its part with CFLAGS, setuptools the kernels with CXXFLAGS.
+  local flags="-g1 -fno-omit-frame-pointer $2" object
+  CFLAGS=$flags CXXFLAGS=$flags LDFLAGS=$2 CAPSULE_KERNELS_CUDA=0 "$PY" setup.py --quiet \
     build --build-base "$directory" --build-temp "$directory/temp" --build-lib "$directory/lib"
+  for object in "$directory"/temp/csrc/cpu/*.o "$directory"/temp/*/csrc/cpu/kernels.o; do
+    if ! nm "$object" | grep -E "__(asan|tsan)_" >/dev/null; then
+      echo "sanitize $1: $object was built without the sanitizer" >&2
+      exit 1
+    fi
+  done
   cp -r tests "$directory/lib/"
 }
 
