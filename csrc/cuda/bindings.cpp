@@ -10,6 +10,8 @@
 #include <torch/library.h>
 
 #include <limits>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <tuple>
 
@@ -57,14 +59,18 @@ Products products_of_float32() {
              : Products::kTf32;
 }
 
-Device current_device() {
-  int index = 0;
+// The figures of a device, asked for once.
+Device figures_of(int index) {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
   Device device{};
-  C10_CUDA_CHECK(cudaGetDevice(&index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.shared_per_block,
                                         cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  return device;
+  return known[index] = device;
 }
 
 // The sizes of a call, checked to be within what the kernels index with 32 bits.
@@ -123,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_, const Tensor& weigh
                                           : at::empty({0}, u.options());
   if (shape.B == 0) return {v, s, coupling};
 
-  const ForwardPlan plan = plan_forward(shape, int(u.element_size()), current_device());
+  const ForwardPlan plan = plan_forward(shape, int(u.element_size()), figures_of(u.get_device()));
   check_fits(plan.sweep.blocks > 0);
   const Tensor workspace = at::empty({int64_t(plan.workspace_floats)}, s.options());
   routing_forward({shape, leaky, data(u), data(weight), data(logits), data(bias),
@@ -161,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_v_, const
   const Tensor grad_bias = gradient(output_mask[3], {shape.J, shape.D});
   if (shape.B == 0) return {grad_u, grad_weight, grad_logits, grad_bias};
 
-  const BackwardPlan plan = plan_backward(shape, int(u.element_size()), current_device());
+  const BackwardPlan plan = plan_backward(shape, int(u.element_size()), figures_of(u.get_device()));
   check_fits(plan.sweep.blocks > 0 && plan.gradients.warps > 0);
   const Tensor workspace = at::empty({int64_t(plan.workspace_floats)}, s.options());
   routing_backward(

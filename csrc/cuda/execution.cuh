@@ -13,8 +13,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace capsule_kernels::cuda {
 
@@ -87,31 +90,49 @@ inline void check(cudaError_t status, const char* call) {
   }
 }
 
+// How many blocks of a kernel the current device holds at a time. The device is asked once: its
+// answers would cost as much as a launch.
+inline int resident_blocks(const void* kernel, int threads, int shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const void*, int, int>, int> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(device, kernel, threads, shared_bytes);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+
+  int sm_count = 0, most_shared = 0, blocks_per_sm = 0;
+  check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute(cudaDevAttrMultiProcessorCount)");
+  check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)");
+  // As much as there may be, for later calls with more.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared),
+        "cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize)");
+  check(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, threads, shared_bytes),
+      "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return known[key] = blocks_per_sm * sm_count;
+}
+
 // Launches on the current device; a cooperative grid has to be resident as a whole.
 template <class Arguments, class Plan>
 void launch(void (*kernel)(Arguments, Plan), int blocks, int threads, int shared_bytes,
             bool cooperative, void* stream, Arguments arguments, Plan plan) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-        "cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize)");
   void* parameters[] = {&arguments, &plan};
   const auto function = reinterpret_cast<const void*>(kernel);
+  const int resident = resident_blocks(function, threads, shared_bytes);
   if (!cooperative) {
     check(cudaLaunchKernel(function, dim3(blocks), dim3(threads), parameters, shared_bytes,
                            static_cast<cudaStream_t>(stream)),
           "cudaLaunchKernel");
     return;
   }
-  int device = 0, sm_count = 0, blocks_per_sm = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute(cudaDevAttrMultiProcessorCount)");
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, function, threads,
-                                                      shared_bytes),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  if (blocks > blocks_per_sm * sm_count) {
+  if (blocks > resident) {
     throw std::runtime_error("capsule_kernels: a cooperative grid of " + std::to_string(blocks) +
                              " blocks does not fit on this device, which holds " +
-                             std::to_string(blocks_per_sm * sm_count));
+                             std::to_string(resident));
   }
   check(cudaLaunchCooperativeKernel(function, dim3(blocks), dim3(threads), parameters, shared_bytes,
                                     static_cast<cudaStream_t>(stream)),

@@ -48,15 +48,16 @@ constexpr bool tile_fits_registers(int J, int D) {
 }
 
 // The instance of the kernels for a call: fragments of an output capsule, and J where it is a
-// constant, as for the paper's networks (0: any J that fits).
+// constant and K even and at most 8, as in the paper's networks (0: any J that fits, and any K).
 struct TileChoice {
   int fragments, J;
 };
 
 inline TileChoice choose_tile(const Shape& shape) {
   const int fragments = fragments_per_capsule(shape.D);
-  const bool known = shape.K <= kTileDims && ((fragments == 2 && (shape.J == 10 || shape.J == 5)) ||
-                                              (fragments == 1 && shape.J == 10));
+  const bool known =
+      shape.K <= kTileDims && shape.K % 2 == 0 &&
+      ((fragments == 2 && (shape.J == 10 || shape.J == 5)) || (fragments == 1 && shape.J == 10));
   return {fragments, known ? shape.J : 0};
 }
 

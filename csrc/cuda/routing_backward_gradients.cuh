@@ -209,7 +209,9 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
   typename Tile::Values du_hat;
   float first_u[4], next_u[4] = {};
   stage(0);
-  if (active) InputRows<T>(u, tile_of(0), i, shape, lane).load(next_u, 0, shape.K, lane);
+  if (active) {
+    InputRows<T, Tile>(u, tile_of(0), shape, lane).load(next_u, i, 0, shape.K, lane);
+  }
   for (int step = 0; step < steps; ++step) {
     const int tile = tile_of(step), t = t_of(step);
     wait_for_copies();
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     if (step + 1 < steps) stage(step + 1);
     if (!active) continue;
 
-    const InputRows<T> rows(u, tile, i, shape, lane);
+    const InputRows<T, Tile> rows(u, tile, shape, lane);
     if (t == first_t) {
 #pragma unroll
       for (int n = 0; n < Tile::kFragments; ++n) {
@@ -225,7 +227,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
       }
       for (int e = 0; e < 4; ++e) first_u[e] = next_u[e];
       if (tile + splits < padded.tiles) {
-        InputRows<T>(u, tile + splits, i, shape, lane).load(next_u, 0, shape.K, lane);
+        InputRows<T, Tile>(u, tile + splits, shape, lane).load(next_u, i, 0, shape.K, lane);
       }
     }
     const float4* V = staged + step % 2 * 2 * tile_size;
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
       // u_hat is computed anew for each t: cheaper than the registers to keep it. Two output
       // capsules at a time, so that the latencies of one are filled by the other.
       float u_hat[2 * DT][4];
-      predict<P, T, Tile>(u_hat, j0 * DT, own.weight, first_u, rows, shape, lane);
+      predict<P, T, Tile>(u_hat, j0 * DT, own.weight, first_u, rows, i, shape, lane);
 #pragma unroll
       for (int j = j0; j < j0 + 2 && j < Tile::kCapsules; ++j) {
         if (Tile::has(j, shape.J)) {

@@ -21,9 +21,7 @@ __device__ __forceinline__ void load_s(float (&s)[DT][4], const float* all_s, in
 template <int DT>
 __device__ __forceinline__ void store_state(float4* to, const float (&x)[DT][4], const Lane& lane) {
 #pragma unroll
-  for (int n = 0; n < DT; ++n) {
-    to[n * kWarpSize + lane.index] = make_float4(x[n][0], x[n][1], x[n][2], x[n][3]);
-  }
+  for (int n = 0; n < DT; ++n) to[n * kWarpSize + lane.index] = packed(x[n]);
 }
 
 template <class P, class T, class Tile>
@@ -31,29 +29,17 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_backward_states_kernel(BackwardArguments arguments, BackwardPlan plan) {
   constexpr int DT = Tile::DT;
   const Shape& shape = arguments.shape;
-  const Share share(shape, plan.sweep);
-  const Lane lane;
-  const auto u = static_cast<const T*>(arguments.u);
+  const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u);
+  const Lane& lane = block.lane;
   const auto grad_v = static_cast<const T*>(arguments.grad_v);
   const auto logits = static_cast<const T*>(arguments.logits);
-  const auto weight = static_cast<T*>(shared_memory());
-  const auto exchange =
-      reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + plan.sweep.weight_bytes);
-  const Padded padded(shape);
   const BackwardWorkspace w(arguments, plan);
   const int R = shape.R;
   const bool sweeps = arguments.full_gradient && R > 1;
-
-  if (sweeps) {
-    const int rows = (share.last_capsule - 1) / shape.weight_sharing + 1 - share.first_row;
-    load_weight<P>(weight,
-                   static_cast<const T*>(arguments.weight) +
-                       std::size_t(share.first_row) * shape.J * shape.D * shape.K,
-                   rows, shape, padded, threadIdx.x, blockDim.x);
-  }
+  if (sweeps) block.bring_weight(arguments.weight);
 
   // V^1..V^(R-1) and ds^R of one output capsule of a tile a warp.
-  for (int item = blockIdx.x + gridDim.x * share.warp; item < padded.tiles * shape.J;
+  for (int item = blockIdx.x + gridDim.x * block.share.warp; item < block.tiles * shape.J;
        item += gridDim.x * kSweepWarps) {
     const int tile = item / shape.J, j = item % shape.J;
     const std::size_t offset = tile * w.tile_size + j * DT * kWarpSize;
@@ -82,46 +68,43 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
   for (int t = R; t > 1; --t) {
     const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
-    const auto add = [&](typename Tile::Values& sum, const typename Tile::Values& u_hat,
-                         const float4* const(&staged)[2], int, int i) {
-      typename Tile::Row c, dl;  // dl holds dc first
-      load_prior<T, Tile>(c, logits, i, shape.J);
-      add_row_dots<Tile>(c, u_hat, staged[0], shape.J, lane);
-      softmax<Tile>(c, shape.J, arguments.leaky);
+    const auto add_weighted = [&](bool prior) {
+      return [&, prior](typename Tile::Values& sum, const auto& predict,
+                        const float4* const(&staged)[2], int, int i) {
+        typename Tile::Values u_hat;
+        predict(u_hat, false);
+        typename Tile::Row c, dl;  // dl holds dc first
+        load_prior<T, Tile>(c, prior ? logits : nullptr, i, shape.J);
+        add_row_dots<Tile>(c, u_hat, staged[0], shape.J, lane);
+        softmax<Tile>(c, shape.J, arguments.leaky);
 #pragma unroll
-      for (int j = 0; j < Tile::kCapsules; ++j) dl[j] = 0.0f;
-      add_row_dots<Tile>(dl, u_hat, staged[1], shape.J, lane);
-      softmax_backward<Tile>(dl, c, shape.J);
-      add_scaled<Tile>(sum, dl, u_hat, shape.J, lane);
+        for (int j = 0; j < Tile::kCapsules; ++j) dl[j] = 0.0f;
+        add_row_dots<Tile>(dl, u_hat, staged[1], shape.J, lane);
+        softmax_backward<Tile>(dl, c, shape.J);
+        add_scaled<Tile>(sum, dl, u_hat, shape.J, lane);
+      };
     };
-    sweep<P, T, Tile>(shape, plan.sweep, share, lane, u, weight, exchange, states, 2, w.partial,
-                      add);
+    if (logits != nullptr) {
+      block.sweep(states, 2, w.partial, add_weighted(true));
+    } else {
+      block.sweep(states, 2, w.partial, add_weighted(false));
+    }
     grid_barrier();
 
-    // G^(t-1) and ds^(t-1) of one output capsule of a tile a block.
-    for (int item = blockIdx.x; item < padded.tiles * shape.J; item += gridDim.x) {
-      const int tile = item / shape.J, j = item % shape.J;
-      const std::size_t offset = tile * w.tile_size + j * DT * kWarpSize;
-      float sum[DT][4];
-      add_partial_sums<DT>(sum, w.partial, offset, w.state_size, plan.sweep.capsule_groups,
-                           exchange, lane);
-      if (share.warp != 0) continue;
-      if (t < R) {
+    // G^(t-1) and ds^(t-1) of one output capsule of a tile.
+    block.add_partial_sums(w.partial,
+                           [&](float (&sum)[DT][4], int tile, int j, std::size_t offset) {
+                             if (t < R) {
 #pragma unroll
-        for (int n = 0; n < DT; ++n) {
-          const float4 before = w.G[offset + n * kWarpSize + lane.index];
-          sum[n][0] += before.x;
-          sum[n][1] += before.y;
-          sum[n][2] += before.z;
-          sum[n][3] += before.w;
-        }
-      }
-      store_state<DT>(w.G + offset, sum, lane);
-      float s[DT][4];
-      load_s<DT>(s, arguments.s, t - 1, tile, j, shape, lane);
-      squash_backward<DT>(sum, s);
-      store_state<DT>(w.ds + (t - 2) * w.state_size + offset, sum, lane);
-    }
+                               for (int n = 0; n < DT; ++n)
+                                 add_to(sum[n], w.G[offset + n * kWarpSize + lane.index]);
+                             }
+                             store_state<DT>(w.G + offset, sum, lane);
+                             float s[DT][4];
+                             load_s<DT>(s, arguments.s, t - 1, tile, j, shape, lane);
+                             squash_backward<DT>(sum, s);
+                             store_state<DT>(w.ds + (t - 2) * w.state_size + offset, sum, lane);
+                           });
     if (t > 2) grid_barrier();
   }
 }

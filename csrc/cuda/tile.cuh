@@ -14,14 +14,15 @@
 
 namespace capsule_kernels::cuda {
 
-// Output capsules of `kDT` fragments each: exactly kJ of them and K <= 8, or any J that fits and
-// any K (kJ = 0). With known sizes no branches stand between output capsules, so that their
-// instructions overlap, and addresses are constants.
+// Output capsules of `kDT` fragments each: exactly kJ of them and an even K <= 8, or any J that
+// fits and any K (kJ = 0). With known sizes no branches stand between output capsules, so that
+// their instructions overlap, and addresses are constants.
 template <int kDT, int kJ = 0>
 struct TileOf {
   static constexpr int DT = kDT;
   static constexpr int kCapsules = kJ > 0 ? kJ : kMaxFragments / DT;  // of J, at most
   static constexpr int kFragments = kCapsules * DT;
+  static constexpr bool kEvenK = kJ > 0;
   using Values = float[kFragments][4];
   using Row = float[kCapsules];  // of the row this lane owns
 
@@ -67,51 +68,56 @@ struct alignas(2 * sizeof(T)) Pair {
   T first, second;
 };
 
-// Elements k and k + 1 of x [K]; 0 past its end and where x is null.
-template <class T>
-__device__ __forceinline__ void load_pair(const T* x, int k, int K, float& first, float& second) {
-  first = second = 0.0f;
-  if (x == nullptr || k >= K) return;
-  if (K % 2 == 0) {  // then rows are aligned to pairs
-    const auto pair = *reinterpret_cast<const Pair<T>*>(x + k);
-    first = to_float(pair.first);
-    second = to_float(pair.second);
-  } else {
-    first = to_float(x[k]);
-    if (k + 1 < K) second = to_float(x[k + 1]);
-  }
-}
-
-// u [K] of one input capsule for rows g and g + 8 of a tile; null past the batch.
-template <class T>
+// u for rows g and g + 8 of a tile; null past the batch.
+template <class T, class Tile>
 struct InputRows {
-  const T* low;
+  const T* low;  // [I, K]
   const T* high;
 
-  __device__ __forceinline__ InputRows(const T* u, int tile, int i, const Shape& shape,
-                                       const Lane& lane) {
+  __device__ __forceinline__ InputRows(const T* u, int tile, const Shape& shape, const Lane& lane) {
     const int b = tile * kTileSamples + lane.g;
-    low = u + (std::size_t(b) * shape.I + i) * shape.K;
-    high = b + 8 < shape.B ? low + std::size_t(8) * shape.I * shape.K : nullptr;
-    if (b >= shape.B) low = nullptr;
+    const std::size_t size = std::size_t(shape.I) * shape.K;
+    low = b < shape.B ? u + b * size : nullptr;
+    high = b + 8 < shape.B ? u + (b + 8) * size : nullptr;
   }
 
-  // The lane's elements k0 + 2q and k0 + 2q + 1 of both rows, as the left side of a product: in its
-  // contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so that a pair is one
-  // load.
-  __device__ __forceinline__ void load(float (&a)[4], int k0, int K, const Lane& lane) const {
-    load_pair(low, k0 + 2 * lane.q, K, a[0], a[2]);
-    load_pair(high, k0 + 2 * lane.q, K, a[1], a[3]);
+  // The lane's elements k0 + 2q and k0 + 2q + 1 of both rows of input capsule i, as the left side
+  // of a product: in its contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so
+  // that a pair is one load.
+  __device__ __forceinline__ void load(float (&a)[4], int i, int k0, int K,
+                                       const Lane& lane) const {
+    const int k = k0 + 2 * lane.q;
+    const std::size_t offset = std::size_t(i) * K + k;
+    load_pair(low, offset, k, K, a[0], a[2]);
+    load_pair(high, offset, k, K, a[1], a[3]);
+  }
+
+ private:
+  // x[offset] and x[offset + 1], elements k and k + 1 of K; 0 past K and where x is null.
+  static __device__ __forceinline__ void load_pair(const T* x, std::size_t offset, int k, int K,
+                                                   float& first, float& second) {
+    first = second = 0.0f;
+    if (x == nullptr || k >= K) return;
+    if (Tile::kEvenK || K % 2 == 0) {  // then rows are aligned to pairs
+      const auto pair = *reinterpret_cast<const Pair<T>*>(x + offset);
+      first = to_float(pair.first);
+      second = to_float(pair.second);
+    } else {
+      first = to_float(x[offset]);
+      if (k + 1 < K) second = to_float(x[offset + 1]);
+    }
   }
 };
 
-// u_hat = W_i u_i for 16 samples: the N fragments from `first` on, as far as there are any.
+// u_hat = W_i u_i for 16 samples (`add`: u_hat += W_i u_i): the N fragments from `first` on, as far
+// as there are any.
 // `weight` is W_i on chip, [J, D, K] padded to multiples of 8; `first_u` are the first 8 elements
-// of `rows`, which the caller has loaded ahead of time.
+// of u_i, which the caller has loaded ahead of time.
 template <class P, class T, class Tile, int N>
 __device__ __forceinline__ void predict(float (&u_hat)[N][4], int first, const T* weight,
-                                        const float (&first_u)[4], const InputRows<T>& rows,
-                                        const Shape& shape, const Lane& lane) {
+                                        const float (&first_u)[4], const InputRows<T, Tile>& rows,
+                                        int i, const Shape& shape, const Lane& lane,
+                                        bool add = false) {
   using A = typename P::template Operand<4>;
   using B = typename P::template Operand<2>;
   const int padded_K = Tile::padded_K(shape.K);
@@ -126,11 +132,12 @@ __device__ __forceinline__ void predict(float (&u_hat)[N][4], int first, const T
       }
     }
   };
-  step(P::template operand<T>(first_u), 0,
-       [](float (&c)[4], const A& a, const B& b) { P::multiply(c, a, b); });
+  step(P::template operand<T>(first_u), 0, [add](float (&c)[4], const A& a, const B& b) {
+    add ? P::multiply_add(c, a, b) : P::multiply(c, a, b);
+  });
   for (int k0 = kTileDims; k0 < padded_K; k0 += kTileDims) {
     float a[4];
-    rows.load(a, k0, shape.K, lane);
+    rows.load(a, i, k0, shape.K, lane);
     step(P::template operand<T>(a), k0,
          [](float (&c)[4], const A& a, const B& b) { P::multiply_add(c, a, b); });
   }
@@ -214,6 +221,11 @@ __device__ __forceinline__ void load_prior(typename Tile::Row& b, const T* logit
   for (int j = 0; j < Tile::kCapsules; ++j) {
     b[j] = logits != nullptr && Tile::has(j, J) ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
   }
+}
+
+// What softmax gives where all logits are 0.
+__device__ __forceinline__ float uniform_coupling(int J, bool leaky) {
+  return 1.0f / (J + (leaky ? 1 : 0));
 }
 
 // Softmax over j in place; `leaky` puts one more logit, fixed at 0, beside them.
