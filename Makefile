@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h tests/sanitizers/*.c*)
 
-.PHONY: setup train test sanitize lint format bench cpu-report gpu-report figures cuda-build clean
+.PHONY: setup train test coverage sanitize install-matrix lint format bench cpu-report gpu-report figures cuda-build clean
 
 setup: $(VENV)/.extension
 
@@ -33,9 +33,16 @@ train: setup
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(JOBS) --dist loadfile
 
+# The tests, and what they cover.
+coverage: setup
+	JOBS=$(JOBS) scripts/coverage.sh
+
 sanitize: setup
 	scripts/sanitize.sh address
 	scripts/sanitize.sh thread
+
+install-matrix:
+	scripts/install-matrix.sh
 
 lint: $(VENV)/.packages
 	$(PY) -m ruff check .

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Runs all tests and says what they cover: lines and branches of the Python code, lines of the C++
+# code for CPUs. Too little is an error. JOBS: processes for the tests (2).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PY=$PWD/.venv/bin/python
+export OMP_NUM_THREADS=1 COVERAGE_FILE=$PWD/build/coverage/python
+DIRECTORY=$PWD/build/coverage
+rm -rf "$DIRECTORY"
+mkdir -p "$DIRECTORY"
+
+"$PY" -m coverage run -m pytest tests --numprocesses "${JOBS:-2}" --dist loadfile
+"$PY" -m coverage combine --quiet
+status=0
+"$PY" -m coverage report || status=1
+
+# A build of its own counts what C++ runs, in the tests that are about it.
+# Torch compiles its part with CFLAGS, setuptools the kernels with CXXFLAGS.
+CFLAGS=--coverage CXXFLAGS=--coverage LDFLAGS=--coverage CAPSULE_KERNELS_CUDA=0 "$PY" setup.py --quiet \
+  build --build-base "$DIRECTORY" --build-temp "$DIRECTORY/temp" --build-lib "$DIRECTORY/lib"
+cp -r tests pyproject.toml "$DIRECTORY/lib/"
+(cd "$DIRECTORY/lib" && "$PY" -m pytest -q -p no:cacheprovider tests/test_cpu.py \
+  tests/test_odd_inputs.py tests/test_gradients_needed.py tests/test_operator_fuzz.py)
+"$PY" -m gcovr --root . --object-directory "$DIRECTORY/temp" --filter csrc/ "$DIRECTORY/temp" \
+  --print-summary --fail-under-line 90 || status=1
+exit $status

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Installs the sdist, by way of a wheel, into clean environments and tests each: a row of a Markdown
+# table for every environment.
+#   scripts/install-matrix.sh [ROW...]   a row is PYTHON:TORCH:TRITON:COMPILER, TORCH a version,
+#                                        TRITON a version, "own" (what torch brings) or "no",
+#                                        COMPILER "yes" or "no"
+# Environments are made below build/install and removed again. Builds of torch with CUDA need 6 GB.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ROWS=("$@")
+if [ $# = 0 ]; then
+  ROWS=(python3.11:2.9.0:own:yes python3.11:2.13.0:3.6.0:yes python3.11:2.13.0:no:yes
+    python3.11:2.13.0:no:no python3.13:2.15.0:own:yes)
+fi
+# Tests of the public face that need no more than pytest.
+TESTS="test_reference test_validation test_odd_inputs test_module test_double_backward test_opcheck"
+DIRECTORY=$PWD/build/install
+
+fail() {
+  echo "install-matrix: $1" >&2
+  exit 1
+}
+
+# install_and_test PYTHON TORCH TRITON COMPILER: prints the row.
+install_and_test() {
+  local python=$1 torch=$2 triton=$3 compiler=$4 env=$DIRECTORY/env log=$DIRECTORY/log
+  rm -rf "$DIRECTORY"
+  mkdir -p "$DIRECTORY/tests"
+  "$python" -m venv "$env" || fail "$python makes no environment"
+  pip() { "$env/bin/python" -m pip --quiet --disable-pip-version-check "$@" >>"$log" 2>&1; }
+  pip install "torch==$torch" numpy "setuptools>=77" wheel ninja pybind11 pytest ||
+    fail "torch $torch can't be installed with $python: $(tail -1 "$log")"
+  case $triton in
+  own) ;;
+  no) pip uninstall --yes triton ;;
+  *) pip install "triton==$triton" || fail "triton $triton can't be installed" ;;
+  esac
+  export CAPSULE_KERNELS_CUDA=0 CXX=c++
+  [ "$compiler" = yes ] || CXX=no-compiler
+  "$env/bin/python" setup.py --quiet egg_info --egg-base "$DIRECTORY" \
+    sdist --dist-dir "$DIRECTORY" >>"$log" 2>&1 || fail "no sdist: $(tail -1 "$log")"
+  pip wheel --no-build-isolation --no-deps --wheel-dir "$DIRECTORY" "$DIRECTORY"/*.tar.gz ||
+    fail "no wheel from the sdist: $(tail -1 "$log")"
+  pip install --no-deps "$DIRECTORY"/*.whl || fail "the wheel does not install"
+
+  cp -r tests pyproject.toml "$DIRECTORY/tests/"
+  cd "$DIRECTORY/tests" # where the sources are not
+  local outcome
+  outcome=$("$env/bin/python" -m pytest -q $(printf 'tests/%s.py ' $TESTS) | tee -a "$log" | tail -1)
+  "$env/bin/python" - "$outcome" "$compiler" <<'END'
+import platform, sys
+import torch
+from capsule_kernels import backends, fused_routing
+try:
+    from triton import __version__ as triton
+except ImportError:
+    triton = "none"
+usable = ", ".join(name for name, status in backends().items() if status.usable)
+u, weight = torch.randn(5, 6, 4, requires_grad=True), torch.randn(6, 3, 8, 4)
+fused_routing(u, weight).sum().backward()
+assert u.grad is not None and u.grad.isfinite().all()
+print(f"| {platform.python_version()} | {torch.__version__} | {triton} | {sys.argv[2]} ", end="")
+print(f"| {usable} | {sys.argv[1].strip('= ')} |")
+END
+  case $outcome in *failed* | *error*) return 1 ;; esac
+}
+
+echo "| Python | torch | Triton | compiler | usable backends | tests |"
+echo "|---|---|---|---|---|---|"
+status=0
+for row in "${ROWS[@]}"; do
+  IFS=: read -r python torch triton compiler <<<"$row"
+  (install_and_test "$python" "$torch" "$triton" "$compiler") || status=1
+done
+rm -rf "$DIRECTORY"
+exit $status
