@@ -61,40 +61,44 @@ __device__ __forceinline__ void add_grad_weight(const CapsuleStore<T>& own,
                                                 const typename Tile::Values& du_hat, const T* u,
                                                 int tile, int i, const Shape& shape,
                                                 const Lane& lane) {
+  constexpr int kHalf = kTileSamples * kTileDims;  // of `transposed`
   const int padded_K = Tile::padded_K(shape.K);
-  constexpr int kFragments = Tile::kFragments;
+  for (int k0 = 0; k0 < padded_K; k0 += kTileDims) {
+    typename P::template Operand<2> u_pairs[2];  // of samples 0..7 and 8..15
 #pragma unroll
-  for (int pair = 0; pair < kFragments / 2; ++pair) {
-    if (Tile::has(2 * pair / Tile::DT, shape.J)) {
-      __syncwarp();  // the previous pair is read
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto& x = du_hat[2 * pair + half];
-        const bool inside = Tile::has((2 * pair + half) / Tile::DT, shape.J);
-        float* to = own.transposed + half * kTileSamples * kTileDims + lane.g * kTileDims;
-        for (int e = 0; e < 4; ++e) {
-          to[(e < 2 ? 0 : 8 * kTileDims) + 2 * lane.q + e % 2] = inside ? x[e] : 0.0f;
-        }
+    for (int half = 0; half < 2; ++half) {
+      float x[2];
+      for (int e = 0; e < 2; ++e) {
+        const int b = tile * kTileSamples + half * 8 + lane.q + 4 * e, k = k0 + lane.g;
+        x[e] = b < shape.B && k < shape.K
+                   ? to_float(u[(std::size_t(b) * shape.I + i) * shape.K + k])
+                   : 0.0f;
       }
-      __syncwarp();
-      for (int k0 = 0; k0 < padded_K; k0 += kTileDims) {
-        float4& total =
-            own.dW[(pair * (padded_K / kTileDims) + k0 / kTileDims) * kWarpSize + lane.index];
+      u_pairs[half] = P::template operand<T>(x);
+    }
+#pragma unroll
+    for (int pair = 0; pair < Tile::kFragments / 2; ++pair) {
+      if (Tile::has(2 * pair / Tile::DT, shape.J)) {
+        __syncwarp();  // the previous pair is read
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const auto& x = du_hat[2 * pair + half];
+          const bool inside = Tile::has((2 * pair + half) / Tile::DT, shape.J);
+          float* to = own.transposed + half * kHalf + lane.g * kTileDims;
+          for (int e = 0; e < 4; ++e) {
+            to[(e < 2 ? 0 : 8 * kTileDims) + 2 * lane.q + e % 2] = inside ? x[e] : 0.0f;
+          }
+        }
+        __syncwarp();
         float dW[4] = {};
 #pragma unroll
-        for (int b0 = 0; b0 < kTileSamples; b0 += kTileDims) {
-          const float* x = own.transposed + (b0 + lane.q) * kTileDims + lane.g;
-          constexpr int kHalf = kTileSamples * kTileDims;
+        for (int half = 0; half < 2; ++half) {
+          const float* x = own.transposed + (half * 8 + lane.q) * kTileDims + lane.g;
           const float a[4] = {x[0], x[kHalf], x[4 * kTileDims], x[kHalf + 4 * kTileDims]};
-          float u_pair[2];
-          for (int e = 0; e < 2; ++e) {
-            const int b = tile * kTileSamples + b0 + lane.q + 4 * e, k = k0 + lane.g;
-            u_pair[e] = b < shape.B && k < shape.K
-                            ? to_float(u[(std::size_t(b) * shape.I + i) * shape.K + k])
-                            : 0.0f;
-          }
-          P::multiply_add(dW, P::template operand<float>(a), P::template operand<T>(u_pair));
+          P::multiply_add(dW, P::template operand<float>(a), u_pairs[half]);
         }
+        float4& total =
+            own.dW[(pair * (padded_K / kTileDims) + k0 / kTileDims) * kWarpSize + lane.index];
         total = make_float4(total.x + dW[0], total.y + dW[1], total.z + dW[2], total.w + dW[3]);
       }
     }
