@@ -52,7 +52,7 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("columns", [None, 32, 48, 80])
 def test_sweeps_cover_every_sample_and_capsule_once(B, sizes, processors, columns):
     I, J, K, D = sizes
-    warps = config.warps_of(J, K, D, columns) if columns else config.warps_of_uniform(J, K, D, 64)
+    warps = config.warps_of(J, K, D, columns) if columns else config.warps_of_uniform(J, K, D)
     sweep = config.sweep(B, I, J, K, warps, processors)
     assert (sweep.tiles_B - 1) * warps.BLOCK_B < B <= sweep.tiles_B * warps.BLOCK_B
     assert (sweep.tiles_J - 1) * warps.output_capsules < J <= sweep.tiles_J * warps.output_capsules

@@ -20,8 +20,10 @@ INPUT_COLUMNS = 32
 """Columns (i, k) of a warp: four capsules of K = 8, as many as a row of a matrix instruction has
 threads."""
 
+UNIFORM_ROWS = 32
 UNIFORM_COLUMNS = 32
-"""Columns (j, d) of a warp in a first sweep without priors."""
+"""Samples and columns (j, d) of a warp in a first sweep without priors. It has registers for 64
+samples in TF32, but not with every version of Triton."""
 
 MAX_STEP = 10240
 """Most weights of a step of a sweep: 40 KiB of shared memory, twice."""
@@ -153,18 +155,13 @@ def warps_of(J: int, K: int, D: int, columns: int) -> Warps:
     )
 
 
-def uniform_rows(precision: str) -> int:
-    """Samples of a program of a first sweep without priors, so that its operands do not spill."""
-    return 32 if precision == "tf32x3" else 64
-
-
-def warps_of_uniform(J: int, K: int, D: int, rows: int) -> Warps:
+def warps_of_uniform(J: int, K: int, D: int) -> Warps:
     """For the first sweep without priors: its coupling is known, so J may be cut as one likes.
 
-    It holds s only, and with 64 samples reads W a quarter as often as with 16.
+    It holds s only, and with 32 samples reads W half as often as with 16.
     """
     few = max(1, min(J, UNIFORM_COLUMNS // power_of_two(D)))
-    return replace(warps_of(few, K, D, UNIFORM_COLUMNS), BLOCK_B=rows)
+    return replace(warps_of(few, K, D, UNIFORM_COLUMNS), BLOCK_B=UNIFORM_ROWS)
 
 
 @dataclass(frozen=True)

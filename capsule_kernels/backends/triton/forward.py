@@ -39,7 +39,7 @@ def store_coupling(
     tl.store(coupling_ptr + (i_b * I + i) * J + j, c.to(coupling_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "input_groups"])
 def routing_forward_kernel(
     u_ptr,  # [B, I, K]
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]

@@ -133,10 +133,9 @@ class Routing:
     def first_sweep(self) -> config.Sweep:
         """The sweep of iteration 1 of the forward."""
         B, I, J, K, D, _ = self.sizes
-        rows = config.uniform_rows(self.precision)
-        if self.logits is not None or rows > B:
+        if self.logits is not None or config.UNIFORM_ROWS > B:
             return self.sweep
-        warps = config.warps_of_uniform(J, K, D, rows)
+        warps = config.warps_of_uniform(J, K, D)
         return config.sweep(B, I, J, K, warps, self.gpu.processors)
 
     @property
