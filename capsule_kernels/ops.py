@@ -9,7 +9,9 @@ The kernels of ``cpu`` and ``cuda`` are registered by the C++ extension (``TORCH
 and return new contiguous tensors.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,11 +96,32 @@ def _triton_backward(grad_v, u, weight, logits, s, *options):
     return triton.routing_backward(grad_v, u, weight, logits, s.contiguous(), *options)
 
 
+def one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """``shapes`` as a fake implementation.
+
+    A call with a tensor on the meta device reaches it too: beside tensors of another device it
+    would return memory that no kernel fills.
+    """
+
+    @functools.wraps(shapes)
+    def fake(*arguments: Any) -> Any:
+        devices = {str(x.device) for x in arguments if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(devices))}")
+        return shapes(*arguments)
+
+    return fake
+
+
 for _backend in KERNEL_BACKENDS:
     library.define(f"routing_forward.{_backend}{FORWARD_SCHEMA}")
     library.define(f"routing_backward.{_backend}{BACKWARD_SCHEMA}")
-    torch.library.register_fake(f"capsule_kernels::routing_forward.{_backend}", forward_shapes)
-    torch.library.register_fake(f"capsule_kernels::routing_backward.{_backend}", backward_shapes)
+    torch.library.register_fake(
+        f"capsule_kernels::routing_forward.{_backend}", one_device(forward_shapes)
+    )
+    torch.library.register_fake(
+        f"capsule_kernels::routing_backward.{_backend}", one_device(backward_shapes)
+    )
 
 for _key in ("CPU", "CUDA"):  # CPU tensors run under Triton's interpreter
     library.impl("routing_forward.triton", _triton_forward, _key)

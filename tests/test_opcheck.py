@@ -49,3 +49,10 @@ def test_any_strides() -> None:
     v, s, _ = forward(u, weight, None, None, 3, False, 1, True)
     ones = torch.ones(()).expand_as(v)  # as y.sum().backward() hands it over
     torch.library.opcheck(backward, (ones, u, weight, None, s, False, 1, True, MASKS[0]))
+
+
+def test_tensors_on_two_devices() -> None:
+    """A meta tensor among others leads to the fakes, whose results no kernel fills."""
+    u, weight = torch.randn(2, 4, 2), torch.empty(4, 3, 3, 2, device="meta")
+    with pytest.raises(ValueError, match="on one device, got cpu, meta"):
+        OPERATORS["cpu"].forward(u, weight, None, None, 3, False, 1, False)

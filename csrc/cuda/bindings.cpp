@@ -132,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_, const Tensor& weigh
   const ForwardPlan plan = plan_forward(shape, int(u.element_size()), figures_of(u.get_device()));
   check_fits(plan.sweep.blocks > 0);
   const Tensor workspace = at::empty({int64_t(plan.workspace_floats)}, s.options());
-  routing_forward({shape, leaky, data(u), data(weight), data(logits), data(bias),
-                   v.mutable_data_ptr(), s.mutable_data_ptr<float>(),
+  routing_forward({shape, leaky, 1.0f / float(shape.J + leaky), data(u), data(weight), data(logits),
+                   data(bias), v.mutable_data_ptr(), s.mutable_data_ptr<float>(),
                    output_data(coupling, return_coupling), workspace.mutable_data_ptr<float>()},
                   plan, scalar, products_of_float32(), c10::cuda::getCurrentCUDAStream().stream());
   return {v, s, coupling};

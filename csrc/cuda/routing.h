@@ -24,6 +24,9 @@ enum class Products {
 struct ForwardArguments {
   Shape shape;
   bool leaky;
+  // What softmax gives where all logits are 0. Told, not computed: a kernel would hold it in a
+  // register from the first iteration on.
+  float uniform_coupling;
   const void* u;       // [B, I, K]
   const void* weight;  // [I / weight_sharing, J, D, K]
   const void* logits;  // [I, J] or null

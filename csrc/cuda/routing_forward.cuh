@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
     // s^t, v^t and V^t of one output capsule of a tile.
     float* const s_out = arguments.s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
-    const float factor = uniform ? uniform_coupling(shape.J, arguments.leaky) : 1.0f;
+    const float factor = uniform ? arguments.uniform_coupling : 1.0f;
     block.add_partial_sums(partial, [&](float (&s)[DT][4], int tile, int j, std::size_t offset) {
       const auto index = [&](int b, int d) { return (std::size_t(b) * shape.J + j) * shape.D + d; };
       for_each_element<DT>(tile, lane, [&](int n, int e, int b, int d) {

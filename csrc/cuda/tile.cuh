@@ -223,11 +223,6 @@ __device__ __forceinline__ void load_prior(typename Tile::Row& b, const T* logit
   }
 }
 
-// What softmax gives where all logits are 0.
-__device__ __forceinline__ float uniform_coupling(int J, bool leaky) {
-  return 1.0f / (J + (leaky ? 1 : 0));
-}
-
 // Softmax over j in place; `leaky` puts one more logit, fixed at 0, beside them.
 template <class Tile>
 __device__ __forceinline__ void softmax(typename Tile::Row& b, int J, bool leaky) {
