@@ -122,7 +122,7 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     log = MetricsLog(
         directory if trainer.world.is_main else None, progress.metrics_size, progress.step
     )
-    if progress.step == 0:
+    if log.size == 0:  # not resumed, not even from before the first step
         about = {
             "experiment": arguments.experiment or config.dataset,
             "config": config.to_dict(),

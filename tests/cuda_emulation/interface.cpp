@@ -71,7 +71,8 @@ const char* forward(const Call* call, const void* u, const void* weight, const v
     const ForwardPlan plan = plan_forward(call->shape, scalar_bytes(scalar), call->device);
     Workspace workspace(plan.workspace_floats);
     routing_forward(
-        {call->shape, call->leaky != 0, u, weight, logits, bias, v, s, coupling, workspace.data()},
+        {call->shape, call->leaky != 0, 1.0f / float(call->shape.J + (call->leaky != 0)), u, weight,
+         logits, bias, v, s, coupling, workspace.data()},
         plan, scalar, Products(call->products), nullptr);
     workspace.check();
   });
