@@ -122,7 +122,8 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     log = MetricsLog(
         directory if trainer.world.is_main else None, progress.metrics_size, progress.step
     )
-    if log.size == 0:  # not resumed, not even from before the first step
+    # Unless resumed, be it from before the first step.
+    if progress.step == 0 and log.size == 0:
         about = {
             "experiment": arguments.experiment or config.dataset,
             "config": config.to_dict(),
