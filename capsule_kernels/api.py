@@ -6,11 +6,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd import FusedRouting, TransformableRouting, capsules, transformed
+from .autograd import FusedRouting, TransformableRouting, transformed
 from .dispatch import select_backend
 from .ops import OPERATORS
 from .reference import reference_routing
 from .validation import check_arguments
+from .windows import capsules
 
 
 @overload
@@ -159,15 +160,17 @@ def route(
     weight_sharing: int,
     routing_gradient: str,
     return_coupling: bool,
+    window: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Checked arguments on their way to a backend: v and, where asked for, the coupling.
 
-    u as :func:`capsule_kernels.autograd.capsules` takes it, the rest as :func:`fused_routing`.
+    u and ``window`` as in :data:`capsule_kernels.ops.FORWARD_SCHEMA`, the rest as in
+    :func:`fused_routing`.
     """
     chosen = select_backend(backend, u, weight, num_iterations, weight_sharing)
     if chosen == "reference":
         return reference_routing(  # type: ignore[return-value]
-            capsules(u),
+            capsules(u, window),
             weight,
             num_iterations,
             logits=logits,
@@ -181,14 +184,14 @@ def route(
     options = (num_iterations, leaky, weight_sharing)
     if transformed():
         v, coupling, _ = TransformableRouting.apply(
-            capsules(u), *tensors, chosen, *options, routing_gradient, return_coupling
+            u, *tensors, chosen, *options, routing_gradient, return_coupling, *window
         )
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, *tensors)):
         v, coupling = FusedRouting.apply(
-            u, *tensors, chosen, *options, routing_gradient, return_coupling
+            u, *tensors, chosen, *options, routing_gradient, return_coupling, *window
         )
     else:
-        v, _, coupling = OPERATORS[chosen].forward(capsules(u), *tensors, *options, return_coupling)
+        v, _, coupling = OPERATORS[chosen].forward(u, *tensors, *options, return_coupling, window)
     return v, coupling
 
 

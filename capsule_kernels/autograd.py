@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from . import vmap  # noqa: F401  (registers the operators' rules for it)
 from .ops import OPERATORS
 from .reference import reference_routing
+from .windows import capsules
 
 
 def forward_operator(
@@ -27,21 +28,15 @@ def forward_operator(
     weight_sharing: int,
     routing_gradient: str,
     return_coupling: bool,
+    *window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(v, coupling, s) by the fused operator: what both forms of the function start with."""
-    v, s, coupling = OPERATORS[backend].forward(
-        capsules(u), weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
-    )
-    return v, coupling, s
+    """(v, coupling, s) by the fused operator: what both forms of the function start with.
 
-
-def capsules(u: Tensor) -> Tensor:
-    """Input capsules [B, I, K], of which u may also be the windows [B, H', W', C, kh, kw, K].
-
-    Windows are a view of the grid they slide over, and are saved as such: only the operators, while
-    they run, are given a copy.
+    u and ``window`` as in :data:`capsule_kernels.ops.FORWARD_SCHEMA`.
     """
-    return u if u.dim() == 3 else u.flatten(0, 2).flatten(1, 3)
+    options = (num_iterations, leaky, weight_sharing, return_coupling, window)
+    v, s, coupling = OPERATORS[backend].forward(u, weight, logits, bias, *options)
+    return v, coupling, s
 
 
 class FusedRouting(torch.autograd.Function):
@@ -65,9 +60,9 @@ class FusedRouting(torch.autograd.Function):
 
 def remember(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
     """Save what :func:`gradients` needs of the inputs of :func:`forward_operator`."""
-    *tensors, backend, _, leaky, weight_sharing, routing_gradient, _ = inputs
+    *tensors, backend, _, leaky, weight_sharing, routing_gradient, _ = inputs[:10]
     ctx.save_for_backward(*tensors, s)
-    ctx.options = (backend, leaky, weight_sharing, routing_gradient)
+    ctx.options = (backend, leaky, weight_sharing, routing_gradient, inputs[10:])
 
 
 def asked_for(ctx: Any) -> tuple[bool, ...]:
@@ -93,18 +88,15 @@ def will_run(node: Any) -> bool:
 
 def gradients(ctx: Any, grad_v: Tensor, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
     """A backward's result: the gradients that are ``wanted``, None for all other arguments."""
-    u, *others = ctx.saved_tensors
-    arguments = (grad_v, capsules(u), *others, *ctx.options, *wanted)
+    *options, window = ctx.options
+    arguments = (grad_v, *ctx.saved_tensors, *options, *wanted, *window)
     # Grad mode is on only where this backward is itself differentiated (create_graph=True,
     # torch.func.grad).
     if torch.is_grad_enabled():
         found = FusedRoutingBackward.apply(*arguments)
     else:
         found = backward_operator(*arguments)
-    results = [g if want else None for g, want in zip(found, wanted, strict=True)]
-    if u.dim() != 3 and wanted[0]:
-        results[0] = found[0].view(u.shape)
-    return *results, *[None] * 6
+    return *(g if want else None for g, want in zip(found, wanted, strict=True)), *[None] * 10
 
 
 class TransformableRouting(torch.autograd.Function):
@@ -163,12 +155,13 @@ def backward_operator(
     leaky: bool,
     weight_sharing: int,
     routing_gradient: str,
-    *wanted: bool,
+    *wanted_and_window: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, weight, logits and bias by the fused operator; [0] where not ``wanted``."""
+    """Gradients of u, weight, logits and bias by the fused operator; [0] where not wanted."""
+    wanted, window = list(wanted_and_window[:4]), wanted_and_window[4:]
     full = routing_gradient == "full"
     return OPERATORS[backend].backward(
-        grad_v, u, weight, logits, s, leaky, weight_sharing, full, list(wanted)
+        grad_v, u, weight, logits, s, leaky, weight_sharing, full, wanted, window
     )
 
 
@@ -184,8 +177,8 @@ class FusedRoutingBackward(torch.autograd.Function):
         *tensors, s, _, leaky, weight_sharing, routing_gradient = inputs[:10]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.options = (s.shape[0], leaky, weight_sharing, routing_gradient)
-        ctx.wanted = inputs[10:]
+        ctx.options = (s.shape[0], leaky, weight_sharing, routing_gradient, inputs[14:])
+        ctx.wanted = inputs[10:14]
 
     @staticmethod
     def backward(ctx: Any, *second_gradients: Tensor) -> tuple[Any, ...]:
@@ -193,7 +186,7 @@ class FusedRoutingBackward(torch.autograd.Function):
         cotangents = tuple(h for h, w in zip(second_gradients, ctx.wanted, strict=True) if w)
         function = FusedRoutingBackward.by_oracle(ctx)
         found = iter(vector_jacobian(function, ctx.saved_tensors, needed, cotangents))
-        return *(next(found) if need else None for need in needed), *[None] * 9
+        return *(next(found) if need else None for need in needed), *[None] * 13
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -213,13 +206,17 @@ class FusedRoutingBackward(torch.autograd.Function):
 
 
 def oracle_of(
-    num_iterations: int, leaky: bool, weight_sharing: int, routing_gradient: str
+    num_iterations: int,
+    leaky: bool,
+    weight_sharing: int,
+    routing_gradient: str,
+    window: tuple[int, ...],
 ) -> Callable[..., Tensor]:
     """The oracle as a function of u, weight, logits and bias."""
 
     def routing(u: Tensor, weight: Tensor, logits: Tensor | None, bias: Tensor | None) -> Tensor:
         return reference_routing(  # type: ignore[return-value]
-            u,
+            capsules(u, window),
             weight,
             num_iterations,
             logits=logits,

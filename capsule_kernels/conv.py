@@ -73,8 +73,8 @@ def fused_routing_conv(
     for nothing.
 
     The predictions are never stored, and the backward keeps u, not its windows. These exist while
-    the forward or the backward runs: a copy [B H' W', C kh kw, K], kh kw / stride^2 times u.
-    Inside of ``torch.func`` transforms that copy is kept.
+    an operator runs: a copy [B H' W', C kh kw, K], kh kw / stride^2 times u. u itself is copied
+    where its capsules do not lie last in memory, or are padded.
 
     Args:
         u: capsules of C types on a grid, [B, C, K, H, W]; float64, float32, bfloat16 or float16,
@@ -147,12 +147,11 @@ def fused_routing_conv(
         logits = logits.flatten(0, 2)
     if bias is not None:
         check_beside_u("bias", bias, "[J, D]", (J, D), u, caller)
+    grid = u.permute(0, 3, 4, 1, 2)  # [B, H, W, C, K]
     if pad_rows or pad_columns:
-        u = F.pad(u, (pad_columns, pad_columns, pad_rows, pad_rows))
-    windows = u.unfold(3, kh, down).unfold(4, kw, right)  # [B, C, K, H', W', kh, kw]
-    rows, columns = windows.shape[3:5]
+        grid = F.pad(grid, (0, 0, 0, 0, pad_columns, pad_columns, pad_rows, pad_rows))
     v, coupling = route(
-        windows.permute(0, 3, 4, 1, 5, 6, 2),  # [B, H', W', C, kh, kw, K]
+        grid,
         weight.flatten(0, 2),
         logits,
         bias,
@@ -162,7 +161,10 @@ def fused_routing_conv(
         1,
         routing_gradient,
         return_coupling,
+        (kh, kw, down, right),
     )
+    rows = (grid.shape[1] - kh) // down + 1
+    columns = (grid.shape[2] - kw) // right + 1
     v = v.unflatten(0, (B, rows, columns)).permute(0, 3, 4, 1, 2)
     if not return_coupling:
         return v

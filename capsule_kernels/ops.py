@@ -10,26 +10,35 @@ and return new contiguous tensors.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .windows import capsules, grid_gradient, sizes
+
 FORWARD_SCHEMA = (
     "(Tensor u, Tensor weight, Tensor? logits, Tensor? bias, int num_iterations, bool leaky, "
-    "int weight_sharing, bool return_coupling) -> (Tensor v, Tensor s, Tensor coupling)"
+    "int weight_sharing, bool return_coupling, SymInt[] window=[]) "
+    "-> (Tensor v, Tensor s, Tensor coupling)"
 )
 """``v`` [B, J, D] in the dtype of u; ``s`` [R, B, J, D], the total inputs of every iteration, bias
-included, in float32 (float64 for float64); ``coupling`` [B, I, J] in the dtype of u, or [0]."""
+included, in float32 (float64 for float64); ``coupling`` [B, I, J] in the dtype of u, or [0].
+
+u is [B, I, K], or with a ``window`` (kh, kw, rows of a step, columns of a step) a grid
+[B, H, W, C, K] that it slides over. Every position (b, y, x) of the window is then a sample, every
+(c, dy, dx) an input capsule, in these orders: ``u[b, y * rows + dy, x * columns + dx, c]``. So B
+stands for B H' W' in all other shapes, I for C kh kw, and ``weight_sharing`` must be 1."""
 
 BACKWARD_SCHEMA = (
     "(Tensor grad_v, Tensor u, Tensor weight, Tensor? logits, Tensor s, bool leaky, "
-    "int weight_sharing, bool full_gradient, bool[4] output_mask) "
+    "int weight_sharing, bool full_gradient, bool[4] output_mask, SymInt[] window=[]) "
     "-> (Tensor grad_u, Tensor grad_weight, Tensor grad_logits, Tensor grad_bias)"
 )
-"""Gradients in the shapes and the dtype of u, weight, logits [I, J], bias [J, D]; [0] where
-``output_mask`` is false. ``full_gradient`` is ``routing_gradient == "full"``."""
+"""Gradients in the shapes and the dtype of u (with a window: of the grid), weight, logits [I, J],
+bias [J, D]; [0] where ``output_mask`` is false. ``full_gradient`` is
+``routing_gradient == "full"``."""
 
 KERNEL_BACKENDS = ("cpu", "triton", "cuda")
 
@@ -50,9 +59,10 @@ def forward_shapes(
     leaky: bool,
     weight_sharing: int,
     return_coupling: bool,
+    window: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty outputs of ``routing_forward``: its fake implementation, and what backends fill."""
-    B, I, _ = u.shape
+    B, I = sizes(u, window)
     _, J, D, _ = weight.shape
     return (
         u.new_empty(B, J, D),
@@ -71,9 +81,10 @@ def backward_shapes(
     weight_sharing: int,
     full_gradient: bool,
     output_mask: list[bool],
+    window: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty outputs of ``routing_backward``: its fake implementation, and what backends fill."""
-    _, I, _ = u.shape
+    _, I = sizes(u, window)
     _, J, D, _ = weight.shape
     shapes = (u.shape, weight.shape, (I, J), (J, D))
     grad_u, grad_weight, grad_logits, grad_bias = (
@@ -83,17 +94,41 @@ def backward_shapes(
     return grad_u, grad_weight, grad_logits, grad_bias
 
 
-def _triton_forward(*arguments):
+def _triton_forward(
+    u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling, window=()
+):
     from .backends import triton
 
-    return triton.routing_forward(*arguments)
+    return triton.routing_forward(
+        capsules(u, window),
+        weight,
+        logits,
+        bias,
+        num_iterations,
+        leaky,
+        weight_sharing,
+        return_coupling,
+    )
 
 
-def _triton_backward(grad_v, u, weight, logits, s, *options):
+def _triton_backward(
+    grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask, window=()
+):
     from .backends import triton
 
     # Its kernels index s as the forward made it; torch.func.vmap hands on slices.
-    return triton.routing_backward(grad_v, u, weight, logits, s.contiguous(), *options)
+    grad_u, *others = triton.routing_backward(
+        grad_v,
+        capsules(u, window),
+        weight,
+        logits,
+        s.contiguous(),
+        leaky,
+        weight_sharing,
+        full_gradient,
+        output_mask,
+    )
+    return grid_gradient(grad_u, u, window), *others
 
 
 def one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,13 +13,12 @@ def map_forward(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The rule of a ``routing_forward``: where only u is mapped over, one larger batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], u: Tensor, *others: Any) -> tuple[Any, Any]:
-        return_coupling = others[-1]
-        if any(dim is not None for dim in in_dims[1:]):
+        if any(dim is not None for dim in in_dims[1:4]):
             return map_in_turn(operator, info, in_dims, (u, *others))
         N = info.batch_size
-        u = u.movedim(in_dims[0], 0)  # [N, B, I, K]
-        B = u.shape[1]
-        v, s, coupling = operator(u.flatten(0, 1), *others)
+        v, s, coupling = operator(u.movedim(in_dims[0], 0).flatten(0, 1), *others)
+        B = v.shape[0] // N  # samples; with a window its positions
+        return_coupling = coupling.dim() == 3
         if return_coupling:
             coupling = coupling.unflatten(0, (N, B))
         results = v.unflatten(0, (N, B)), s.unflatten(1, (N, B)), coupling

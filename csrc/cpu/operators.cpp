@@ -8,6 +8,7 @@
 #include <atomic>
 #include <deque>
 
+#include "../windows.h"
 #include "dispatch.h"
 #include "driver.h"
 
@@ -33,22 +34,50 @@ void check_like(const char* op, const char* name, const Tensor& x, const Tensor&
                     x.sizes());
 }
 
+struct Sizes {
+  int64_t B, I, J, K, D;
+};
+
+// Samples and input capsules of a grid [B, H, W, C, K] that a window slides over; see
+// capsule_kernels/ops.py.
+std::array<int64_t, 2> sizes_of_grid(const char* op, const Tensor& u, at::IntArrayRef window,
+                                     int64_t weight_sharing) {
+  TORCH_CHECK_VALUE(window.size() == 4, op,
+                    ": window must be empty or kh, kw and a step's rows and columns, got ", window);
+  TORCH_CHECK_VALUE(u.dim() == 5, op, ": u must have shape [B, H, W, C, K] under a window, got ",
+                    u.sizes());
+  TORCH_CHECK_VALUE(weight_sharing == 1, op, ": weight_sharing must be 1 under a window, got ",
+                    weight_sharing);
+  int64_t positions = 1;
+  for (int side = 0; side < 2; ++side) {
+    const int64_t grid = u.size(1 + side), length = window[side], step = window[2 + side];
+    TORCH_CHECK_VALUE(length >= 1 && length <= grid && step >= 1, op,
+                      ": window must fit into u, its steps must be >= 1, got ", window, " and u ",
+                      u.sizes());
+    positions *= (grid - length) / step + 1;
+  }
+  return {u.size(0) * positions, u.size(3) * window[0] * window[1]};
+}
+
 // The operators can be called directly, past the checks of fused_routing: what would be read out of
 // bounds is refused here.
-void check_inputs(const char* op, const Tensor& u, const Tensor& weight,
-                  const optional<Tensor>& logits, const optional<Tensor>& bias, int64_t R,
-                  int64_t weight_sharing) {
+Sizes check_inputs(const char* op, const Tensor& u, const Tensor& weight,
+                   const optional<Tensor>& logits, const optional<Tensor>& bias, int64_t R,
+                   int64_t weight_sharing, at::IntArrayRef window) {
   const auto type = u.scalar_type();
   TORCH_CHECK_TYPE(
       type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, op,
       ": u must be float64, float32, bfloat16 or float16, got ", type);
   TORCH_CHECK_VALUE(u.device().is_cpu(), op, ": u must be a CPU tensor, got ", u.device());
-  TORCH_CHECK_VALUE(u.dim() == 3, op, ": u must have shape [B, I, K], got ", u.sizes());
+  TORCH_CHECK_VALUE(u.dim() == 3 || !window.empty(), op, ": u must have shape [B, I, K], got ",
+                    u.sizes());
   TORCH_CHECK_VALUE(weight.dim() == 4, op,
                     ": weight must have shape [I // weight_sharing, J, D, K], got ",
                     weight.sizes());
   TORCH_CHECK_VALUE(R >= 1, op, ": num_iterations must be >= 1, got ", R);
-  const int64_t I = u.size(1), K = u.size(2), J = weight.size(1), D = weight.size(2);
+  const auto [B, I] = window.empty() ? std::array<int64_t, 2>{u.size(0), u.size(1)}
+                                     : sizes_of_grid(op, u, window, weight_sharing);
+  const int64_t J = weight.size(1), K = u.size(-1), D = weight.size(2);
   TORCH_CHECK_VALUE(I >= 1 && K >= 1 && J >= 1 && D >= 1, op,
                     ": I, J, K and D must be >= 1, got u ", u.sizes(), " and weight ",
                     weight.sizes());
@@ -57,6 +86,7 @@ void check_inputs(const char* op, const Tensor& u, const Tensor& weight,
   check_like(op, "weight", weight, u, {I / weight_sharing, J, D, K});
   if (logits) check_like(op, "logits", *logits, u, {I, J});
   if (bias) check_like(op, "bias", *bias, u, {J, D});
+  return {B, I, J, K, D};
 }
 
 // Owns what the kernels point to: inputs in the compute type, and workspaces.
@@ -110,13 +140,15 @@ T* data_or_null(const Tensor& x) {
   return x.defined() ? x.data_ptr<T>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& u, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& grid, const Tensor& weight,
                                                    const optional<Tensor>& logits,
                                                    const optional<Tensor>& bias,
                                                    int64_t num_iterations, bool leaky,
-                                                   int64_t weight_sharing, bool return_coupling) {
-  check_inputs("routing_forward", u, weight, logits, bias, num_iterations, weight_sharing);
-  const int64_t B = u.size(0), I = u.size(1), J = weight.size(1), D = weight.size(2);
+                                                   int64_t weight_sharing, bool return_coupling,
+                                                   at::IntArrayRef window) {
+  const auto [B, I, J, K, D] = check_inputs("routing_forward", grid, weight, logits, bias,
+                                            num_iterations, weight_sharing, window);
+  const Tensor u = capsule_kernels::capsules_of(grid, window);
   const auto type = compute_type(u.scalar_type());
   const auto options = u.options().dtype(type);
   Tensor v = at::empty({B, J, D}, options);
@@ -136,13 +168,14 @@ std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& u, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> routing_backward(
-    const Tensor& grad_v, const Tensor& u, const Tensor& weight, const optional<Tensor>& logits,
+    const Tensor& grad_v, const Tensor& grid, const Tensor& weight, const optional<Tensor>& logits,
     const Tensor& s, bool leaky, int64_t weight_sharing, bool full_gradient,
-    std::array<bool, 4> output_mask) {
+    std::array<bool, 4> output_mask, at::IntArrayRef window) {
   static constexpr const char* op = "routing_backward";
   TORCH_CHECK_VALUE(s.dim() == 4, op, ": s must have shape [R, B, J, D], got ", s.sizes());
-  check_inputs(op, u, weight, logits, {}, s.size(0), weight_sharing);
-  const int64_t B = u.size(0), I = u.size(1), J = weight.size(1), D = weight.size(2);
+  const auto [B, I, J, K, D] =
+      check_inputs(op, grid, weight, logits, {}, s.size(0), weight_sharing, window);
+  const Tensor u = capsule_kernels::capsules_of(grid, window);
   check_like(op, "grad_v", grad_v, u, {B, J, D});
   const auto type = compute_type(u.scalar_type());
   const auto options = u.options().dtype(type);
@@ -167,7 +200,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_backward(
           data_or_null<scalar_t>(gradients[2]), data_or_null<scalar_t>(gradients[3]));
     });
   for (Tensor& x : gradients) x = x.defined() ? x.to(u.scalar_type()) : at::empty({0}, u.options());
-  return {gradients[0], gradients[1], gradients[2], gradients[3]};
+  return {capsule_kernels::grid_gradient(gradients[0], grid, window), gradients[1], gradients[2],
+          gradients[3]};
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../windows.h"
 #include "routing.h"
 
 namespace capsule_kernels::cuda {
@@ -110,12 +111,13 @@ void check_optional(const char* name, const Tensor& x, at::IntArrayRef sizes, co
                     x.sizes());
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_, const Tensor& weight_,
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& grid, const Tensor& weight_,
                                            const optional<Tensor>& logits_,
                                            const optional<Tensor>& bias_, int64_t num_iterations,
-                                           bool leaky, int64_t weight_sharing,
-                                           bool return_coupling) {
-  const c10::cuda::CUDAGuard guard(u_.device());
+                                           bool leaky, int64_t weight_sharing, bool return_coupling,
+                                           at::IntArrayRef window) {
+  const c10::cuda::CUDAGuard guard(grid.device());
+  const Tensor u_ = capsules_of(grid, window);
   const Shape shape = shape_of(u_, weight_, num_iterations, weight_sharing);
   const Scalar scalar = scalar_of(u_);
   const Tensor u = prepared(u_), weight = prepared(weight_);
@@ -139,13 +141,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u_, const Tensor& weigh
   return {v, s, coupling};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_v_, const Tensor& u_,
-                                                    const Tensor& weight_,
-                                                    const optional<Tensor>& logits_,
-                                                    const Tensor& s_, bool leaky,
-                                                    int64_t weight_sharing, bool full_gradient,
-                                                    std::array<bool, 4> output_mask) {
-  const c10::cuda::CUDAGuard guard(u_.device());
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_v_, const Tensor& grid, const Tensor& weight_,
+    const optional<Tensor>& logits_, const Tensor& s_, bool leaky, int64_t weight_sharing,
+    bool full_gradient, std::array<bool, 4> output_mask, at::IntArrayRef window) {
+  const c10::cuda::CUDAGuard guard(grid.device());
+  const Tensor u_ = capsules_of(grid, window);
   const Shape shape = shape_of(u_, weight_, s_.size(0), weight_sharing);
   const Scalar scalar = scalar_of(u_);
   const Tensor u = prepared(u_), weight = prepared(weight_), logits = prepared(logits_);
@@ -165,7 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_v_, const
   const Tensor grad_weight = gradient(output_mask[1], weight.sizes());
   const Tensor grad_logits = gradient(output_mask[2], {shape.I, shape.J});
   const Tensor grad_bias = gradient(output_mask[3], {shape.J, shape.D});
-  if (shape.B == 0) return {grad_u, grad_weight, grad_logits, grad_bias};
+  if (shape.B == 0)
+    return {grid_gradient(grad_u, grid, window), grad_weight, grad_logits, grad_bias};
 
   const BackwardPlan plan = plan_backward(shape, int(u.element_size()), figures_of(u.get_device()));
   check_fits(plan.sweep.blocks > 0 && plan.gradients.warps > 0);
@@ -176,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_v_, const
        output_data(grad_weight, output_mask[1]), output_data(grad_logits, output_mask[2]),
        output_data(grad_bias, output_mask[3]), workspace.mutable_data_ptr<float>()},
       plan, scalar, products_of_float32(), c10::cuda::getCurrentCUDAStream().stream());
-  return {grad_u, grad_weight, grad_logits, grad_bias};
+  return {grid_gradient(grad_u, grid, window), grad_weight, grad_logits, grad_bias};
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from capsule_kernels import ops
+from capsule_kernels.windows import capsules, grid_gradient
 
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 MODEL = Path(__file__).parent
@@ -118,8 +119,10 @@ class Emulator:
         return library
 
     def routing_forward(
-        self, u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
-    ):
+        self, u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling,
+        window=(),
+    ):  # fmt: skip
+        u = capsules(u, window)
         outputs = ops.forward_shapes(
             u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling
         )
@@ -127,13 +130,16 @@ class Emulator:
         return self._run("forward", call, (u, weight, logits, bias), outputs)
 
     def routing_backward(
-        self, grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask
-    ):
+        self, grad_v, grid, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask,
+        window=(),
+    ):  # fmt: skip
+        u = capsules(grid, window)
         outputs = ops.backward_shapes(
             grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask
         )
         call = self._call(u, weight, s.shape[0], weight_sharing, leaky, full_gradient)
-        return self._run("backward", call, (grad_v, u, weight, logits, s), outputs)
+        grad_u, *others = self._run("backward", call, (grad_v, u, weight, logits, s), outputs)
+        return grid_gradient(grad_u, grid, window), *others
 
     def _call(self, u, weight, R, weight_sharing, leaky, full_gradient=False) -> Call:
         (B, I, K), (_, J, D, _) = u.shape, weight.shape
