@@ -72,9 +72,10 @@ def fused_routing_conv(
     I = C kh kw, for each of the B H' W' positions. Beyond the edges capsules are zero: they vote
     for nothing.
 
-    The predictions are never stored, and the backward keeps u, not its windows. These exist while
-    an operator runs: a copy [B H' W', C kh kw, K], kh kw / stride^2 times u. u itself is copied
-    where its capsules do not lie last in memory, or are padded.
+    Neither the predictions nor the windows, nor gradients of them, are kept; the CPU kernels do not
+    even make them while they run. What is copied is u, where its capsules do not lie last in memory
+    or are padded; the output of one layer is the input of the next as it lies. The GPU kernels and
+    the oracle copy the windows, [B H' W', C kh kw, K], while they run: kh kw / stride^2 times u.
 
     Args:
         u: capsules of C types on a grid, [B, C, K, H, W]; float64, float32, bfloat16 or float16,

@@ -86,7 +86,8 @@ def spoil(rng: random.Random, value: Any) -> Any:
     if isinstance(value, int):
         return rng.choice([*INTEGERS, None, 1.5, "3", torch.tensor(2)])
     if isinstance(value, list):
-        return rng.choice([value[:-1], [*value, True], [], None, [2, 3, 4, 5], True])
+        spoilt = [*value[:-1], rng.choice(INTEGERS)]
+        return rng.choice([value[:-1], [*value, True], [], None, [2, 3, 4, 5], True, spoilt])
     return rng.choice([torch.randn(3, 4), 1, "x"])
 
 
@@ -99,14 +100,23 @@ def right_arguments(rng: random.Random, backward: bool) -> list[Any]:
     def tensor(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype)
 
-    u, weight = tensor(B, I, K), tensor(I // weight_sharing, J, D, K)
+    window: list[int] = []
+    shape: tuple[int, ...] = (B, I, K)
+    if rng.random() < 0.3:
+        weight_sharing, C = 1, rng.randint(1, 4)
+        kh, kw, down, right = window = [rng.randint(1, 3) for _ in range(4)]
+        H, W = kh + rng.randint(0, 4), kw + rng.randint(0, 4)
+        shape, I = (B, H, W, C, K), C * kh * kw
+        B *= ((H - kh) // down + 1) * ((W - kw) // right + 1)
+    u, weight = tensor(*shape), tensor(I // weight_sharing, J, D, K)
     logits, bias = (tensor(*x) if rng.random() < 0.5 else None for x in ((I, J), (J, D)))
     leaky, flag = rng.random() < 0.5, rng.random() < 0.5
     if not backward:
-        return [u, weight, logits, bias, R, leaky, weight_sharing, flag]
+        return [u, weight, logits, bias, R, leaky, weight_sharing, flag, window]
     s = torch.randn(R, B, J, D).to(accumulation_dtype(dtype))
     mask = [rng.random() < 0.7 for _ in range(4)]
-    return [tensor(B, J, D), u, weight, logits, s, leaky, weight_sharing, flag, mask]
+    options = [leaky, weight_sharing, flag, mask, window]
+    return [tensor(B, J, D), u, weight, logits, s, *options]
 
 
 def try_call(rng: random.Random) -> str:

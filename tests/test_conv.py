@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from capsule_kernels import CapsuleConv2d, fused_routing, fused_routing_conv, reference_routing
+from bench.memory import CLEAR, extra_bytes, in_fresh_process
+from capsule_kernels import (
+    CapsuleConv2d,
+    backends,
+    fused_routing,
+    fused_routing_conv,
+    reference_routing,
+)
 
 Pair = int | tuple[int, int]
 
@@ -89,6 +96,33 @@ def test_neither_predictions_nor_windows_are_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         v = fused_routing_conv(u, weight, 3)
     assert sum(kept.values()) == 8 * (u.numel() + weight.numel() + 3 * v.numel())
+
+
+def probe(backend: str) -> tuple[int, int]:
+    """Extra bytes at the peak of forward+backward, and the bytes of the grid.
+
+    The windows are 14 times the grid, and the outputs next to nothing.
+    """
+    torch.set_num_threads(1)
+    u = torch.randn(16, 16, 16, 64, 8).permute(0, 3, 4, 1, 2).requires_grad_()
+    weight = torch.randn(64, 5, 5, 2, 2, 8, requires_grad=True)
+
+    def call() -> tuple[Tensor, ...]:
+        v = fused_routing_conv(u, weight, backend=backend)
+        return v, *torch.autograd.grad(v.sum(), (u, weight))
+
+    call()
+    return extra_bytes(call, "cpu"), u.nbytes
+
+
+@pytest.mark.skipif(not backends()["cpu"].usable, reason="the oracle stores windows")
+@pytest.mark.skipif(not CLEAR.exists(), reason="the peak resident set needs Linux's /proc")
+def test_windows_are_not_stored(figure: Any) -> None:
+    extra, grid = in_fresh_process(probe, "cpu")
+    stored, _ = in_fresh_process(probe, "reference")
+    assert stored > 14 * grid, "the probe would not see windows"
+    assert extra < grid
+    figure("extra memory of windows 5 x 5, of the grid", f"{extra / grid:.2f}")
 
 
 def test_a_grid_changed_in_place_is_noticed() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from capsule_kernels import backends
 from capsule_kernels.ops import OPERATORS
@@ -49,6 +50,55 @@ def test_any_strides() -> None:
     v, s, _ = forward(u, weight, None, None, 3, False, 1, True)
     ones = torch.ones(()).expand_as(v)  # as y.sum().backward() hands it over
     torch.library.opcheck(backward, (ones, u, weight, None, s, False, 1, True, MASKS[0]))
+
+
+def windowed(dtype: torch.dtype) -> list[Tensor]:
+    """A grid [B, H, W, C, K] = [2, 4, 5, 2, 3], weight and logits of windows 3 x 2."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 5, 2, 3), (12, 3, 2, 3), (12, 3)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+WINDOW = [3, 2, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_windows(dtype: torch.dtype) -> None:
+    u, weight, logits = windowed(dtype)
+    forward, backward = OPERATORS["cpu"]
+    for grid in (u, u.transpose(0, 3).contiguous().transpose(0, 3), u[:0]):
+        arguments = (grid, weight, logits, None, 2, True, 1, True, WINDOW)
+        torch.library.opcheck(forward, arguments)
+        v, s, _ = forward(*arguments)
+        assert v.shape == (grid.shape[0] * 2 * 2, 3, 2)
+        for mask in MASKS:
+            gradients = (v, grid, weight, logits, s, True, 1, True, mask, WINDOW)
+            torch.library.opcheck(backward, gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": [3, 2]}, "window must be empty or kh, kw and a step's rows and columns"),
+        ({"window": [5, 2, 1, 1]}, "window must fit into u"),
+        ({"window": [0, 2, 1, 1]}, "window must fit into u"),
+        ({"window": [3, 2, 0, 1]}, "window must fit into u, its steps must be >= 1"),
+        ({"window": [2, 2, 1, 1]}, "weight must have shape"),
+        ({"window": []}, r"u must have shape \[B, I, K\]"),
+        ({"u": torch.zeros(2, 12, 3)}, r"u must have shape \[B, H, W, C, K\]"),
+        ({"weight_sharing": 3}, "weight_sharing must be 1"),
+    ],
+)
+def test_bad_windows(change: dict[str, object], message: str) -> None:
+    u, weight, logits = windowed(torch.float32)
+    given = {"u": u, "weight": weight, "weight_sharing": 1, "window": WINDOW} | change
+    sharing, window = given.pop("weight_sharing"), given.pop("window")
+    forward, backward = OPERATORS["cpu"]
+    with pytest.raises(ValueError, match=f"^routing_forward: {message}"):
+        forward(*given.values(), logits, None, 2, True, sharing, False, window)
+    v, s = torch.zeros(8, 3, 2), torch.zeros(2, 8, 3, 2)
+    with pytest.raises(ValueError, match=f"^routing_backward: {message}"):
+        backward(v, *given.values(), logits, s, True, sharing, True, MASKS[0], window)
 
 
 def test_tensors_on_two_devices() -> None:

@@ -35,7 +35,7 @@ struct CapsuleLanes {
                                            index valid, T* out) {
     for (index b = b0; b < b1; ++b) {
       T* u = out + (b - b0) * p.K * lanes;
-      auto row = [&](index r) { return p.u + (b * p.I + (r < valid ? i0 + r : i0)) * p.K; };
+      auto row = [&](index r) { return p.u + p.at(b, r < valid ? i0 + r : i0); };
       gather_rows(row, p.K, u, lanes);
       for (index k = 0; k < p.K && valid < lanes; ++k)
         for (index r = valid; r < lanes; ++r) u[k * lanes + r] = 0;
@@ -274,10 +274,9 @@ struct CapsuleLanes {
           T* rows = scratch.dW;  // in its place
           scatter_rows(scratch.du_hat, lanes, N, valid, [&](index r) { return rows + r * N; });
           for (index r = 0; r < valid; ++r)
-            gradients_by_row(p, p.weight + (i + r) * N * K, p.u + (b * p.I + i + r) * K,
-                             rows + r * N, b > 0,
-                             grad_weight ? grad_weight + (i - i0 + r) * N * K : nullptr,
-                             sweep.grad_u ? sweep.grad_u + (b * p.I + i + r) * K : nullptr);
+            gradients_by_row(p, p.weight + (i + r) * N * K, p.u + p.at(b, i + r), rows + r * N,
+                             b > 0, grad_weight ? grad_weight + (i - i0 + r) * N * K : nullptr,
+                             sweep.grad_u ? sweep.grad_u + p.at(b, i + r) : nullptr);
           continue;
         }
         if (sweep.grad_u) {
@@ -289,8 +288,13 @@ struct CapsuleLanes {
               store(du, load(du) + load(scratch.W + (o * K + k) * lanes) * x);
             }
           }
-          scatter_rows(scratch.du, lanes, K, valid,
-                       [&](index r) { return sweep.grad_u + (b * p.I + i + r) * K; });
+          if (p.sample_at)
+            for (index r = 0; r < valid; ++r)
+              for (index k = 0; k < K; ++k)
+                sweep.grad_u[p.at(b, i + r) + k] += scratch.du[k * lanes + r];
+          else
+            scatter_rows(scratch.du, lanes, K, valid,
+                         [&](index r) { return sweep.grad_u + p.at(b, i + r); });
         }
         if (grad_weight)
           for (index o = 0; o < N; ++o) {

@@ -48,12 +48,20 @@ Partition make_partition(const Problem<T>& p, index lanes) {
     part.splits = ceil_div(p.weight_sharing, ceil_div(p.weight_sharing, part.splits));
   } else {
     part.splits = 1;
+    part.final_share = part.final_chunk;
+    if (p.overlap > 1) {
+      // Whole types of capsules, in equal chunks.
+      const index types = ceil_div(p.I / p.overlap, final_tasks);
+      part.final_share = std::clamp(part.final_chunk / p.overlap, index(1), types) * p.overlap;
+      part.final_chunk = ceil_div(part.final_share, ceil_div(part.final_share, part.final_chunk));
+    }
   }
 
   // The predictions of a sample or two are smaller than the weights they come from. Where they fit
   // into the caches they stay there from sweep to sweep, and the weights are read once.
   const index predictions = ceil_div(p.I, lanes) * lanes * p.B * p.N();
-  const bool pays = part.capsule_lanes && p.R > 1 && p.weight_sharing == 1 && p.B < p.K;
+  const bool pays =
+      part.capsule_lanes && p.R > 1 && p.weight_sharing == 1 && p.overlap == 1 && p.B < p.K;
   part.held = pays && predictions * index(sizeof(T)) <= held_bytes ? predictions : 0;
   return part;
 }
@@ -61,7 +69,7 @@ Partition make_partition(const Problem<T>& p, index lanes) {
 template <typename T>
 index final_tasks(const Problem<T>& p, const Partition& part) {
   return p.weight_sharing > 1 ? p.I / p.weight_sharing * part.splits
-                              : ceil_div(p.I, part.final_chunk);
+                              : ceil_div(p.I, part.final_share);
 }
 
 // Where element n of sample b lies in a blocked array.

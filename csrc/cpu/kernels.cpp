@@ -60,7 +60,7 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
   const index N = p.N(), K = p.K, sharing = p.weight_sharing;
   // A task owns the capsules [begin, end) and the rows of dW from `row` on: chunks of capsules with
   // a weight each, or a share of the capsules of one weight.
-  index begin = task * part.final_chunk, end = begin + part.final_chunk, row = begin;
+  index begin = task * part.final_share, end = begin + part.final_share, row = begin;
   if (sharing > 1) {
     const index weight = task / part.splits, split = task % part.splits;
     const index share = (sharing + part.splits - 1) / part.splits;

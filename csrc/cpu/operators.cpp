@@ -8,9 +8,9 @@
 #include <atomic>
 #include <deque>
 
-#include "../windows.h"
 #include "dispatch.h"
 #include "driver.h"
+#include "windows.h"
 
 namespace capsule {
 namespace {
@@ -93,21 +93,26 @@ Sizes check_inputs(const char* op, const Tensor& u, const Tensor& weight,
 template <typename T>
 class Call {
  public:
-  Call(const Tensor& u, const Tensor& weight, const optional<Tensor>& logits, int64_t R, bool leaky,
-       int64_t weight_sharing)
+  Call(const Sizes& sizes, const Tensor& u, const Tensor& weight, const optional<Tensor>& logits,
+       int64_t R, bool leaky, int64_t weight_sharing, at::IntArrayRef window)
       : u_(prepare(u, type())), weight_(prepare(weight, type())) {
     if (logits) logits_ = prepare(*logits, type());
-    problem_ = {u.size(0),
-                u.size(1),
-                weight.size(1),
-                u.size(2),
-                weight.size(2),
+    problem_ = {sizes.B,
+                sizes.I,
+                sizes.J,
+                sizes.K,
+                sizes.D,
                 R,
                 weight_sharing,
                 leaky,
                 u_.template const_data_ptr<T>(),
                 weight_.template const_data_ptr<T>(),
                 logits_.defined() ? logits_.template const_data_ptr<T>() : nullptr};
+    if (window.empty()) return;
+    windows_
+        .emplace(u.size(0), u.size(1), u.size(2), u.size(3), sizes.K, window[0], window[1],
+                 window[2], window[3])
+        .apply_to(problem_);
   }
 
   static constexpr at::ScalarType type() { return c10::CppTypeToScalarType<T>::value; }
@@ -131,6 +136,7 @@ class Call {
 
  private:
   Tensor u_, weight_, logits_;
+  optional<Windows> windows_;
   std::deque<Tensor> workspaces_;
   Problem<T> problem_;
 };
@@ -140,15 +146,15 @@ T* data_or_null(const Tensor& x) {
   return x.defined() ? x.data_ptr<T>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& grid, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& u, const Tensor& weight,
                                                    const optional<Tensor>& logits,
                                                    const optional<Tensor>& bias,
                                                    int64_t num_iterations, bool leaky,
                                                    int64_t weight_sharing, bool return_coupling,
                                                    at::IntArrayRef window) {
-  const auto [B, I, J, K, D] = check_inputs("routing_forward", grid, weight, logits, bias,
-                                            num_iterations, weight_sharing, window);
-  const Tensor u = capsule_kernels::capsules_of(grid, window);
+  const Sizes sizes = check_inputs("routing_forward", u, weight, logits, bias, num_iterations,
+                                   weight_sharing, window);
+  const auto [B, I, J, K, D] = sizes;
   const auto type = compute_type(u.scalar_type());
   const auto options = u.options().dtype(type);
   Tensor v = at::empty({B, J, D}, options);
@@ -157,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& grid, const Ten
   if (return_coupling) coupling = at::empty({B, I, J}, options);
   if (B > 0)
     AT_DISPATCH_FLOATING_TYPES(type, "routing_forward", [&] {
-      Call<scalar_t> call(u, weight, logits, num_iterations, leaky, weight_sharing);
+      Call<scalar_t> call(sizes, u, weight, logits, num_iterations, leaky, weight_sharing, window);
       Tensor offset;
       if (bias) offset = prepare(*bias, type);
       call.driver().forward(data_or_null<scalar_t>(offset), s.data_ptr<scalar_t>(),
@@ -168,14 +174,13 @@ std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& grid, const Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> routing_backward(
-    const Tensor& grad_v, const Tensor& grid, const Tensor& weight, const optional<Tensor>& logits,
+    const Tensor& grad_v, const Tensor& u, const Tensor& weight, const optional<Tensor>& logits,
     const Tensor& s, bool leaky, int64_t weight_sharing, bool full_gradient,
     std::array<bool, 4> output_mask, at::IntArrayRef window) {
   static constexpr const char* op = "routing_backward";
   TORCH_CHECK_VALUE(s.dim() == 4, op, ": s must have shape [R, B, J, D], got ", s.sizes());
-  const auto [B, I, J, K, D] =
-      check_inputs(op, grid, weight, logits, {}, s.size(0), weight_sharing, window);
-  const Tensor u = capsule_kernels::capsules_of(grid, window);
+  const Sizes sizes = check_inputs(op, u, weight, logits, {}, s.size(0), weight_sharing, window);
+  const auto [B, I, J, K, D] = sizes;
   check_like(op, "grad_v", grad_v, u, {B, J, D});
   const auto type = compute_type(u.scalar_type());
   const auto options = u.options().dtype(type);
@@ -188,11 +193,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_backward(
       u.sizes().vec(), weight.sizes().vec(), {I, J}, {J, D}};
   std::array<Tensor, 4> gradients;
   for (int x = 0; x < 4; ++x)
-    if (output_mask[x])
-      gradients[x] = B > 0 ? at::empty(shapes[x], options) : at::zeros(shapes[x], options);
+    if (output_mask[x]) {
+      // Windows add to the gradient of their grid.
+      const bool written = B > 0 && (x > 0 || window.empty());
+      gradients[x] = written ? at::empty(shapes[x], options) : at::zeros(shapes[x], options);
+    }
   if (B > 0)
     AT_DISPATCH_FLOATING_TYPES(type, "routing_backward", [&] {
-      Call<scalar_t> call(u, weight, logits, s.size(0), leaky, weight_sharing);
+      Call<scalar_t> call(sizes, u, weight, logits, s.size(0), leaky, weight_sharing, window);
       const Tensor g = prepare(grad_v, type), totals = s.contiguous();
       call.driver().backward(
           g.const_data_ptr<scalar_t>(), totals.const_data_ptr<scalar_t>(), full_gradient,
@@ -200,8 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routing_backward(
           data_or_null<scalar_t>(gradients[2]), data_or_null<scalar_t>(gradients[3]));
     });
   for (Tensor& x : gradients) x = x.defined() ? x.to(u.scalar_type()) : at::empty({0}, u.options());
-  return {capsule_kernels::grid_gradient(gradients[0], grid, window), gradients[1], gradients[2],
-          gradients[3]};
+  return {gradients[0], gradients[1], gradients[2], gradients[3]};
 }
 
 }  // namespace

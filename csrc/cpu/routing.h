@@ -15,10 +15,22 @@ struct Problem {
   index B, I, J, K, D, R;
   index weight_sharing;  // consecutive input capsules that share one weight
   bool leaky;
-  const T* u;       // [B, I, K]
+  const T* u;       // [B, I, K], or a grid under a window
   const T* weight;  // [I / weight_sharing, J, D, K]
   const T* logits;  // [I, J] log priors, or null
 
+  // Under a window: where samples begin in the grid, and what their capsules add (windows.h). Null
+  // for u [B, I, K].
+  const index* sample_at = nullptr;   // [B]
+  const index* capsule_at = nullptr;  // [I]
+  // So many consecutive input capsules may share cells of the grid, one sample's with another's:
+  // one task adds up their gradients.
+  index overlap = 1;
+
+  // Where capsule i of sample b begins in u.
+  index at(index b, index i) const {
+    return sample_at ? sample_at[b] + capsule_at[i] : (b * I + i) * K;
+  }
   index N() const { return J * D; }
 };
 
@@ -39,6 +51,7 @@ struct Partition {
   index slot_capsules;  // input capsules of a slot (the last may have fewer)
   index chunk;          // input capsules whose weights stay in cache over a task's blocks
   index final_chunk;    // the same for the last sweep of the backward
+  index final_share;    // input capsules of one of its tasks, where each has a weight of its own
   index splits;  // tasks of the last sweep for each shared weight; their dW are added in order
   index padded;  // samples, rounded up to whole vectors
   index held;    // elements of u_hat that a call keeps in the caches, or 0 (see make_partition)
@@ -79,7 +92,7 @@ struct FinalSweep {
   const Term<T>* terms;  // c^t ds^t, and for full gradients dl^t V^(t-1)
   index term_count;
   const T* held;   // as in Sweep, or null
-  T* grad_u;       // [B, I, K] or null
+  T* grad_u;       // as u, or null; under a window it is added to
   T* grad_weight;  // [I / weight_sharing * splits, J, D, K] or null
   T* grad_logits;  // [I, J] or null
 

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "routing.h"
+#include "rows.h"
 #include "softmax.h"
 
 namespace capsule::CAPSULE_ISA {
@@ -58,15 +59,15 @@ struct SampleLanes {
   }
 
   // packed[(i, k)][width] from the rows of `count` capsules; lanes past the batch repeat its last
-  // sample, whose results are dropped.
+  // sample, whose results are dropped. `gathered` is [lanes][count][K] for windows.
   static CAPSULE_INLINE void pack(const Problem<T>& p, index first_sample, index i0, index count,
-                                  T* packed) {
+                                  T* packed, T* gathered) {
 #pragma GCC unroll 16
     for (int q = 0; q < vectors; ++q) {
       auto row = [&](index r) {
         index b = first_sample + q * lanes + r;
         if (b >= p.B) b = p.B - 1;
-        return p.u + (b * p.I + i0) * p.K;
+        return row_of(p, b, i0, count, gathered + r * count * p.K);
       };
       gather_rows(row, count * p.K, packed + q * lanes, width);
     }
@@ -75,11 +76,13 @@ struct SampleLanes {
   // rows[sample / samples][capsule][row]: u with lanes along k, for dW.
   template <int fixed_K, int samples>
   static CAPSULE_INLINE void pack_rows(const Problem<T>& p, index first_sample, index valid,
-                                       index i0, index count, T* rows) {
+                                       index i0, index count, T* rows, T* gathered) {
     const index K = fixed_K ? fixed_K : p.K, length = row_length(K);
     for (index b = 0; b < valid; b += samples) {
-      const T* u = p.u + ((first_sample + b) * p.I + i0) * K;
-      const T* next = samples == 2 && b + 1 < valid ? u + p.I * K : nullptr;
+      const T* u = row_of(p, first_sample + b, i0, count, gathered);
+      const T* next = samples == 2 && b + 1 < valid
+                          ? row_of(p, first_sample + b + 1, i0, count, gathered + count * K)
+                          : nullptr;
       T* row = rows + b / samples * count * length;
       if (K == length) {
         for (index x = 0; x < count * K; x += lanes) store(row + x, load(u + x));
@@ -283,7 +286,12 @@ struct SampleLanes {
 
   static index sweep_scratch(const Problem<T>& p, index chunk) {
     return (chunk * p.K + capsules_at_once(p) * (p.N() + 2 * p.J)) * width + p.K * width +
-           p.J * (lanes + chunk);
+           p.J * (lanes + chunk) + gathered_size(p, chunk);
+  }
+
+  // Elements that hold the rows of a vector of samples under a window.
+  static CAPSULE_INLINE index gathered_size(const Problem<T>& p, index count) {
+    return p.sample_at ? lanes * count * p.K : 0;
   }
 
   // One block of samples, input capsules [begin, end), in chunks.
@@ -291,8 +299,9 @@ struct SampleLanes {
   static void sweep_block(const Problem<T>& p, const Sweep<T>& sweep, index first_sample, index i0,
                           index i1, T* out, T* scratch) {
     T* packed = scratch;
-    T* rest = packed + (i1 - i0) * p.K * width;
-    pack(p, first_sample, i0, i1 - i0, packed);
+    T* gathered = packed + (i1 - i0) * p.K * width;
+    T* rest = gathered + gathered_size(p, i1 - i0);
+    pack(p, first_sample, i0, i1 - i0, packed, gathered);
     const bool paper_sizes = p.K == 8 && p.D == 16;
     if (!sweep.V)
       paper_sizes ? linear_chunk<8, 16>(p, i0, i1, packed, out, rest)
@@ -306,7 +315,7 @@ struct SampleLanes {
   // Scratch of the last sweep, and how it is laid out. Sums over samples (dW, dlogits) come first:
   // they outlive a block, so wide and narrow blocks must find them at the same place.
   struct Final {
-    T *dW, *dlogits, *packed, *rows, *u_hat, *c, *dl, *du, *end;
+    T *dW, *dlogits, *packed, *rows, *u_hat, *c, *dl, *du, *gathered, *end;
     Final(const Problem<T>& p, index capsules, T* scratch) {
       const index N = p.N(), K = p.K, J = p.J, weights = p.weight_sharing == 1 ? capsules : 1;
       dW = scratch;                                          // [weights][N][row]
@@ -317,7 +326,8 @@ struct SampleLanes {
       c = u_hat + larger(2 * p.D * width, J * (lanes + 1));  // [capsules][R][J][width]
       dl = c + capsules * p.R * J * width;                   // [capsules][R][J][width]
       du = dl + capsules * p.R * J * width;                  // [capsules][K][width]
-      end = du + capsules * K * width;
+      gathered = du + capsules * K * width;                  // [lanes][capsules][K] for windows
+      end = gathered + gathered_size(p, capsules);
     }
   };
 
@@ -333,10 +343,11 @@ struct SampleLanes {
     const index length = row_length(K), N = p.J * D;
     const index valid = p.B - first_sample < width ? p.B - first_sample : width;
 
-    pack(p, first_sample, i0, i1 - i0, scratch.packed);
+    pack(p, first_sample, i0, i1 - i0, scratch.packed, scratch.gathered);
     if (sweep.grad_weight)
       with_samples_per_row(K, [&](auto samples) {
-        pack_rows<fixed_K, samples>(p, first_sample, valid, i0, i1 - i0, scratch.rows);
+        pack_rows<fixed_K, samples>(p, first_sample, valid, i0, i1 - i0, scratch.rows,
+                                    scratch.gathered);
       });
     couplings<fixed_K, fixed_D>(p, sweep, first_sample, i0, i1 - i0, scratch);
     for (index x = 0; x < (i1 - i0) * K * width; ++x) scratch.du[x] = 0;
@@ -373,10 +384,8 @@ struct SampleLanes {
       });
     if (sweep.grad_u)
       for (index q = 0; q < vectors && q * lanes < valid; ++q)
-        scatter_rows(scratch.du + q * lanes, index(width), (i1 - i0) * K, valid - q * lanes,
-                     [&](index r) {
-                       return sweep.grad_u + ((first_sample + q * lanes + r) * p.I + i0) * K;
-                     });
+        scatter_gradient(p, scratch.du + q * lanes, index(width), first_sample + q * lanes,
+                         valid - q * lanes, i0, i1 - i0, sweep.grad_u, scratch.gathered);
   }
 
   static CAPSULE_INLINE const T* source(const Problem<T>& p, const Term<T>& term,

@@ -6,26 +6,37 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <optional>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/cpu/driver.h"
+#include "../../csrc/cpu/windows.h"
 
 namespace capsule {
 namespace {
 
 struct Shape {
   index B, I, J, K, D, R, weight_sharing;
+  // Of a grid that a window slides over: B, H, W, C, then the window's kh, kw, rows and columns of
+  // a step.
+  index grid[8] = {};
 };
 
 // Few samples and many, whole vectors and rests, weights of one capsule and of several (whose
-// gradients are split over tasks), the paper's K and D and others.
+// gradients are split over tasks), the paper's K and D and others, windows that overlap.
 const Shape kShapes[] = {
-    {1, 40, 5, 8, 16, 3, 1},   {3, 24, 10, 6, 8, 2, 1},  {5, 33, 3, 8, 16, 1, 1},
-    {40, 48, 10, 8, 16, 3, 1}, {130, 17, 4, 3, 7, 2, 1}, {19, 64, 3, 8, 16, 3, 32},
+    {1, 40, 5, 8, 16, 3, 1},
+    {3, 24, 10, 6, 8, 2, 1},
+    {5, 33, 3, 8, 16, 1, 1},
+    {40, 48, 10, 8, 16, 3, 1},
+    {130, 17, 4, 3, 7, 2, 1},
+    {19, 64, 3, 8, 16, 3, 32},
     {2, 48, 3, 4, 5, 3, 24},
+    {2, 66, 5, 8, 16, 3, 1, {1, 4, 2, 11, 3, 2, 1, 1}},
+    {48, 18, 4, 8, 16, 3, 1, {4, 6, 7, 3, 3, 2, 1, 2}},
 };
 
 constexpr index kThreadCounts[] = {2, 3, 8};
@@ -58,6 +69,11 @@ std::vector<T> random_values(std::mt19937& generator, index count) {
   return values;
 }
 
+index size_of_u(const Shape& x) {
+  const auto& g = x.grid;
+  return (g[0] ? g[0] * g[1] * g[2] * g[3] : x.B * x.I) * x.K;
+}
+
 template <typename T>
 struct Inputs {
   Shape shape;
@@ -65,7 +81,7 @@ struct Inputs {
 
   Inputs(const Shape& x, std::mt19937& generator)
       : shape(x),
-        u(random_values<T>(generator, x.B * x.I * x.K)),
+        u(random_values<T>(generator, size_of_u(x))),
         weight(random_values<T>(generator, x.I / x.weight_sharing * x.J * x.D * x.K)),
         logits(random_values<T>(generator, x.I * x.J)),
         bias(random_values<T>(generator, x.J * x.D)),
@@ -75,9 +91,11 @@ struct Inputs {
 // Outputs and every gradient, one after another.
 template <typename T>
 std::vector<T> call(const Inputs<T>& x, bool full, index threads) {
-  const auto [B, I, J, K, D, R, weight_sharing] = x.shape;
-  const Problem<T> problem{
+  const auto [B, I, J, K, D, R, weight_sharing, g] = x.shape;
+  Problem<T> problem{
       B, I, J, K, D, R, weight_sharing, true, x.u.data(), x.weight.data(), x.logits.data()};
+  std::optional<Windows> windows;
+  if (g[0]) windows.emplace(g[0], g[1], g[2], g[3], K, g[4], g[5], g[6], g[7]).apply_to(problem);
   std::deque<std::vector<T>> workspaces;
   auto allocate = [&](index count) { return workspaces.emplace_back(count).data(); };
   const index N = J * D,
