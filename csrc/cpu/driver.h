@@ -20,7 +20,7 @@ Partition make_partition(const Problem<T>& p, index lanes) {
   constexpr index weight_bytes = 128 << 10, final_weight_bytes = 64 << 10;
   // Two second-level caches: what is held of u_hat must fit, and pay.
   constexpr index held_bytes = 2 << 20;
-  constexpr index most_slots = 16, blocks_per_task = 4, final_tasks = 32;
+  constexpr index most_slots = 16, blocks_per_task = 4, sweep_tasks = 128, final_tasks = 32;
   const index bytes = p.N() * p.K * index(sizeof(T));
 
   Partition part{};
@@ -33,7 +33,9 @@ Partition make_partition(const Problem<T>& p, index lanes) {
   part.groups = ceil_div(part.blocks, part.group);
 
   const index unit = part.capsule_lanes ? lanes : 1;
-  const index slots = std::min(most_slots, ceil_div(p.I, std::max(unit, index(8))));
+  // Samples by the thousand are tasks enough: fewer partial sums then.
+  const index slots = std::min({most_slots, ceil_div(sweep_tasks, part.groups),
+                                ceil_div(p.I, std::max(unit, index(8)))});
   part.slot_capsules = ceil_div(ceil_div(p.I, slots), unit) * unit;
   part.slots = ceil_div(p.I, part.slot_capsules);
   part.chunk = std::clamp(weight_bytes / bytes, index(1), part.slot_capsules);
