@@ -9,8 +9,8 @@ JOBS ?= 2
 
 VENV := .venv
 PY := $(VENV)/bin/python
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h tests/sanitizers/*.c*)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
+CPP := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h tests/sanitizers/*.c*)
 
 .PHONY: setup train test coverage sanitize install-matrix lint format bench cpu-report gpu-report figures cuda-build clean
 
