@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
-from capsule_kernels import CapsuleConv2d, CapsuleLinear, autograd, fused_routing
+from capsule_kernels import (
+    CapsuleConv2d,
+    CapsuleLinear,
+    autograd,
+    fused_routing,
+    fused_routing_conv,
+)
 from capsule_kernels.backends import triton
 from capsule_kernels.ops import OPERATORS, Operators
 
@@ -285,7 +292,72 @@ def test_a_layer_is_a_module(target: Target, dtype: torch.dtype) -> None:
         assert_same(p.grad, q.grad)
 
 
+def convolve(u: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """Windows that overlap along the rows and leave the grid, routed twice."""
+    return fused_routing_conv(u, weight, 2, stride=(1, 2), padding=(1, 0), backend=backend)
+
+
+@pytest.fixture
+def grid_and_kernel(target: Target, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (4, 1, 2, 2, 3), (1, 2, 1, 2, 3, 2)
+    return [
+        torch.randn(shape, generator=generator).to(target.device, dtype).requires_grad_()
+        for shape in shapes
+    ]
+
+
+def test_opcheck_of_windows(target: Target, grid_and_kernel: list[Tensor]) -> None:
+    u, weight = (x.detach() for x in grid_and_kernel)
+    forward, backward = OPERATORS[target.backend]
+    grid, weight, window = u.permute(0, 3, 4, 1, 2), weight.flatten(0, 2), [2, 1, 1, 2]
+    torch.library.opcheck(forward, (grid, weight, None, None, 2, False, 1, True, window))
+    v, s, _ = forward(grid, weight, None, None, 2, False, 1, True, window)
+    options = (False, 1, True, [True, True, True, False], window)
+    torch.library.opcheck(backward, (v, grid, weight, None, s, *options))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_windows(target: Target, grid_and_kernel: list[Tensor], name: str) -> None:
+    u, weight = (x.detach() for x in grid_and_kernel)
+    found, expected = (
+        TRANSFORMS[name](partial(convolve, backend=backend))(u, weight)
+        for backend in (target.backend, "reference")
+    )
+    assert_same(found, expected)
+
+
+def test_windows_under_compile(target: Target, grid_and_kernel: list[Tensor]) -> None:
+    u, weight = grid_and_kernel
+    whole = torch.compile(convolve, fullgraph=True, dynamic=True, backend="aot_eager")
+    for B in (4, 5):
+        sized = torch.cat([u.detach(), -u.detach()])[:B].requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=B != 4):
+            found = whole(sized, weight, target.backend)
+        expected = convolve(sized, weight, target.backend)
+        assert torch.equal(found, expected)
+        gradients = (
+            torch.autograd.grad(v.square().sum(), (sized, weight)) for v in (found, expected)
+        )
+        torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_windows_under_autocast(
+    target: Target, grid_and_kernel: list[Tensor], low: torch.dtype
+) -> None:
+    leaves = [x.detach().float().requires_grad_() for x in grid_and_kernel]
+    with torch.autocast(target.device, low):
+        found = convolve(*leaves, target.backend)
+    expected = convolve(*(x.to(low) for x in leaves), target.backend)
+    assert found.dtype == low
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(v.float().sum(), leaves) for v in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
 def test_convolutional_capsules(target: Target, dtype: torch.dtype) -> None:
+    """A layer and a gradient penalty of it; exported for any batch."""
     torch.manual_seed(0)
     layer = CapsuleConv2d(
         1, 2, 2, 3, (2, 1), (1, 2), (1, 0), 2, bias=True, learn_logits=True,
@@ -294,9 +366,16 @@ def test_convolutional_capsules(target: Target, dtype: torch.dtype) -> None:
     oracle = copy.deepcopy(layer)
     oracle.backend = "reference"
     u = torch.randn(2, 1, 2, 2, 3, dtype=dtype, device=target.device, requires_grad=True)
-    found, expected = (
-        [v, *torch.autograd.grad(v.square().sum(), [u, *same.parameters()])]
-        for same in (layer, oracle)
-        for v in [same(u)]
-    )
-    assert_same(found, expected)
+
+    def derivatives(layer: nn.Module) -> list[Tensor]:
+        v = layer(u)
+        leaves = [u, *layer.parameters()]
+        first = torch.autograd.grad(v.square().sum(), leaves, create_graph=True)
+        penalty = torch.stack([g.square().sum() for g in first]).sum()
+        return [v, *first, *torch.autograd.grad(penalty, leaves)]
+
+    assert_same(derivatives(layer), derivatives(oracle))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    served = torch.export.export(layer, (u,), dynamic_shapes=({0: batch},)).module()
+    for B in (1, 2):
+        assert torch.equal(served(u[:B]), layer(u[:B]))

@@ -21,6 +21,7 @@ from model.config import Config
 from model.losses import total_loss
 from model.views import Batch
 
+from . import conv_cases
 from .cases import OPTIONS, SHAPES, Case, check_case, copies, make_inputs, run
 from .tiny import ARCHITECTURE, tiny_capsnet
 
@@ -69,6 +70,20 @@ def test_matches_oracle(case, dtype, backend):
 def test_matches_oracle_at_full_size(case, dtype, backend):
     skip_unsupported(backend, case, dtype)
     check_case(case, dtype, backend, "cuda")
+
+
+CONVOLUTIONS = [
+    *conv_cases.CASES,
+    conv_cases.Conv(B=16, C=32, H=14, W=14, J=16, D=8, window=(3, 3), stride=(2, 2)),
+]
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_convolutional_capsules_match_oracle(case, dtype, backend):
+    kh, kw = case.window
+    skip_unsupported(backend, Case(I=case.C * kh * kw, J=case.J, K=case.K, D=case.D), dtype)
+    conv_cases.check(case, dtype, backend, "cuda")
 
 
 def test_tf32_is_taken_where_allowed(backend):
