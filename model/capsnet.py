@@ -85,7 +85,7 @@ class CapsNet(nn.Module):
     def primary_capsules(self, images: Tensor) -> Tensor:
         """Input capsules u [B, I, K] of images [B, C, H, W] in 0..1."""
         images = images.contiguous(memory_format=torch.channels_last)
-        return self.primary(F.relu(self.conv1(images)))
+        return self.primary(F.relu(self.conv1(images), inplace=True))
 
     def capsules(self, images: Tensor) -> Tensor:
         """Class capsules v [B, J, D] of images [B, C, H, W] in 0..1."""

@@ -34,14 +34,16 @@ Partition make_partition(const Problem<T>& p, index lanes) {
 
   const index unit = part.capsule_lanes ? lanes : 1;
   // Samples by the thousand are tasks enough: fewer partial sums then.
-  const index slots = std::min({most_slots, ceil_div(sweep_tasks, part.groups),
-                                ceil_div(p.I, std::max(unit, index(8)))});
+  const index slots = std::min(
+      {most_slots, ceil_div(sweep_tasks, part.groups), ceil_div(p.I, std::max(unit, index(8)))});
   part.slot_capsules = ceil_div(ceil_div(p.I, slots), unit) * unit;
   part.slots = ceil_div(p.I, part.slot_capsules);
   part.chunk = std::clamp(weight_bytes / bytes, index(1), part.slot_capsules);
 
-  part.final_chunk =
-      part.capsule_lanes ? lanes : std::clamp(final_weight_bytes / bytes, index(1), p.I);
+  // At least so many capsules that they share what the last sweep reads of V and ds.
+  part.final_chunk = part.capsule_lanes
+                         ? lanes
+                         : std::clamp(final_weight_bytes / bytes, std::min(index(4), p.I), p.I);
   if (p.weight_sharing > 1) {
     part.final_chunk = std::min(part.final_chunk, p.weight_sharing);
     part.splits = std::clamp(ceil_div(final_tasks, p.I / p.weight_sharing), index(1),

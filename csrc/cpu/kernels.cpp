@@ -1,6 +1,7 @@
 // The kernel table of one instruction set. Compiled once for each, see setup.py.
 #include "capsule_lanes.h"
-#include "sample_lanes.h"
+#include "sample_final.h"
+#include "sample_sweep.h"
 #include "squash.h"
 
 namespace capsule::CAPSULE_ISA {
@@ -12,8 +13,8 @@ size_t scratch_size(const Problem<T>& p, const Partition& part) {
   if (part.capsule_lanes)
     return larger(
         squash, larger(CapsuleLanes<T>::sweep_scratch(p, part), CapsuleLanes<T>::final_scratch(p)));
-  return larger(squash, larger(SampleLanes<T, 2>::sweep_scratch(p, part.chunk),
-                               SampleLanes<T, 2>::final_scratch(p, part.final_chunk)));
+  return larger(squash, larger(SampleSweep<T, 2>::sweep_scratch(p, part.chunk),
+                               SampleFinal<T, 2>::final_scratch(p, part.final_chunk)));
 }
 
 // Whether the block that begins at a sample is two vectors wide, or a last one of one.
@@ -45,11 +46,15 @@ void routing_sweep(const Problem<T>& p, const Partition& part, const Sweep<T>& s
   for (index i0 = i_begin; i0 < i_end; i0 += part.chunk) {
     const index i1 = i0 + part.chunk < i_end ? i0 + part.chunk : i_end;
     for (index b = b0; b < b1; b += part.block) {
+      const bool last = b + part.block >= b1;
+      const index next_b = last ? b0 : b + part.block, next_i0 = last ? i1 : i0;
       T* out = partial + b * N;
       if (is_wide<T>(part, b))
-        SampleLanes<T, 2>::template sweep_block<is_backward>(p, sweep, b, i0, i1, out, scratch);
+        SampleSweep<T, 2>::template sweep_part<is_backward>(p, sweep, {b, i0, i1, next_b, next_i0},
+                                                            out, scratch);
       else
-        SampleLanes<T, 1>::template sweep_block<is_backward>(p, sweep, b, i0, i1, out, scratch);
+        SampleSweep<T, 1>::template sweep_part<is_backward>(p, sweep, {b, i0, i1, next_b, next_i0},
+                                                            out, scratch);
     }
   }
 }
@@ -81,23 +86,23 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
 
   const bool paper_sizes = K == 8 && p.D == 16;  // loops of constant length, unrolled
   auto run_blocks = [&](index i0, index i1, bool first, bool last) {
-    const typename SampleLanes<T, 2>::Final wide(p, part.final_chunk, scratch);
-    const typename SampleLanes<T, 1>::Final narrow(p, part.final_chunk, scratch);
+    const typename SampleFinal<T, 2>::Final wide(p, part.final_chunk, scratch);
+    const typename SampleFinal<T, 1>::Final narrow(p, part.final_chunk, scratch);
     for (T* x = first ? wide.dW : wide.dlogits; x < wide.packed; ++x) *x = 0;
     for (index b = 0; b < part.padded; b += part.block)
       if (is_wide<T>(part, b))
-        paper_sizes ? SampleLanes<T, 2>::template final_block<8, 16>(p, sweep, b, i0, i1, wide)
-                    : SampleLanes<T, 2>::template final_block<0, 0>(p, sweep, b, i0, i1, wide);
+        paper_sizes ? SampleFinal<T, 2>::template final_block<8, 16>(p, sweep, b, i0, i1, wide)
+                    : SampleFinal<T, 2>::template final_block<0, 0>(p, sweep, b, i0, i1, wide);
       else
-        paper_sizes ? SampleLanes<T, 1>::template final_block<8, 16>(p, sweep, b, i0, i1, narrow)
-                    : SampleLanes<T, 1>::template final_block<0, 0>(p, sweep, b, i0, i1, narrow);
+        paper_sizes ? SampleFinal<T, 1>::template final_block<8, 16>(p, sweep, b, i0, i1, narrow)
+                    : SampleFinal<T, 1>::template final_block<0, 0>(p, sweep, b, i0, i1, narrow);
     if (sweep.grad_logits)
       for (index i = i0; i < i1; ++i)
         for (index j = 0; j < p.J; ++j)
           sweep.grad_logits[i * p.J + j] =
               sum_lanes<T>(load(wide.dlogits + ((i - i0) * p.J + j) * kLanes<T>));
     if (last && grad_weight)
-      SampleLanes<T, 2>::write_weights(wide.dW, K, sharing > 1 ? N : (i1 - i0) * N,
+      SampleFinal<T, 2>::write_weights(wide.dW, K, sharing > 1 ? N : (i1 - i0) * N,
                                        grad_weight + (sharing > 1 ? 0 : (i0 - begin) * N * K));
   };
   for (index i0 = begin; i0 < end; i0 += part.final_chunk) {

@@ -10,6 +10,10 @@ namespace capsule {
 
 using index = int64_t;
 
+// Shared by code that is compiled for different instruction sets: never a function that the linker
+// could take from the wrong one.
+#define CAPSULE_SHARED inline __attribute__((always_inline))
+
 template <typename T>
 struct Problem {
   index B, I, J, K, D, R;
@@ -28,10 +32,12 @@ struct Problem {
   index overlap = 1;
 
   // Where capsule i of sample b begins in u.
-  index at(index b, index i) const {
+  CAPSULE_SHARED index at(index b, index i) const {
     return sample_at ? sample_at[b] + capsule_at[i] : (b * I + i) * K;
   }
-  index N() const { return J * D; }
+  // The row of weight that capsule i uses; a division costs as much as a few predictions.
+  CAPSULE_SHARED index row(index i) const { return weight_sharing == 1 ? i : i / weight_sharing; }
+  CAPSULE_SHARED index N() const { return J * D; }
 };
 
 // How a sweep over all (b, i) is cut into tasks: by the shape alone, never by the number of
@@ -56,7 +62,7 @@ struct Partition {
   index padded;  // samples, rounded up to whole vectors
   index held;    // elements of u_hat that a call keeps in the caches, or 0 (see make_partition)
 
-  index tasks() const { return slots * groups; }
+  CAPSULE_SHARED index tasks() const { return slots * groups; }
 };
 
 // One routing sweep: partial[slot] += sum over the slot's i of coefficient_ij u_hat_ij, where the
@@ -96,7 +102,7 @@ struct FinalSweep {
   T* grad_weight;  // [I / weight_sharing * splits, J, D, K] or null
   T* grad_logits;  // [I, J] or null
 
-  bool needs_dl(index t) const { return grad_logits || (full && t > 1); }
+  CAPSULE_SHARED bool needs_dl(index t) const { return grad_logits || (full && t > 1); }
 };
 
 // Between sweeps. Forward: s^t = sum of partials + bias, V^t = V^(t-1) + squash(s^t).

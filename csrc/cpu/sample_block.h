@@ -1,0 +1,99 @@
+// A block of samples, one a vector lane: `vectors` vectors of them, [..][width] in memory. Softmax
+// over j and dots over d then need no horizontal sums. Here is what all sweeps do with a block:
+// pack its input capsules, and predict.
+#pragma once
+
+#include "routing.h"
+#include "rows.h"
+
+namespace capsule::CAPSULE_ISA {
+
+template <typename T, int vectors>
+struct SampleBlock {
+  using V = Vec<T>;
+  static constexpr int lanes = kLanes<T>;
+  static constexpr int width = vectors * lanes;
+  static constexpr bool many_registers = sizeof(V) == 64;  // 32 of them, otherwise 16
+  // Rows of a tile. Accumulators in flight hide the latency of a multiply-add; a product with
+  // nothing else in registers can afford more of them, which takes fewer loads.
+  static constexpr int tile = 8 / vectors;
+  static constexpr int sum_tile = many_registers ? 16 : 8;
+
+  template <int n>
+  using Tile = V[n][vectors];
+
+  template <int n>
+  static CAPSULE_INLINE void load_tile(const T* x, Tile<n>& acc) {
+#pragma GCC unroll 16
+    for (int m = 0; m < n; ++m)
+#pragma GCC unroll 16
+      for (int q = 0; q < vectors; ++q) acc[m][q] = load(x + m * width + q * lanes);
+  }
+
+  template <int n>
+  static CAPSULE_INLINE void store_tile(const Tile<n>& acc, T* x) {
+#pragma GCC unroll 16
+    for (int m = 0; m < n; ++m)
+#pragma GCC unroll 16
+      for (int q = 0; q < vectors; ++q) store(x + m * width + q * lanes, acc[m][q]);
+  }
+
+  // acc[n] = sum_k W[n][k] u[k], a tile of u_hat.
+  template <int n>
+  static CAPSULE_INLINE void predict(const T* W, index K, const T* u, Tile<n>& acc) {
+#pragma GCC unroll 16
+    for (int m = 0; m < n; ++m)
+#pragma GCC unroll 16
+      for (int q = 0; q < vectors; ++q) acc[m][q] = V{};
+    add_prediction<n>(W, K, u, acc);
+  }
+
+  // acc[n] += sum_k W[n][k] u[k]
+  template <int n>
+  static CAPSULE_INLINE void add_prediction(const T* W, index K, const T* u, Tile<n>& acc) {
+    for (index k = 0; k < K; ++k) {
+      V x[vectors];
+#pragma GCC unroll 16
+      for (int q = 0; q < vectors; ++q) x[q] = load(u + k * width + q * lanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < n; ++m) {
+        const V weight = broadcast(W[m * K + k]);
+#pragma GCC unroll 16
+        for (int q = 0; q < vectors; ++q) acc[m][q] += weight * x[q];
+      }
+    }
+  }
+
+  // packed[(i, k)][width] from the rows of `count` capsules; lanes past the batch repeat its last
+  // sample, whose results are dropped. `gathered` is [lanes][count][K] for windows.
+  static CAPSULE_INLINE void pack(const Problem<T>& p, index first_sample, index i0, index count,
+                                  T* packed, T* gathered) {
+#pragma GCC unroll 16
+    for (int q = 0; q < vectors; ++q) {
+      auto row = [&](index r) {
+        index b = first_sample + q * lanes + r;
+        if (b >= p.B) b = p.B - 1;
+        return row_of(p, b, i0, count, gathered + r * count * p.K);
+      };
+      gather_rows(row, count * p.K, packed + q * lanes, width);
+    }
+  }
+
+  // Elements that hold the rows of a vector of samples under a window.
+  static CAPSULE_INLINE index gathered_size(const Problem<T>& p, index count) {
+    return p.sample_at ? lanes * count * p.K : 0;
+  }
+
+  // Asks for u of `count` capsules of sample b, ahead of time: rows of different samples lie too
+  // far apart for the processor to guess the next one.
+  static CAPSULE_INLINE void prefetch_row(const Problem<T>& p, index b, index i, index count) {
+    constexpr index line = 64 / sizeof(T);
+    if (b >= p.B || i + count > p.I) return;
+    if (p.sample_at)
+      for (index x = 0; x < count; ++x) __builtin_prefetch(p.u + p.at(b, i + x));
+    else
+      for (index k = 0; k < count * p.K; k += line) __builtin_prefetch(p.u + p.at(b, i) + k);
+  }
+};
+
+}  // namespace capsule::CAPSULE_ISA
