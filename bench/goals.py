@@ -149,6 +149,20 @@ def step_speedup(model: str, B: int) -> Measure:
     return measure
 
 
+def step_memory_ratio(model: str, B: int) -> Measure:
+    """Extra memory of a training step of another model over that of ours."""
+
+    def measure(records: list[Record], _ceilings: Record) -> float:
+        where = {"table": "training", "part": "whole step", "B": B}
+        both = [found(records, implementation=name, **where) for name in (model, training.FUSED)]
+        for record in both:
+            if "extra_bytes" not in record:
+                raise NotMeasuredError(record["status"])
+        return both[0]["extra_bytes"] / both[1]["extra_bytes"]
+
+    return measure
+
+
 def cpu_goals() -> Iterator[Goal]:
     for direction, of_eager, of_compiled in ((FORWARD, 30, 10), (BOTH, 30, 8)):
         at = f"{direction}, B = 128, "
@@ -172,6 +186,8 @@ def cpu_goals() -> Iterator[Goal]:
     )
     yield Goal("training step, of the oracle's", step_speedup(training.ORACLE, 128), ratio, 1.4)
     yield Goal("training step, of a popular one", step_speedup(training.POPULAR, 128), ratio, 2.5)
+    what = "training step, extra memory, the oracle's over ours"
+    yield Goal(what, step_memory_ratio(training.ORACLE, 128), ratio, 2)
 
 
 H200_FLOORS = {

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from .records import CannotRunError, Record, reason_of, select
 from .routing import Settings
 from .shapes import MANY_CLASSES, MNIST, Inputs, Shape, make_inputs
 
+Result = TypeVar("Result")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -47,15 +49,21 @@ def measure_memory(
         try:
             if reason := implementation.reason_to_skip(shape, B, settings.device):
                 raise CannotRunError(reason)
-            where = in_fresh_process if settings.device == "cpu" else call_here
-            extra, saved = where(probe, implementation.name, shape, B, settings)
+            extra, saved = measured_in(settings.device)(
+                probe, implementation.name, shape, B, settings
+            )
             record |= {"extra_bytes": extra, "saved_bytes": saved, "status": "ok"}
         except Exception as error:
             record |= {"status": reason_of(error)}
         yield record
 
 
-def in_fresh_process(function: Callable, *arguments: object) -> tuple[int, int]:
+def measured_in(device: str) -> Callable[..., Any]:
+    """What calls a function where its memory can be measured, on any device."""
+    return in_fresh_process if device == "cpu" else call_here
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Result:
     # Blocks of 64 KiB and more go straight back to the system when freed: nothing is hidden in
     # blocks that an earlier call left in the allocator.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
@@ -67,7 +75,7 @@ def in_fresh_process(function: Callable, *arguments: object) -> tuple[int, int]:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
-def call_here(function: Callable, *arguments: object) -> tuple[int, int]:
+def call_here(function: Callable[..., Result], *arguments: object) -> Result:
     torch._dynamo.reset()
     return function(*arguments)
 

@@ -175,13 +175,13 @@ def memory_table(records: list[Record], _ceilings: Record) -> Table:
 def training_table(records: list[Record], _ceilings: Record) -> Table:
     table = Table(
         "A training step of the CapsNet and its parts",
-        ["model", "part", "B", "median", "spread", "images/s", "of the step"],
+        ["model", "part", "B", "median", "spread", "images/s", "of the step", "extra memory"],
     )
     steps = {r["implementation"]: r for r in select(records, part="whole step") if "seconds" in r}
     for record in records:
         where = [record["implementation"], record["part"], str(record["B"])]
         if "seconds" not in record:
-            table.rows.append([*where, table.note(record["status"]), "", "", ""])
+            table.rows.append([*where, table.note(record["status"]), "", "", "", ""])
             continue
         step = steps.get(record["implementation"])
         table.rows.append(
@@ -191,6 +191,7 @@ def training_table(records: list[Record], _ceilings: Record) -> Table:
                 percent(record["spread"] / record["seconds"]),
                 f"{record['B'] / record['seconds']:.0f}",
                 percent(record["seconds"] / step["seconds"]) if step else "-",
+                size(record["extra_bytes"]) if "extra_bytes" in record else "",
             ]
         )
     return table

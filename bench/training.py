@@ -1,4 +1,4 @@
-"""Time of a training step of the MNIST CapsNet, ours and others', and of its parts."""
+"""Time and memory of a training step of the MNIST CapsNet, ours and others', and of its parts."""
 
 import argparse
 from collections.abc import Callable, Collection, Iterator
@@ -10,6 +10,7 @@ from model.capsnet import CapsNet
 from model.config import Architecture
 from model.losses import margin_loss, multi_hot, reconstruction_loss
 
+from .memory import extra_bytes, measured_in
 from .options import positive
 from .peers import oracle
 from .popular import PopularCapsNet
@@ -87,10 +88,24 @@ def check_popular(model: PopularCapsNet) -> None:
         raise ValueError(f"its capsule layer differs from the oracle's by {error:.1e}")
 
 
+def step_memory(name: str, B: int, settings: Settings) -> int:
+    """Bytes at the peak of a step beyond the parameters and the optimiser's state."""
+    settings.apply()
+    step = Step(MODELS[name](), B, settings.device)
+    step.whole()
+    step.optimiser.zero_grad()
+
+    def whole() -> tuple[Tensor, ...]:
+        step.whole()
+        return ()
+
+    return extra_bytes(whole, settings.device)
+
+
 def measure_steps(
     B: int, settings: Settings, parts_of: Collection[str] = tuple(MODELS)
 ) -> Iterator[Record]:
-    """Whole steps of all models, interleaved; then the parts of some."""
+    """Whole steps of all models, interleaved, and their memory; then the parts of some."""
     steps: dict[str, Step] = {}
     failures: dict[str, str] = {}
     for name in MODELS:
@@ -124,6 +139,12 @@ def measure_steps(
             }
             if name in timings:
                 record |= timings[name].fields()
+            if part == "whole step" and name in timings:
+                try:
+                    where = measured_in(settings.device)
+                    record["extra_bytes"] = where(step_memory, name, B, settings)
+                except Exception as error:
+                    record["status"] = reason_of(error)
             yield record
 
 
