@@ -191,7 +191,9 @@ def route(
             u, *tensors, chosen, *options, routing_gradient, return_coupling, *window
         )
     else:
-        v, _, coupling = OPERATORS[chosen].forward(u, *tensors, *options, return_coupling, window)
+        v, _, coupling = OPERATORS[chosen].forward(
+            u, *tensors, *options, return_coupling, window or None
+        )
     return v, coupling
 
 

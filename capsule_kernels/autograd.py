@@ -34,7 +34,7 @@ def forward_operator(
 
     u and ``window`` as in :data:`capsule_kernels.ops.FORWARD_SCHEMA`.
     """
-    options = (num_iterations, leaky, weight_sharing, return_coupling, window)
+    options = (num_iterations, leaky, weight_sharing, return_coupling, window or None)
     v, s, coupling = OPERATORS[backend].forward(u, weight, logits, bias, *options)
     return v, coupling, s
 
@@ -161,7 +161,7 @@ def backward_operator(
     wanted, window = list(wanted_and_window[:4]), wanted_and_window[4:]
     full = routing_gradient == "full"
     return OPERATORS[backend].backward(
-        grad_v, u, weight, logits, s, leaky, weight_sharing, full, wanted, window
+        grad_v, u, weight, logits, s, leaky, weight_sharing, full, wanted, window or None
     )
 
 

@@ -20,7 +20,7 @@ from .windows import capsules, grid_gradient, sizes
 
 FORWARD_SCHEMA = (
     "(Tensor u, Tensor weight, Tensor? logits, Tensor? bias, int num_iterations, bool leaky, "
-    "int weight_sharing, bool return_coupling, SymInt[] window=[]) "
+    "int weight_sharing, bool return_coupling, SymInt[]? window=None) "
     "-> (Tensor v, Tensor s, Tensor coupling)"
 )
 """``v`` [B, J, D] in the dtype of u; ``s`` [R, B, J, D], the total inputs of every iteration, bias
@@ -33,7 +33,7 @@ stands for B H' W' in all other shapes, I for C kh kw, and ``weight_sharing`` mu
 
 BACKWARD_SCHEMA = (
     "(Tensor grad_v, Tensor u, Tensor weight, Tensor? logits, Tensor s, bool leaky, "
-    "int weight_sharing, bool full_gradient, bool[4] output_mask, SymInt[] window=[]) "
+    "int weight_sharing, bool full_gradient, bool[4] output_mask, SymInt[]? window=None) "
     "-> (Tensor grad_u, Tensor grad_weight, Tensor grad_logits, Tensor grad_bias)"
 )
 """Gradients in the shapes and the dtype of u (with a window: of the grid), weight, logits [I, J],
@@ -59,7 +59,7 @@ def forward_shapes(
     leaky: bool,
     weight_sharing: int,
     return_coupling: bool,
-    window: Sequence[int] = (),
+    window: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty outputs of ``routing_forward``: its fake implementation, and what backends fill."""
     B, I = sizes(u, window)
@@ -81,7 +81,7 @@ def backward_shapes(
     weight_sharing: int,
     full_gradient: bool,
     output_mask: list[bool],
-    window: Sequence[int] = (),
+    window: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty outputs of ``routing_backward``: its fake implementation, and what backends fill."""
     _, I = sizes(u, window)
@@ -95,7 +95,7 @@ def backward_shapes(
 
 
 def _triton_forward(
-    u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling, window=()
+    u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling, window=None
 ):
     from .backends import triton
 
@@ -112,7 +112,7 @@ def _triton_forward(
 
 
 def _triton_backward(
-    grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask, window=()
+    grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask, window=None
 ):
     from .backends import triton
 

@@ -1,6 +1,6 @@
 """The windows of a grid of capsules, copied for what does not find its way in the grid itself.
 
-A ``window`` as in :data:`capsule_kernels.ops.FORWARD_SCHEMA`; an empty one leaves u as it is.
+A ``window`` as in :data:`capsule_kernels.ops.FORWARD_SCHEMA`; without one u stays as it is.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 
-def capsules(u: Tensor, window: Sequence[int]) -> Tensor:
+def capsules(u: Tensor, window: Sequence[int] | None) -> Tensor:
     """Input capsules [B, I, K]: u itself, or a copy of its windows."""
     return view(u, window).flatten(0, 2).flatten(1, 3) if window else u
 
 
-def grid_gradient(gradient: Tensor, u: Tensor, window: Sequence[int]) -> Tensor:
+def grid_gradient(gradient: Tensor, u: Tensor, window: Sequence[int] | None) -> Tensor:
     """The gradient of u, from that of ``capsules(u, window)``; [0] stays."""
     if not window or gradient.dim() == 1:
         return gradient
@@ -29,7 +29,7 @@ def grid_gradient(gradient: Tensor, u: Tensor, window: Sequence[int]) -> Tensor:
     return grid.to(u.dtype)
 
 
-def sizes(u: Tensor, window: Sequence[int]) -> tuple[int, int]:
+def sizes(u: Tensor, window: Sequence[int] | None) -> tuple[int, int]:
     """Samples and input capsules of a sample: B and I."""
     if not window:
         return u.shape[0], u.shape[1]

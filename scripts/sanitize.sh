@@ -60,7 +60,7 @@ address() {
   libraries=("$(runtime libasan.so)" "$(runtime libstdc++.so)")
   {
     with_libraries "${libraries[@]}" -- -m pytest -q -p no:cacheprovider \
-      tests/test_cpu.py tests/test_odd_inputs.py tests/test_threads.py &&
+      tests/test_cpu.py tests/test_conv_kernels.py tests/test_odd_inputs.py tests/test_threads.py &&
       with_libraries "${libraries[@]}" -- -m tests.operator_fuzz --calls "$CALLS" --threads 2 \
         --memory-gib 0
   } || status=1

@@ -151,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& u, const Tensor
                                                    const optional<Tensor>& bias,
                                                    int64_t num_iterations, bool leaky,
                                                    int64_t weight_sharing, bool return_coupling,
-                                                   at::IntArrayRef window) {
+                                                   at::OptionalIntArrayRef window_) {
+  const at::IntArrayRef window = window_.value_or(at::IntArrayRef());
   const Sizes sizes = check_inputs("routing_forward", u, weight, logits, bias, num_iterations,
                                    weight_sharing, window);
   const auto [B, I, J, K, D] = sizes;
@@ -176,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& u, const Tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> routing_backward(
     const Tensor& grad_v, const Tensor& u, const Tensor& weight, const optional<Tensor>& logits,
     const Tensor& s, bool leaky, int64_t weight_sharing, bool full_gradient,
-    std::array<bool, 4> output_mask, at::IntArrayRef window) {
+    std::array<bool, 4> output_mask, at::OptionalIntArrayRef window_) {
+  const at::IntArrayRef window = window_.value_or(at::IntArrayRef());
   static constexpr const char* op = "routing_backward";
   TORCH_CHECK_VALUE(s.dim() == 4, op, ": s must have shape [R, B, J, D], got ", s.sizes());
   const Sizes sizes = check_inputs(op, u, weight, logits, {}, s.size(0), weight_sharing, window);

@@ -146,8 +146,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& grid, const Tensor& wei
                                            const optional<Tensor>& logits_,
                                            const optional<Tensor>& bias_, int64_t num_iterations,
                                            bool leaky, int64_t weight_sharing, bool return_coupling,
-                                           at::IntArrayRef window) {
+                                           at::OptionalIntArrayRef window_) {
   const c10::cuda::CUDAGuard guard(grid.device());
+  const at::IntArrayRef window = window_.value_or(at::IntArrayRef());
   const Tensor u_ = capsules_of(grid, window);
   const Shape shape = shape_of(u_, weight_, num_iterations, weight_sharing);
   const Scalar scalar = scalar_of(u_);
@@ -175,8 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& grid, const Tensor& wei
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_v_, const Tensor& grid, const Tensor& weight_,
     const optional<Tensor>& logits_, const Tensor& s_, bool leaky, int64_t weight_sharing,
-    bool full_gradient, std::array<bool, 4> output_mask, at::IntArrayRef window) {
+    bool full_gradient, std::array<bool, 4> output_mask, at::OptionalIntArrayRef window_) {
   const c10::cuda::CUDAGuard guard(grid.device());
+  const at::IntArrayRef window = window_.value_or(at::IntArrayRef());
   const Tensor u_ = capsules_of(grid, window);
   const Shape shape = shape_of(u_, weight_, s_.size(0), weight_sharing);
   const Scalar scalar = scalar_of(u_);

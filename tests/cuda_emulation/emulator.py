@@ -120,7 +120,7 @@ class Emulator:
 
     def routing_forward(
         self, u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling,
-        window=(),
+        window=None,
     ):  # fmt: skip
         u = capsules(u, window)
         outputs = ops.forward_shapes(
@@ -131,7 +131,7 @@ class Emulator:
 
     def routing_backward(
         self, grad_v, grid, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask,
-        window=(),
+        window=None,
     ):  # fmt: skip
         u = capsules(grid, window)
         outputs = ops.backward_shapes(
