@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from capsule_kernels import CapsuleConv2d
+
 from .targets import DEVICES
 from .tiny import tiny_capsnet
 
@@ -79,3 +81,18 @@ def test_a_saved_program_in_a_fresh_process(kind: str, device: str, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     for scores in torch.load(tmp_path / "scores.pt"):
         torch.testing.assert_close(scores, network(images[: len(scores)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_windows_in_a_package(device: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = CapsuleConv2d(2, 4, 3, 4, 3, stride=2, padding=1, device=device).eval()
+    u = torch.randn(4, 2, 4, 9, 8, device=device)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(layer, (u,), dynamic_shapes=({0: batch},))
+    package = str(tmp_path / "program.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=package)
+    serve = torch._inductor.aoti_load_package(package)
+    for B in (1, 4):
+        torch.testing.assert_close(serve(u[:B]), layer(u[:B]))
