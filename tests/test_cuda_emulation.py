@@ -10,7 +10,7 @@ import torch
 from capsule_kernels import fused_routing, reference_routing
 from capsule_kernels.backends import cuda
 
-from . import cases
+from . import cases, conv_cases
 from .cases import OPTIONS, Case, check_case, copies, make_inputs, reordered, run
 from .cuda_emulation.emulator import KERNELS, Device, Emulator, Shape, build, compiler
 from .tolerance import assert_as_good_as_reference
@@ -57,6 +57,13 @@ def emulator(built: Emulator, monkeypatch: pytest.MonkeyPatch):
 def test_float32_agrees_with_the_oracle(emulator: Emulator, case: Case) -> None:
     check_case(case, torch.float32, "cuda")
     assert emulator.launches == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("case", conv_cases.CASES[:3], ids=str)
+@pytest.mark.usefixtures("emulator")
+def test_windows_agree_with_the_oracle(case: conv_cases.Conv) -> None:
+    """Copied in Python here; on a device by the binding."""
+    conv_cases.check(case, torch.float32, "cuda")
 
 
 @pytest.mark.parametrize("case", [Case(D=1), Case(R=10)], ids=str)
