@@ -8,28 +8,13 @@ import triton.language as tl
 
 from .blocks import (
     agreement_vectors,
-    capsules_to_columns,
-    capsules_to_lanes,
-    coupling_coefficients,
-    gradient_of_input,
-    input_capsule,
-    lane_agreement,
-    lane_offsets,
-    lanes_to_capsules,
-    logit_gradients,
-    over_lanes,
-    prediction_vectors,
-    prior_logits,
-    product,
     squash,
     squash_vjp,
     state_offsets,
     sum_of_partials,
-    table_offsets,
-    weight_offsets,
-    weight_tile,
     wide,
 )
+from .gradients import table_offsets
 from .sweeps import (
     agreement_with,
     input_capsules,
@@ -41,6 +26,7 @@ from .sweeps import (
     squash_vjps,
     state_for_every_warp,
     state_over_inputs,
+    statistics_tile,
     store_state,
     sum_of_states,
     summed_agreement_vectors,
@@ -160,11 +146,12 @@ def routing_backward_kernel(
             )
             b += (b_n + agreement_with(V[n], u, W[n], STEP_I, ACC, PRECISION),)
             dc += (agreement_with(ds[n], u, W[n], STEP_I, ACC, PRECISION),)
-        e, inverse = softmax_parts(
-            b, statistics_ptr, start, i_b, B, I, LEAKY, WARPS_I, WARPS_J, UNROLL_J, STEP_I
+        p_statistics, mask, plane = statistics_tile(
+            statistics_ptr, start, i_b, B, I, WARPS_I, WARPS_J, STEP_I
         )
+        e, inverse = softmax_parts(b, p_statistics, mask, plane, LEAKY, WARPS_I, WARPS_J, UNROLL_J)
         mean = mean_gradient(
-            e, dc, inverse, statistics_ptr, start, i_b, B, I, WARPS_I, WARPS_J, UNROLL_J, STEP_I
+            e, dc, inverse, p_statistics, mask, plane, WARPS_I, WARPS_J, UNROLL_J
         )
         G_new = ()
         for n in tl.static_range(UNROLL_J):
@@ -176,6 +163,17 @@ def routing_backward_kernel(
     store_state(p_partial, G_step, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
 
 
+@triton.jit
+def store_in_table(p_table, ds, V, b, d, mask, to_over_b):
+    """ds and V where the last sweep reads them, in both orders."""
+    over_d, over_b = table_offsets(0, b, d)
+    tl.store(p_table + over_d, ds, mask=mask)
+    tl.store(p_table + to_over_b + over_b, ds, mask=mask)
+    over_d, over_b = table_offsets(1, b, d)
+    tl.store(p_table + over_d, V, mask=mask)
+    tl.store(p_table + to_over_b + over_b, V, mask=mask)
+
+
 @triton.jit(do_not_specialize=["t"])
 def routing_state_kernel(
     grad_v_ptr,  # [B, J, D]
@@ -184,14 +182,18 @@ def routing_state_kernel(
     G_before_ptr,  # [B, J, D]: G^(t+1); None where it is 0
     G_ptr,  # [B, J, D]: G^t, written; None where it is 0
     ds_ptr,  # [R, B, J, D]: ds^t, written
-    table_ptr,  # [R, 2, table_size]: V^(t-1) and ds^t from t on, written; or None
+    table_ptr,  # [R, table_size]: V^(t-1) and ds^t from t on, for the last sweep, written; or None
     B,
     t,  # the iteration, from 1
     groups,
     iterations,  # R
-    table_size,  # elements of one table
+    table_size,  # elements of one iteration's table
     J: tl.constexpr,
     D: tl.constexpr,
+    LEAKY: tl.constexpr,
+    UNIFORM: tl.constexpr,  # whether the table's ds^1 bears the uniform coupling of iteration 1
+    WARPS_J: tl.constexpr,  # of the last sweep, whose tiles of J the table is padded to
+    UNROLL_J: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -218,141 +220,23 @@ def routing_state_kernel(
     if G_ptr is not None:
         tl.store(G_ptr + offsets, G, mask=mask)
     if table_ptr is not None:
+        TILE_J: tl.constexpr = WARPS_J * UNROLL_J
+        PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J
+        CELL: tl.constexpr = 16 * BLOCK_D
         j = (i_j + tl.arange(0, BLOCK_J))[None, :, None]
         d = tl.arange(0, BLOCK_D)[None, None, :]
-        p_table = table_ptr + table_offsets(i_b[:, None, None], j, d, J, BLOCK_J, BLOCK_D)
-        p_table += wide(t - 1, OFFSET) * (2 * table_size)
+        m_table = (j < PADDED_J) & (d < BLOCK_D)
+        p_table = table_ptr + wide(t - 1, OFFSET) * table_size + j * CELL
+        p_table += (i_b // 8)[:, None, None] * (2 * PADDED_J * CELL)
+        b = (i_b % 8)[:, None, None]
         V = agreement_vectors(s_ptr, offsets, mask, size, t - 1, ACC)
-        tl.store(p_table, V)
-        tl.store(p_table + table_size, ds)
+        first = ds / (J + LEAKY) if UNIFORM else ds
+        store_in_table(p_table, first, V, b, d, m_table, PADDED_J * CELL)
         for later in range(t + 1, iterations + 1):
-            p_table += 2 * table_size
+            p_table += table_size
             V += squash(tl.load(s_ptr + (later - 2) * size + offsets, mask=mask, other=0.0))
             ds = tl.load(ds_ptr + (later - 1) * size + offsets, mask=mask, other=0.0)
-            tl.store(p_table, V)
-            tl.store(p_table + table_size, ds)
-
-
-@triton.jit
-def routing_gradients_kernel(
-    u_ptr,  # [B, I, K]
-    weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
-    logits_ptr,  # [I, J] or None
-    table_ptr,  # [R, 2, table_size]: V^(t-1) and ds^t (table_offsets)
-    statistics_ptr,  # [R, 3, B, I]: of the softmax where J takes several tiles, else None
-    grad_u_ptr,  # [B, I, K] or None, written
-    du_ptr,  # [B, I, K]: sums over the tiles of J, where there are several; may be grad_u
-    grad_weight_ptr,  # [splits, I // WEIGHT_SHARING, J, D, K] or None, written
-    grad_logits_ptr,  # [batch splits, I, J] or None, written
-    B,
-    I,
-    iterations,  # R
-    table_size,  # elements of one table
-    parts,  # how many programs share the capsules of one row of the weights
-    capsules,  # how many of them each takes
-    batch_tiles,  # how many batch tiles each takes
-    J: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    WEIGHT_SHARING: tl.constexpr,
-    LEAKY: tl.constexpr,
-    FIRST: tl.constexpr,  # whether iteration 1 is differentiated,
-    PARTS: tl.constexpr,  # groups of j in the product W^T du_hat
-    LATER: tl.constexpr,  # which of 2 ... R are: "all", "last" or "none"
-    BLOCK_B: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """du_hat of all iterations together, and from it the gradients of u, weight and logits.
-
-    Grid: (rows of the weights x parts of their capsules, splits of the batch).
-    """
-    row = wide(tl.program_id(0) // parts, OFFSET)
-    part = tl.program_id(0) % parts
-    i_split = tl.program_id(1)
-    i_first = row * WEIGHT_SHARING + part * capsules
-    i_end = min(i_first + capsules, (row + 1) * WEIGHT_SHARING)
-    plane = wide(B, OFFSET) * I
-    i_k = tl.arange(0, BLOCK_K)
-    b_first = i_split * batch_tiles * BLOCK_B
-    b_end = min(b_first + batch_tiles * BLOCK_B, B)
-
-    for i_j in range(0, J, BLOCK_J):
-        j = i_j + tl.arange(0, BLOCK_J)
-        W = weight_tile(weight_ptr, row, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC)
-        dW = tl.zeros([BLOCK_K, BLOCK_J * BLOCK_D], ACC)  # transposed, as few rows as there are
-        for i in range(i_first, i_end):
-            prior = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC)
-            dprior = tl.zeros([BLOCK_B, BLOCK_J], ACC)
-            for b_start in range(b_first, b_end, BLOCK_B):
-                i_b = (b_start + tl.arange(0, BLOCK_B)).to(OFFSET)
-                offsets = lane_offsets(i_b, i_j, J, BLOCK_J, BLOCK_D)
-                u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
-                u_hat = prediction_vectors(u, W, BLOCK_J, BLOCK_D, ACC, PRECISION)
-                u_hat = capsules_to_lanes(u_hat, BLOCK_J, BLOCK_D)
-                du_hat = tl.zeros_like(u_hat)
-                if FIRST:
-                    ds = tl.load(table_ptr + table_size + offsets)
-                    c = coupling_coefficients(prior, statistics_ptr, i_b, i, B, I, LEAKY)
-                    du_hat += over_lanes(c) * ds
-                    if grad_logits_ptr is not None:
-                        dprior += logit_gradients(
-                            c, lane_agreement(u_hat, ds), statistics_ptr, i_b, i, B, I
-                        )
-                if LATER != "none":
-                    for t in range(iterations if LATER == "last" else 2, iterations + 1):
-                        p_table = table_ptr + wide(t - 1, OFFSET) * (2 * table_size) + offsets
-                        V = tl.load(p_table)
-                        ds = tl.load(p_table + table_size)
-                        if statistics_ptr is None:
-                            p_statistics = None
-                        else:
-                            p_statistics = statistics_ptr + (t - 1) * 3 * plane
-                        b = prior + lane_agreement(u_hat, V)
-                        c = coupling_coefficients(b, p_statistics, i_b, i, B, I, LEAKY)
-                        du_hat += over_lanes(c) * ds
-                        if LATER == "all" or grad_logits_ptr is not None:
-                            dl = logit_gradients(
-                                c, lane_agreement(u_hat, ds), p_statistics, i_b, i, B, I
-                            )
-                            dprior += dl
-                            if LATER == "all":
-                                du_hat += over_lanes(dl) * V
-                du_hat = lanes_to_capsules(du_hat, BLOCK_J, BLOCK_D)
-                columns = capsules_to_columns(du_hat, BLOCK_J, BLOCK_D)
-                if grad_weight_ptr is not None:
-                    dW += product(tl.trans(u), columns, ACC, PRECISION)
-                if grad_u_ptr is not None:
-                    du = gradient_of_input(du_hat, W, PARTS, BLOCK_J, BLOCK_D, ACC, PRECISION)
-                    o_u = (i_b * I + i)[:, None] * K + i_k[None, :]
-                    m_u = (i_b < B)[:, None] & (i_k < K)[None, :]
-                    if J > BLOCK_J:
-                        if i_j > 0:
-                            du += tl.load(du_ptr + o_u, mask=m_u, other=0.0)
-                        tl.store(du_ptr + o_u, du, mask=m_u)
-                    if i_j + BLOCK_J >= J:
-                        tl.store(grad_u_ptr + o_u, du.to(grad_u_ptr.dtype.element_ty), mask=m_u)
-            if grad_logits_ptr is not None:
-                tl.store(
-                    grad_logits_ptr + (wide(i_split, OFFSET) * I + i) * J + j,
-                    tl.sum(dprior, axis=0).to(grad_logits_ptr.dtype.element_ty),
-                    mask=j < J,
-                )
-        if grad_weight_ptr is not None:
-            rows = wide(I // WEIGHT_SHARING, OFFSET)
-            split = wide(i_split, OFFSET) * parts + part
-            o_w, m_w = weight_offsets(i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K)
-            tl.store(
-                grad_weight_ptr + (split * rows + row) * (J * D * K) + o_w,
-                tl.trans(dW).to(grad_weight_ptr.dtype.element_ty),
-                mask=m_w,
-            )
-        if J > BLOCK_J:
-            tl.debug_barrier()  # du of this tile of J, before other threads add to it
+            store_in_table(p_table, ds, V, b, d, m_table, PADDED_J * CELL)
 
 
 @triton.jit

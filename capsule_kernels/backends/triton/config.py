@@ -13,8 +13,7 @@ WARP_COLUMNS = 64
 """Columns of a warp: with 16 samples 32 registers of a thread for each of u_hat, V and s."""
 
 MAX_WEIGHTS = 4096
-"""Most elements of a tile of weights, (j, d) times k. The last sweep of split float32 keeps 16
-bytes of shared memory for each and 128 for each column: 96 KiB; sm_86 and sm_89 have 99."""
+"""Most elements of a tile of weights, (j, d) times k."""
 
 INPUT_COLUMNS = 32
 """Columns (i, k) of a warp: four capsules of K = 8, as many as a row of a matrix instruction has
@@ -24,6 +23,10 @@ UNIFORM_ROWS = 32
 UNIFORM_COLUMNS = 32
 """Samples and columns (j, d) of a warp in a first sweep without priors. It has registers for 64
 samples in TF32, but not with every version of Triton."""
+
+GRADIENT_ROWS = 8
+GRADIENT_COLUMNS = 48
+"""Samples of a tile of the last sweep, and columns (j, d) of one of its warps."""
 
 MAX_STEP = 10240
 """Most weights of a step of a sweep: 40 KiB of shared memory, twice."""
@@ -43,7 +46,7 @@ def ceil_div(n: int, divisor: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program holds at a time where u_hat is formed: in the last sweep, in statistics."""
+    """What a program holds at a time where u_hat is formed: in statistics."""
 
     BLOCK_B: int
     BLOCK_J: int
@@ -67,11 +70,6 @@ class Tiles:
     @property
     def num_warps(self) -> int:
         return max(1, self.columns // WARP_COLUMNS)
-
-    @property
-    def table_size(self) -> int:
-        """Elements of a [B, J, D] table padded to whole tiles."""
-        return self.tiles_B * self.tiles_J * self.tile.BLOCK_B * self.columns
 
 
 def tile_of(J: int, K: int, D: int) -> Tile | None:
@@ -164,6 +162,21 @@ def warps_of_uniform(J: int, K: int, D: int) -> Warps:
     return replace(warps_of(few, K, D, UNIFORM_COLUMNS), BLOCK_B=UNIFORM_ROWS)
 
 
+def warps_of_gradients(J: int, K: int, D: int) -> Warps:
+    """For the last sweep of the backward, whose programs hold 8 samples of two arrays.
+
+    A thread has a register for every two of these columns of dW, and two for each of P.
+    """
+    warps = warps_of(J, K, D, GRADIENT_COLUMNS)
+    return replace(warps, WARPS_I=1, BLOCK_B=GRADIENT_ROWS)
+
+
+def table_size(B: int, J: int, warps: Warps) -> int:
+    """Elements of one iteration's table of ds and V for the last sweep, both orders of it."""
+    padded_J = ceil_div(J, warps.output_capsules) * warps.output_capsules
+    return ceil_div(B, warps.BLOCK_B) * warps.BLOCK_B * padded_J * warps.BLOCK_D * 4
+
+
 @dataclass(frozen=True)
 class Sweep:
     """How one sweep over (b, i) is cut into programs."""
@@ -225,18 +238,16 @@ class Split:
     batch_tiles: int
 
 
-def split(rows: int, weight_sharing: int, tiles_B: int, processors: int) -> Split:
+def split(
+    rows: int, weight_sharing: int, step: int, tiles_B: int, processors: int
+) -> Split:
     """Two programs for every multiprocessor where there are too few rows."""
     wanted = ceil_div(2 * processors, rows)
-    capsules = ceil_div(weight_sharing, min(wanted, weight_sharing))
-    parts = ceil_div(weight_sharing, capsules)
+    steps = ceil_div(weight_sharing, step)
+    steps_of_part = ceil_div(steps, min(wanted, steps))
+    parts = ceil_div(steps, steps_of_part)
     batch_tiles = ceil_div(tiles_B, min(ceil_div(wanted, parts), tiles_B))
-    return Split(parts, capsules, ceil_div(tiles_B, batch_tiles), batch_tiles)
-
-
-def parts_of_product(tiles: Tiles) -> int:
-    """Groups of j in W^T du_hat: one for every warp, of four j and of a legal contraction."""
-    return max(1, min(tiles.num_warps, tiles.tile.BLOCK_J // 4, tiles.columns // MATRIX_ROWS))
+    return Split(parts, steps_of_part * step, ceil_div(tiles_B, batch_tiles), batch_tiles)
 
 
 def needs_int64(*element_counts: int) -> bool:

@@ -16,6 +16,7 @@ from .sweeps import (
     softmax_parts,
     state_for_every_warp,
     state_over_inputs,
+    statistics_tile,
     store_state,
     sum_of_states,
     summed_agreement_vectors,
@@ -127,8 +128,11 @@ def routing_forward_kernel(
                 if not FIRST:
                     b_n += agreement_with(V[n], u, W[n], STEP_I, ACC, PRECISION)
                 b += (b_n,)
+            p_statistics, mask, plane = statistics_tile(
+                statistics_ptr, start, i_b, B, I, WARPS_I, WARPS_J, STEP_I
+            )
             e, inverse = softmax_parts(
-                b, statistics_ptr, start, i_b, B, I, LEAKY, WARPS_I, WARPS_J, UNROLL_J, STEP_I
+                b, p_statistics, mask, plane, LEAKY, WARPS_I, WARPS_J, UNROLL_J
             )
             for n in tl.static_range(UNROLL_J):
                 c += (e[n] * inverse,)

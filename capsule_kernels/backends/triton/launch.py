@@ -15,13 +15,9 @@ from torch import Tensor
 
 from ...ops import backward_shapes, forward_shapes
 from . import config
-from .backward import (
-    routing_backward_kernel,
-    routing_gradients_kernel,
-    routing_state_kernel,
-    row_sum_kernel,
-)
+from .backward import routing_backward_kernel, routing_state_kernel, row_sum_kernel
 from .forward import routing_forward_kernel, routing_output_kernel
+from .gradients import routing_gradients_kernel
 from .statistics import routing_statistics_kernel
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -147,6 +143,17 @@ class Routing:
         return 2 if self.gpu.hip else 3
 
     @cached_property
+    def last_sweep(self) -> config.Warps:
+        """What programs hold in the last sweep of the backward."""
+        _, _, J, K, D, _ = self.sizes
+        return config.warps_of_gradients(J, K, D)
+
+    @property
+    def table_size(self) -> int:
+        B, _, J, *_ = self.sizes
+        return config.table_size(B, J, self.last_sweep)
+
+    @cached_property
     def tiles(self) -> config.Tiles:
         B, _, J, K, D, _ = self.sizes
         return config.tiles(B, J, K, D)
@@ -158,7 +165,7 @@ class Routing:
         state = self.s[0].numel()
         wide = config.needs_int64(
             self.u.numel(), self.weight.numel(), B * I * J, 3 * R * B * I,
-            max(self.first_sweep.groups, self.sweep.groups) * state, 2 * R * self.tiles.table_size,
+            max(self.first_sweep.groups, self.sweep.groups) * state, R * self.table_size,
         )  # fmt: skip
         return {
             "ACC": tl.float64 if self.s.dtype == torch.float64 else tl.float32,
@@ -200,14 +207,14 @@ class Routing:
         """Launch a kernel that forms u_hat in tiles."""
         self.over_capsules(kernel, grid, self.tiles.num_warps, 2, self.tiles.tile, **arguments)
 
-    def over_state(self, kernel: Any, **arguments: Any) -> None:
+    def over_state(self, kernel: Any, B: int, J: int, **arguments: Any) -> None:
         """Launch a kernel that visits [B, J, D] only."""
-        B, _, J, _, D, _ = self.sizes
-        tiles, tile = self.tiles, self.tiles.tile
+        BLOCK_D = self.last_sweep.BLOCK_D
+        BLOCK_J = min(config.power_of_two(J), max(1, config.MAX_TILE // BLOCK_D))
         self.launch(
-            kernel, (tiles.tiles_B * tile.BLOCK_B, tiles.tiles_J), 2, 1,
-            B=B, J=J, D=D,
-            BLOCK_B=1, BLOCK_J=tile.BLOCK_J, BLOCK_D=tile.BLOCK_D, **self.types, **arguments,
+            kernel, (B, config.ceil_div(J, BLOCK_J)), 2, 1,
+            B=self.sizes[0], J=self.sizes[2], D=self.sizes[4],
+            BLOCK_B=1, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, **self.types, **arguments,
         )  # fmt: skip
 
     def tabulate(self, statistics: Tensor, t: int, ds: Tensor | None = None) -> None:
@@ -244,7 +251,7 @@ def routing_forward(
     bias = None if bias is None else bias.contiguous()
     routing = Routing.of(launch, gpu, False, u, weight, logits, s, leaky, weight_sharing)
     one_tile = routing.sweep.one_tile
-    B, I, *_ = routing.sizes
+    B, I, J, *_ = routing.sizes
     # Iteration t writes its partial sums to partials[t % 2] and reads those of t - 1.
     groups = max(routing.first_sweep.groups, routing.sweep.groups)
     partials = s.new_empty(2, groups, *s.shape[1:])
@@ -266,7 +273,7 @@ def routing_forward(
             groups = sweep.groups
             if t == R or not one_tile:
                 routing.over_state(
-                    routing_output_kernel, groups=groups,
+                    routing_output_kernel, B, J, groups=groups,
                     partial_ptr=partials[t % 2], bias_ptr=bias, s_ptr=s[t - 1],
                     v_ptr=v if t == R else None,
                 )  # fmt: skip
@@ -301,14 +308,17 @@ def routing_backward(
         g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)
     )
     routing = Routing.of(launch, gpu, True, u, weight, logits, s, leaky, weight_sharing)
-    sweep, tiles = routing.sweep, routing.tiles
-    one_tile = sweep.tiles_J == tiles.tiles_J == 1
-    B, I, *_, R = routing.sizes
+    sweep, last_sweep = routing.sweep, routing.last_sweep
+    B, I, J, *_, R = routing.sizes
+    tiles_J = config.ceil_div(J, last_sweep.output_capsules)
+    one_tile = sweep.tiles_J == tiles_J == 1
     grad_v = grad_v.contiguous()
     # The iterations that are differentiated, and the earliest whose ds is needed.
     earliest = 1 if full_gradient else R
     ds = torch.empty_like(s)
-    table = s.new_empty(R, 2, tiles.table_size)
+    uniform = earliest == 1 and logits is None
+    table = s.new_empty(R, routing.table_size)
+    tiles_B = config.ceil_div(B, last_sweep.BLOCK_B)
     G = s.new_empty(2, *s.shape[1:])
     partials = s.new_empty(2, sweep.groups, *s.shape[1:]) if earliest < R else None
     statistics = None if one_tile else s.new_empty(R, 3, B, I)
@@ -328,12 +338,12 @@ def routing_backward(
             if last or statistics is not None:
                 routing.over_state(
                     routing_state_kernel,
-                    groups=sweep.groups,
-                    **state(t),
-                    table_ptr=table if last else None,
-                    iterations=R,
-                    table_size=tiles.table_size,
-                )
+                    tiles_B * last_sweep.BLOCK_B, tiles_J * last_sweep.output_capsules,
+                    groups=sweep.groups, **state(t),
+                    table_ptr=table if last else None, iterations=R,
+                    table_size=routing.table_size, LEAKY=routing.leaky, UNIFORM=uniform,
+                    WARPS_J=last_sweep.WARPS_J, UNROLL_J=last_sweep.UNROLL_J,
+                )  # fmt: skip
             if statistics is not None:
                 routing.tabulate(statistics[t - 1], t, ds[t - 1])
             if not last:
@@ -344,8 +354,9 @@ def routing_backward(
                     statistics_ptr=None if statistics is None else statistics[t - 1],
                     SUM_INPUT=one_tile,
                 )  # fmt: skip
-        rows = I // weight_sharing
-        split = config.split(rows, weight_sharing, tiles.tiles_B, routing.gpu.processors)
+        step = last_sweep.STEP_I
+        rows = config.ceil_div(I, step) if weight_sharing == 1 else I // weight_sharing
+        split = config.split(rows, weight_sharing, step, tiles_B, routing.gpu.processors)
 
         def parts_of(gradient: Tensor | None, number: int) -> Tensor | None:
             """Where ``number`` partial sums of a gradient go: the gradient itself if it is one."""
@@ -357,19 +368,19 @@ def routing_backward(
         logits_parts = parts_of(grad_logits, split.splits)
         du = (
             grad_u
-            if tiles.tiles_J == 1 or u.dtype == s.dtype
+            if tiles_J == 1 or u.dtype == s.dtype
             else torch.empty_like(u, dtype=s.dtype)
         )
         if not (grad_u is None and grad_weight is None and grad_logits is None):
-            routing.over_tiles(
+            routing.over_capsules(
                 routing_gradients_kernel, (rows * split.parts, split.splits),
+                last_sweep.number, 1, last_sweep,
                 table_ptr=table, statistics_ptr=statistics,
                 grad_u_ptr=grad_u, du_ptr=du,
                 grad_weight_ptr=weight_parts, grad_logits_ptr=logits_parts,
-                iterations=R, table_size=tiles.table_size,
+                first=2 if uniform else earliest, iterations=R, table_size=routing.table_size,
                 parts=split.parts, capsules=split.capsules, batch_tiles=split.batch_tiles,
-                PARTS=config.parts_of_product(tiles), FIRST=earliest == 1,
-                LATER="none" if R == 1 else "all" if full_gradient else "last",
+                UNIFORM=uniform, FULL=full_gradient,
             )  # fmt: skip
         sums = [(weight_parts, grad_weight), (logits_parts, grad_logits)]
         sums.append((ds[earliest - 1 :].flatten(0, 1), grad_bias))

@@ -3,16 +3,84 @@
 import triton
 import triton.language as tl
 
-from .blocks import (
-    agreement,
-    agreement_vectors,
-    input_capsule,
-    prediction_vectors,
-    prior_logits,
-    state_offsets,
-    weight_tile,
-    wide,
-)
+from .blocks import agreement_vectors, product, state_offsets, wide
+
+
+@triton.jit
+def column_of(BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The (j, d) that each column n of a tile of weights holds, [BLOCK_J * BLOCK_D] each.
+
+    The order is (d // 2, j, d % 2). A matrix instruction leaves two neighbouring columns with a
+    thread, the next four pairs with the four threads of a row, then come the warps, then the
+    thread again. So, with a warp to every four j, a thread holds all d of one j: u_hat . V needs
+    no exchange between threads, and no logit is computed twice.
+    """
+    PAIR: tl.constexpr = 2 if BLOCK_D > 1 else 1
+    n = tl.arange(0, BLOCK_J * BLOCK_D)
+    j = n // PAIR % BLOCK_J
+    d = n // (PAIR * BLOCK_J) * PAIR + n % PAIR
+    return j, d
+
+
+@triton.jit
+def columns_to_capsules(x, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK_B, BLOCK_J * BLOCK_D] in the order of column_of to [BLOCK_B, BLOCK_J, BLOCK_D]."""
+    PAIR: tl.constexpr = 2 if BLOCK_D > 1 else 1
+    x = tl.reshape(x, [x.shape[0], BLOCK_D // PAIR, BLOCK_J, PAIR])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [x.shape[0], BLOCK_J, BLOCK_D])
+
+
+@triton.jit
+def input_capsule(
+    u_ptr, i_b, i, B, I, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Input capsule i of the samples i_b, [BLOCK_B, BLOCK_K]."""
+    i_k = tl.arange(0, BLOCK_K)
+    mask = (i_b < B)[:, None] & (i_k < K)[None, :]
+    return tl.load(u_ptr + (i_b * I + i)[:, None] * K + i_k[None, :], mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def weight_tile(
+    weight_ptr, row, i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """W of one row of the weights and a tile of output capsules, [BLOCK_J * BLOCK_D, BLOCK_K]."""
+    j, d = column_of(BLOCK_J, BLOCK_D)
+    j += i_j
+    i_k = tl.arange(0, BLOCK_K)
+    offsets = (j * D + d)[:, None] * K + i_k[None, :]
+    mask = ((j < J) & (d < D))[:, None] & (i_k < K)[None, :]
+    return tl.load(weight_ptr + row * (J * D * K) + offsets, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def prediction_vectors(
+    u, W, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
+):
+    """u_hat = W u, [BLOCK_B, BLOCK_J, BLOCK_D]."""
+    u_hat = product(u, tl.trans(W), ACC, PRECISION)
+    return columns_to_capsules(u_hat, BLOCK_J, BLOCK_D)
+
+
+@triton.jit
+def prior_logits(
+    logits_ptr, i, i_j, J: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_J: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Log priors of input capsule i, [BLOCK_B, BLOCK_J]; -inf beyond J, so that c = 0 there."""
+    j = i_j + tl.arange(0, BLOCK_J)
+    if logits_ptr is None:
+        prior = tl.where(j < J, 0.0, float("-inf")).to(ACC)
+    else:
+        prior = tl.load(logits_ptr + i * J + j, mask=j < J, other=float("-inf")).to(ACC)
+    return tl.broadcast_to(prior[None, :], [BLOCK_B, BLOCK_J])
+
+
+@triton.jit
+def agreement(u_hat, x):
+    """u_hat . x over d: [BLOCK_B, BLOCK_J, BLOCK_D] twice to [BLOCK_B, BLOCK_J]."""
+    return tl.sum(u_hat * x, axis=2)
 
 
 @triton.jit(do_not_specialize=["t"])

@@ -275,83 +275,78 @@ def weighted_sum(y, u, W, STEP_I: tl.constexpr, ACC: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
-def max_over_warps(x, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr):
-    """The maximum over WARPS_J of [WARPS, BLOCK_B, STEP_I], for every warp."""
+def over_warps(x, MAXIMUM: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr):
+    """The maximum or sum over WARPS_J of [WARPS, M, N], for every warp."""
     if WARPS_J > 1:
-        B: tl.constexpr = x.shape[1]
-        I: tl.constexpr = x.shape[2]
-        y = tl.max(tl.reshape(x, [WARPS_I, WARPS_J, B, I]), axis=1, keep_dims=True)
-        x = tl.reshape(tl.broadcast_to(y, [WARPS_I, WARPS_J, B, I]), [WARPS_I * WARPS_J, B, I])
+        M: tl.constexpr = x.shape[1]
+        N: tl.constexpr = x.shape[2]
+        y = tl.reshape(x, [WARPS_I, WARPS_J, M, N])
+        if MAXIMUM:
+            y = tl.max(y, axis=1, keep_dims=True)
+        else:
+            y = tl.sum(y, axis=1, keep_dims=True)
+        x = tl.reshape(tl.broadcast_to(y, [WARPS_I, WARPS_J, M, N]), [WARPS_I * WARPS_J, M, N])
     return x
 
 
 @triton.jit
-def sum_over_warps(x, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr):
-    """The sum over WARPS_J of [WARPS, BLOCK_B, STEP_I], for every warp."""
-    if WARPS_J > 1:
-        B: tl.constexpr = x.shape[1]
-        I: tl.constexpr = x.shape[2]
-        y = tl.sum(tl.reshape(x, [WARPS_I, WARPS_J, B, I]), axis=1, keep_dims=True)
-        x = tl.reshape(tl.broadcast_to(y, [WARPS_I, WARPS_J, B, I]), [WARPS_I * WARPS_J, B, I])
-    return x
-
-
-@triton.jit
-def tabled_statistic(
-    statistics_ptr, which: tl.constexpr, start, i_b, B, I, other,
-    WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
+def statistics_tile(
+    statistics_ptr, start, i_b, B, I, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr,
+    STEP_I: tl.constexpr,
 ):  # fmt: skip
-    """One of the tabled softmax statistics [3, B, I], [WARPS, BLOCK_B, STEP_I]."""
+    """Pointers and mask of the first of the tabled statistics [3, B, I] of every warp's capsules,
+    [WARPS, BLOCK_B, STEP_I], and how far the next one is; no pointers without a table."""
     w = tl.arange(0, WARPS_I * WARPS_J)
     i = start + (w // WARPS_J * STEP_I)[:, None, None] + tl.arange(0, STEP_I)[None, None, :]
     i_b = i_b[None, :, None]
-    offsets = (which * wide(B, i_b.dtype) + i_b) * I + i
-    return tl.load(statistics_ptr + offsets, mask=(i_b < B) & (i < I), other=other)
+    if statistics_ptr is None:
+        p = None
+    else:
+        p = statistics_ptr + i_b * I + i
+    return p, (i_b < B) & (i < I), wide(B, i_b.dtype) * I
 
 
 @triton.jit
 def softmax_parts(
-    b, statistics_ptr, start, i_b, B, I, LEAKY: tl.constexpr, WARPS_I: tl.constexpr,
-    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr,
+    b, p_statistics, mask, plane, LEAKY: tl.constexpr, WARPS_I: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr,
 ):  # fmt: skip
     """e and 1 / total of logits b, so that c = e / total; from tabled statistics if given."""
-    if statistics_ptr is None:
+    if p_statistics is None:
         maximum = b[0]
         for index in tl.static_range(1, UNROLL_J):
             maximum = tl.maximum(maximum, b[index])
-        maximum = max_over_warps(maximum, WARPS_I, WARPS_J)
+        maximum = over_warps(maximum, True, WARPS_I, WARPS_J)
         if LEAKY:  # one more logit, 0
             maximum = tl.maximum(maximum, 0.0)
     else:
-        maximum = tabled_statistic(
-            statistics_ptr, 0, start, i_b, B, I, 0.0, WARPS_I, WARPS_J, STEP_I
-        )
+        maximum = tl.load(p_statistics, mask=mask, other=0.0)
     e = ()
     for index in tl.static_range(UNROLL_J):
         e += (tl.exp(b[index] - maximum),)
-    if statistics_ptr is None:
+    if p_statistics is None:
         total = e[0]
         for index in tl.static_range(1, UNROLL_J):
             total += e[index]
-        total = sum_over_warps(total, WARPS_I, WARPS_J)
+        total = over_warps(total, False, WARPS_I, WARPS_J)
         if LEAKY:
             total += tl.exp(-maximum)
     else:
-        total = tabled_statistic(statistics_ptr, 1, start, i_b, B, I, 1.0, WARPS_I, WARPS_J, STEP_I)
+        total = tl.load(p_statistics + plane, mask=mask, other=1.0)
     return e, 1 / total
 
 
 @triton.jit
 def mean_gradient(
-    e, dc, inverse, statistics_ptr, start, i_b, B, I, WARPS_I: tl.constexpr,
-    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr,
+    e, dc, inverse, p_statistics, mask, plane, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr,
+    UNROLL_J: tl.constexpr,
 ):  # fmt: skip
     """sum_j c_j dc_j; tabled if given."""
-    if statistics_ptr is None:
+    if p_statistics is None:
         mean = e[0] * dc[0]
         for index in tl.static_range(1, UNROLL_J):
             mean += e[index] * dc[index]
-        mean = sum_over_warps(mean, WARPS_I, WARPS_J) * inverse
+        mean = over_warps(mean, False, WARPS_I, WARPS_J) * inverse
     else:
-        mean = tabled_statistic(statistics_ptr, 2, start, i_b, B, I, 0.0, WARPS_I, WARPS_J, STEP_I)
+        mean = tl.load(p_statistics + 2 * plane, mask=mask, other=0.0)
     return mean
