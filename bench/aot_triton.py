@@ -52,8 +52,9 @@ def missing() -> str | None:
 def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[Row]:
     """Every kernel of a forward and backward with the default options."""
     from capsule_kernels.backends.triton import launch
+    from capsule_kernels.backends.triton.routing import Gpu
 
-    gpu = launch.Gpu(PROCESSORS[target], hip=target.startswith("gfx"))
+    gpu = Gpu(PROCESSORS[target], hip=target.startswith("gfx"))
     dtype, matmul_precision = PRECISIONS[precision]
     compiled: dict[str, Row] = {}
 
@@ -135,7 +136,7 @@ def compile_for(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from capsule_kernels.backends.triton.launch import OPTIONS
+    from capsule_kernels.backends.triton.routing import OPTIONS
 
     nvidia = target.startswith("sm_")
     compiled = triton.compile(

@@ -94,21 +94,24 @@ def test_tiles_cover_every_sample_and_output_capsule_once(B, sizes):
     assert config.MATRIX_ROWS <= tiles.columns <= config.MAX_TILE
     for size in (*vars(tile).values(), tiles.num_warps):
         assert size == config.power_of_two(size)
-    assert tiles.columns % (config.parts_of_product(tiles) * config.MATRIX_ROWS) == 0
 
 
 @pytest.mark.parametrize("rows", [1, 64, 1152])
 @pytest.mark.parametrize("weight_sharing", [1, 3, 144])
 @pytest.mark.parametrize("tiles_B", [1, 5, 64])
 def test_splits_cover_every_capsule_and_batch_tile_once(rows, weight_sharing, tiles_B):
-    split = config.split(rows, weight_sharing, tiles_B, 132)
+    split = config.split(rows, weight_sharing, 4, tiles_B, 132)
     assert (split.parts - 1) * split.capsules < weight_sharing <= split.parts * split.capsules
+    assert split.capsules % 4 == 0
     assert (split.splits - 1) * split.batch_tiles < tiles_B <= split.splits * split.batch_tiles
 
 
-def test_many_rows_are_not_split():
-    split = config.split(1152, 1, 8, 132)
+def test_many_rows_are_split_only_for_balance():
+    """288 programs on 132 multiprocessors are three for some of them and two for others."""
+    split = config.split(288, 1, 4, 16, 132)
     assert (split.parts, split.splits) == (1, 1)  # so no sum over partial gradients of W
+    assert config.split(288, 1, 4, 128, 132).splits == 4
+    assert config.split(264, 1, 4, 128, 132).splits == 1
 
 
 def test_large_batches_are_cut_by_samples_and_small_ones_by_capsules():
@@ -149,9 +152,17 @@ def test_every_launch_has_all_arguments_and_no_workspace_grows_with_u_hat():
     assert max(seen) <= B * I * J * D / 15
 
 
+@needs_triton
+def test_blocks_of_large_weights_need_three_launches_an_iteration():
+    names = launches(8, 16, 10, 72, 64, 3)
+    assert names[:9] == ["wide_coupling_kernel", "wide_sum_kernel", "wide_state_kernel"] * 3
+    assert all(name.startswith("wide_") for name in names)
+
+
 def launches(B, I, J, K, D, R, full_gradient=True, sizes=None):
     """Names of the kernels that a forward and backward launch, in order."""
     from capsule_kernels.backends.triton import launch
+    from capsule_kernels.backends.triton.routing import Gpu
 
     names = []
 
@@ -162,7 +173,7 @@ def launches(B, I, J, K, D, R, full_gradient=True, sizes=None):
         if sizes is not None:
             sizes.extend(x.numel() for x in arguments.values() if isinstance(x, torch.Tensor))
 
-    gpu = launch.Gpu(processors=132, hip=False)
+    gpu = Gpu(processors=132, hip=False)
     u, weight = torch.empty(B, I, K, device="meta"), torch.empty(I, J, D, K, device="meta")
     v, s, _ = launch.routing_forward(
         u, weight, None, None, R, False, 1, False, launch=record, gpu=gpu
@@ -176,7 +187,7 @@ def launches(B, I, J, K, D, R, full_gradient=True, sizes=None):
 
 @needs_triton
 def test_float32_follows_the_matmul_precision_at_run_time():
-    from capsule_kernels.backends.triton.launch import Gpu, precision_of
+    from capsule_kernels.backends.triton.routing import Gpu, precision_of
 
     cuda, hip = Gpu(132, hip=False), Gpu(304, hip=True)
     before = torch.get_float32_matmul_precision()
@@ -195,7 +206,7 @@ def test_float32_follows_the_matmul_precision_at_run_time():
 def test_tuning_is_by_request_and_leaves_the_order_of_sums_alone(monkeypatch):
     import triton
 
-    from capsule_kernels.backends.triton import launch
+    from capsule_kernels.backends.triton import routing
 
     calls = []
 
@@ -211,15 +222,15 @@ def test_tuning_is_by_request_and_leaves_the_order_of_sums_alone(monkeypatch):
 
     monkeypatch.setattr(triton, "autotune", autotune)
     monkeypatch.delenv("CAPSULE_KERNELS_AUTOTUNE", raising=False)
-    launch.run(Kernel(), (1,), 4, 2, B=3)
-    assert calls == [{"B": 3, "num_warps": 4, "num_stages": 2, **launch.OPTIONS}]
+    routing.run(Kernel(), (1,), 4, 2, B=3)
+    assert calls == [{"B": 3, "num_warps": 4, "num_stages": 2, **routing.OPTIONS}]
     monkeypatch.setenv("CAPSULE_KERNELS_AUTOTUNE", "1")
-    launch.run(Kernel(), (1,), 4, 2, B=3)
+    routing.run(Kernel(), (1,), 4, 2, B=3)
     configs, key = calls[1]
     assert {config.num_warps for config in configs} == {4}
     assert len({config.num_stages for config in configs}) == len(configs) > 1
     assert key == ["B", "J"]
-    assert calls[2] == {"B": 3, **launch.OPTIONS}
+    assert calls[2] == {"B": 3, **routing.OPTIONS}
 
 
 SHAPE = RoutingShape(*MNIST, 3)
@@ -243,17 +254,25 @@ def test_old_gpus_are_refused_by_name(monkeypatch):
     assert backend.unsupported(torch.device("cuda", 0), torch.float32, SHAPE) is None
 
 
-def test_capsules_too_large_for_a_tile_are_refused():
-    shape = RoutingShape(16, 10, 1024, 64, 3)
-    reason = backend.unsupported(torch.device("cuda", 0), torch.float32, shape)
-    assert "K = 1024 with D = 64" in reason
-    assert config.tile_of(10, 64, 65) is None
-    for K, D in ((64, 64), (16, 256), (256, 16), (300, 1)):
-        tile = config.tile_of(10, K, D)
-        if tile is not None:
-            columns = tile.BLOCK_J * tile.BLOCK_D
-            assert 16 * columns * tile.BLOCK_K + 128 * columns <= 99 << 10
-        assert (tile is None) == (K == 300)
+def test_any_size_is_taken_up_to_the_largest_tile_of_triton(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+
+    def reason(K, D):
+        return backend.unsupported(torch.device("cpu"), torch.float32, (16, 10, K, D, 3))
+
+    for K, D in ((8, 16), (72, 64), (130, 33), (5, 300), (1 << 22, 1), (1, 1 << 20)):
+        assert reason(K, D) is None
+    assert f"D = {(1 << 20) + 1}" in reason(1, (1 << 20) + 1)
+
+
+def test_only_large_weights_take_the_path_of_blocks():
+    assert not any(config.is_wide(J, K, D) for _, J, K, D in SIZES)
+    assert not config.is_wide(10, 64, 64)
+    for K, D in ((72, 64), (130, 33), (5, 300), (300, 1)):
+        assert config.is_wide(10, K, D)
+        blocks = config.blocks_of(K, D)
+        assert blocks.BLOCK_D <= config.WIDE_BLOCK
+        assert min(blocks.BLOCK_D, blocks.BLOCK_K) >= config.MATRIX_ROWS
 
 
 def test_a_named_backend_raises_its_reason(monkeypatch):

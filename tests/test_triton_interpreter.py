@@ -40,6 +40,12 @@ CASES = [
     # J in several tiles: the softmax statistics come from a sweep of their own.
     Case(B=2, I=2, J=20, R=2, logits=True, leaky=True, bias=True),
     Case(B=1, I=2, J=20, routing_gradient="last"), Case(B=1, I=2, J=20, R=1, logits=True),
+    # W_ij in several blocks.
+    Case(B=2, I=2, J=3, K=72, D=64, R=2), Case(B=1, I=2, J=2, K=130, D=33),
+    Case(B=1, I=1, J=2, K=5, D=300),
+    Case(B=17, I=2, J=3, K=72, D=64, R=2, logits=True, bias=True, leaky=True, weight_sharing=2),
+    Case(B=1, I=2, J=3, K=300, D=2, R=2, routing_gradient="last", logits=True),
+    Case(B=1, I=2, J=3, K=72, D=64, routing_gradient="last"), Case(B=1, I=1, J=3, K=72, D=64, R=1),
 ]  # fmt: skip
 """The awkward sizes of SPEC section 4 and every option, as small as shows them."""
 
@@ -84,6 +90,7 @@ def test_matches_oracle(case):
     [
         Case(B=2, I=2, logits=True, bias=True, weight_sharing=2),
         Case(B=1, I=1, J=20, R=2),
+        Case(B=1, I=1, J=2, K=72, D=64, R=2, bias=True),
     ],
     ids=str,
 )
@@ -91,7 +98,11 @@ def test_matches_oracle_in_other_dtypes(case, dtype, matrix_unit):
     check_case(case, dtype, "triton")
 
 
-@pytest.mark.parametrize("case", [Case(B=17, I=3, J=10), Case(B=2, I=2, J=20, R=2)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(B=17, I=3, J=10), Case(B=2, I=2, J=20, R=2), Case(B=2, I=2, J=2, K=72, D=64, R=2)],
+    ids=str,
+)
 def test_highest_precision_is_float32_on_tf32_hardware(case, matrix_unit):
     check_case(case, torch.float32, "triton")
     torch.set_float32_matmul_precision("high")  # and TF32 is not: the emulation does round
@@ -105,7 +116,8 @@ def test_highest_precision_is_float32_on_tf32_hardware(case, matrix_unit):
 def test_wide_offsets_give_the_same_bits(monkeypatch):
     from capsule_kernels.backends.triton import config
 
-    for case in (Case(B=2, I=2, R=2, logits=True), Case(B=1, I=1, J=20, R=2)):
+    cases = [Case(B=2, I=2, R=2, logits=True), Case(B=1, I=1, J=20, R=2)]
+    for case in (*cases, Case(B=1, I=1, J=2, K=72, D=64, R=2)):
         narrow = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
         monkeypatch.setattr(config, "needs_int64", lambda *counts: True)
         wide = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
@@ -118,8 +130,8 @@ def test_batch_split_between_programs():
     """Fewer rows of weights than processors: partial gradients, added by a kernel of their own."""
     from capsule_kernels.backends.triton import config
 
-    case = Case(B=33, I=2, J=3, D=4, R=2, weight_sharing=2, logits=True)
-    split = config.split(1, 2, 3, 4)
+    case = Case(B=33, I=6, J=3, D=4, R=2, weight_sharing=6, logits=True)
+    split = config.split(1, 6, config.warps_of_gradients(3, 8, 4).STEP_I, 5, 4)
     assert split.parts > 1
     assert split.splits > 1
     check_case(case, torch.float32, "triton")

@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from .config import tile_of
+from .config import MAX_DIMENSION
 
 SERVES = "CUDA (compute capability 8.0 and up) and HIP tensors, every dtype"
 
@@ -29,12 +29,9 @@ def unavailable() -> str | None:
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-    _, J, K, D, _ = shape
-    if tile_of(J, K, D) is None:
-        return (
-            f"its tiles hold one input capsule's weights for at least one output capsule, and "
-            f"K = {K} with D = {D} is too much for them; backend='reference' takes any size"
-        )
+    D = shape[3]
+    if D > MAX_DIMENSION:
+        return f"a tile of Triton has at most {MAX_DIMENSION} elements, and D = {D} is more"
     if device.type == "cpu":
         return (
             None

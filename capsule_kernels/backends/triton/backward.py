@@ -150,9 +150,7 @@ def routing_backward_kernel(
             statistics_ptr, start, i_b, B, I, WARPS_I, WARPS_J, STEP_I
         )
         e, inverse = softmax_parts(b, p_statistics, mask, plane, LEAKY, WARPS_I, WARPS_J, UNROLL_J)
-        mean = mean_gradient(
-            e, dc, inverse, p_statistics, mask, plane, WARPS_I, WARPS_J, UNROLL_J
-        )
+        mean = mean_gradient(e, dc, inverse, p_statistics, mask, plane, WARPS_I, WARPS_J, UNROLL_J)
         G_new = ()
         for n in tl.static_range(UNROLL_J):
             dl = e[n] * inverse * (dc[n] - mean)
@@ -164,12 +162,12 @@ def routing_backward_kernel(
 
 
 @triton.jit
-def store_in_table(p_table, ds, V, b, d, mask, to_over_b):
+def store_in_table(p_table, ds, V, b, d, mask, to_over_b, PAIRED: tl.constexpr):
     """ds and V where the last sweep reads them, in both orders."""
-    over_d, over_b = table_offsets(0, b, d)
+    over_d, over_b = table_offsets(0, b, d, PAIRED)
     tl.store(p_table + over_d, ds, mask=mask)
     tl.store(p_table + to_over_b + over_b, ds, mask=mask)
-    over_d, over_b = table_offsets(1, b, d)
+    over_d, over_b = table_offsets(1, b, d, PAIRED)
     tl.store(p_table + over_d, V, mask=mask)
     tl.store(p_table + to_over_b + over_b, V, mask=mask)
 
@@ -192,6 +190,7 @@ def routing_state_kernel(
     D: tl.constexpr,
     LEAKY: tl.constexpr,
     UNIFORM: tl.constexpr,  # whether the table's ds^1 bears the uniform coupling of iteration 1
+    PAIRED: tl.constexpr,  # the table's order
     WARPS_J: tl.constexpr,  # of the last sweep, whose tiles of J the table is padded to
     UNROLL_J: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -231,34 +230,9 @@ def routing_state_kernel(
         b = (i_b % 8)[:, None, None]
         V = agreement_vectors(s_ptr, offsets, mask, size, t - 1, ACC)
         first = ds / (J + LEAKY) if UNIFORM else ds
-        store_in_table(p_table, first, V, b, d, m_table, PADDED_J * CELL)
+        store_in_table(p_table, first, V, b, d, m_table, PADDED_J * CELL, PAIRED)
         for later in range(t + 1, iterations + 1):
             p_table += table_size
             V += squash(tl.load(s_ptr + (later - 2) * size + offsets, mask=mask, other=0.0))
             ds = tl.load(ds_ptr + (later - 1) * size + offsets, mask=mask, other=0.0)
-            store_in_table(p_table, ds, V, b, d, m_table, PADDED_J * CELL)
-
-
-@triton.jit
-def row_sum_kernel(
-    x_ptr,  # [rows, columns]
-    sum_ptr,  # [columns], written
-    rows,
-    columns,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    ACC: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """The sum over rows, in fixed order. Grid: (tiles of columns,)."""
-    i_column = (tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(OFFSET)
-    m_column = i_column < columns
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
-    for start in range(0, rows, BLOCK_ROWS):
-        i_row = (start + tl.arange(0, BLOCK_ROWS)).to(OFFSET)
-        total += tl.load(
-            x_ptr + i_row[:, None] * columns + i_column[None, :],
-            mask=(i_row < rows)[:, None] & m_column[None, :],
-            other=0.0,
-        )
-    tl.store(sum_ptr + i_column, tl.sum(total, axis=0).to(sum_ptr.dtype.element_ty), mask=m_column)
+            store_in_table(p_table, ds, V, b, d, m_table, PADDED_J * CELL, PAIRED)

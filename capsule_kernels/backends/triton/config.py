@@ -15,6 +15,12 @@ WARP_COLUMNS = 64
 MAX_WEIGHTS = 4096
 """Most elements of a tile of weights, (j, d) times k."""
 
+WIDE_BLOCK = 64
+"""Longest block of d and of k where W_ij does not fit into a tile."""
+
+MAX_DIMENSION = 1 << 20
+"""Largest D: squash takes a whole output capsule, and Triton has no larger tiles."""
+
 INPUT_COLUMNS = 32
 """Columns (i, k) of a warp: four capsules of K = 8, as many as a row of a matrix instruction has
 threads."""
@@ -27,6 +33,10 @@ samples in TF32, but not with every version of Triton."""
 GRADIENT_ROWS = 8
 GRADIENT_COLUMNS = 48
 """Samples of a tile of the last sweep, and columns (j, d) of one of its warps."""
+
+PARTIAL_GRADIENT = 2
+"""What writing and adding a partial dW costs, in batch tiles of the program that makes it (a guess,
+to be measured)."""
 
 MAX_STEP = 10240
 """Most weights of a step of a sweep: 40 KiB of shared memory, twice."""
@@ -83,9 +93,30 @@ def tile_of(J: int, K: int, D: int) -> Tile | None:
     return Tile(MATRIX_ROWS, max(BLOCK_J, MATRIX_ROWS // BLOCK_D), BLOCK_D, BLOCK_K)
 
 
+def is_wide(J: int, K: int, D: int) -> bool:
+    """Whether one output capsule's weights take several blocks of d and k (``wide.py``)."""
+    return tile_of(J, K, D) is None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What the kernels for such shapes hold at a time."""
+
+    BLOCK_B: int
+    BLOCK_D: int
+    BLOCK_K: int
+
+
+def blocks_of(K: int, D: int) -> Blocks:
+    def block(size: int) -> int:
+        return min(max(MATRIX_ROWS, power_of_two(size)), WIDE_BLOCK)
+
+    return Blocks(MATRIX_ROWS, block(D), block(K))
+
+
 def tiles(B: int, J: int, K: int, D: int) -> Tiles:
     tile = tile_of(J, K, D)
-    assert tile is not None, "unsupported() lets no such shape pass"
+    assert tile is not None, "is_wide() shapes have no tiles"
     return Tiles(tile, ceil_div(B, tile.BLOCK_B), ceil_div(J, tile.BLOCK_J))
 
 
@@ -238,15 +269,24 @@ class Split:
     batch_tiles: int
 
 
-def split(
-    rows: int, weight_sharing: int, step: int, tiles_B: int, processors: int
-) -> Split:
-    """Two programs for every multiprocessor where there are too few rows."""
+def split(rows: int, weight_sharing: int, step: int, tiles_B: int, processors: int) -> Split:
+    """Two programs for every multiprocessor where there are too few rows.
+
+    And more splits of the batch where a large one pays for a better balance. Cost in batch tiles:
+    those of the busiest multiprocessor, and for each of its programs what a partial sum costs.
+    """
     wanted = ceil_div(2 * processors, rows)
     steps = ceil_div(weight_sharing, step)
     steps_of_part = ceil_div(steps, min(wanted, steps))
     parts = ceil_div(steps, steps_of_part)
-    batch_tiles = ceil_div(tiles_B, min(ceil_div(wanted, parts), tiles_B))
+
+    def cost(splits: int) -> int:
+        programs = ceil_div(rows * parts * splits, processors)
+        return programs * (ceil_div(tiles_B, splits) + (PARTIAL_GRADIENT if splits > 1 else 0))
+
+    least = min(ceil_div(wanted, parts), tiles_B)
+    splits = min(range(least, min(8 * least, tiles_B) + 1), key=cost)
+    batch_tiles = ceil_div(tiles_B, splits)
     return Split(parts, steps_of_part * step, ceil_div(tiles_B, batch_tiles), batch_tiles)
 
 

@@ -1,7 +1,7 @@
 """The last sweep of the backward: the gradients of u, weight and logits, all iterations together.
 
 It contracts W with the states, as the other sweeps do (``sweeps.py``), but transposed: the columns
-are samples. With x one of ds^t and V^(t-1), and y the coefficient c^t or dl^t that stands before it,
+are samples. With x one of ds^t and V^(t-1), and y what stands before it in du_hat, c^t or dl^t,
 
     P_ij = W_ij^T x_j        u_hat_ij . x_j = u_i . P_ij
     du_i = sum_j y_ij P_ij   dW_ij^T = sum_b (y_ij u_i) x_j^T
@@ -25,14 +25,18 @@ import triton.language as tl
 from .blocks import product, wide
 from .sweeps import mean_gradient, softmax_parts
 
+
 @triton.jit
-def table_offsets(which, b, d):
+def table_offsets(which, b, d, PAIRED: tl.constexpr):
     """Where element d of sample b (of 8) lies in a cell of ds (``which`` 0) or V (1) of one j.
 
     Twice: for contractions over d, then over samples. Innermost are the two arrays and the two
-    neighbours that one thread holds, then the threads of a warp.
+    neighbours that one thread holds, then the threads of a warp. Neighbours are four apart, as a
+    matrix instruction wants them of a contraction; PAIRED, they are one apart, as Triton wants them
+    of operands that were 16 bits wide.
     """
-    over_d = d // 8 * 128 + b * 16 + d % 4 * 4 + which * 2 + d // 4 % 2
+    q, h = (d % 8 // 2, d % 2) if PAIRED else (d % 4, d // 4 % 2)
+    over_d = d // 8 * 128 + b * 16 + q * 4 + which * 2 + h
     over_b = d // 8 * 128 + d % 8 * 16 + b // 2 * 4 + which * 2 + b % 2
     return over_d, over_b
 
@@ -53,25 +57,28 @@ def cells(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def states_over_d(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr):
+def states_over_d(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr):
     """ds and V transposed, [WARPS_J, BLOCK_D, 16]."""
-    x = tl.permute(cells(p, WARPS_J, BLOCK_D), (0, 1, 5, 3, 4, 2))
+    x = tl.permute(cells(p, WARPS_J, BLOCK_D), (0, 1, 3, 5, 4, 2) if PAIRED else (0, 1, 5, 3, 4, 2))
     return tl.reshape(x, [WARPS_J, BLOCK_D, 16])
 
 
 @triton.jit
-def states_over_b(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr):
+def states_over_b(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr):
     """ds and V in the order of samples that operand_columns makes, [WARPS_J, 16, BLOCK_D]."""
-    x = tl.permute(cells(p, WARPS_J, BLOCK_D), (0, 4, 5, 3, 1, 2))
+    x = tl.permute(cells(p, WARPS_J, BLOCK_D), (0, 4, 3, 5, 1, 2) if PAIRED else (0, 4, 5, 3, 1, 2))
     return tl.reshape(x, [WARPS_J, 16, BLOCK_D])
 
 
 @triton.jit
-def operand_columns(x):
+def operand_columns(x, PAIRED: tl.constexpr):
     """[WARPS_J, N, 16] with the 8 samples of each array in the order (b % 2, b // 2)."""
-    W: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1]
-    return tl.reshape(tl.permute(tl.reshape(x, [W, N, 2, 4, 2]), (0, 1, 2, 4, 3)), [W, N, 16])
+    if not PAIRED:
+        W: tl.constexpr = x.shape[0]
+        N: tl.constexpr = x.shape[1]
+        x = tl.permute(tl.reshape(x, [W, N, 2, 4, 2]), (0, 1, 2, 4, 3))
+        x = tl.reshape(x, [W, N, 16])
+    return x
 
 
 @triton.jit
@@ -98,6 +105,17 @@ def for_every_row(y, STEP_I: tl.constexpr, BLOCK_K: tl.constexpr):
     y = tl.expand_dims(tl.expand_dims(y, 2), 1)
     y = tl.broadcast_to(y, [W, BLOCK_K // 2, STEP_I, 2, 2, 8])
     return tl.reshape(y, [W, BLOCK_K * STEP_I, 16])
+
+
+@triton.jit
+def over_capsules(x, STEP_I: tl.constexpr):
+    """[WARPS_J, N, BLOCK_D] summed over i, for every i."""
+    W: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    D: tl.constexpr = x.shape[2]
+    y = tl.reshape(x, [W, N // (2 * STEP_I), STEP_I, 2, D])
+    y = tl.broadcast_to(tl.sum(y, axis=2, keep_dims=True), y.shape)
+    return tl.reshape(y, [W, N, D])
 
 
 @triton.jit
@@ -155,7 +173,21 @@ def weight_rows(
     return offsets, present[None, :, None] & (j < J)[:, None, None] & (d < D)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit
+def prior_logits(
+    logits_ptr, start, end, i_j, J: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Log priors of every warp, [WARPS_J, STEP_I, 8]; -inf beyond J, so that c = 0 there."""
+    j = i_j + tl.arange(0, WARPS_J)[:, None, None]
+    prior = tl.where(j < J, 0.0, float("-inf")).to(ACC)
+    if logits_ptr is not None:
+        i = start + tl.arange(0, STEP_I)[None, :, None]
+        prior += tl.load(logits_ptr + i * J + j, mask=(i < end) & (j < J), other=0.0).to(ACC)
+    return tl.broadcast_to(prior, [WARPS_J, STEP_I, 8])
+
+
+@triton.jit
 def routing_gradients_kernel(
     u_ptr,  # [B, I, K]
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
@@ -168,8 +200,6 @@ def routing_gradients_kernel(
     grad_logits_ptr,  # [batch splits, I, J] or None, written
     B,
     I,
-    first,  # the first iteration whose coupling is not uniform
-    iterations,  # R
     table_size,  # elements of one iteration's table
     parts,  # how many programs share the capsules of one row of the weights
     capsules,  # how many of them each takes
@@ -179,8 +209,11 @@ def routing_gradients_kernel(
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
     LEAKY: tl.constexpr,
+    ITERATIONS: tl.constexpr,  # R
+    EARLIEST: tl.constexpr,  # the first iteration of those after a uniform one
     UNIFORM: tl.constexpr,  # whether iteration 1, whose coupling is uniform, is differentiated
     FULL: tl.constexpr,  # whether couplings are differentiated
+    PAIRED: tl.constexpr,  # the order of the table
     WARPS_I: tl.constexpr,  # 1
     WARPS_J: tl.constexpr,
     UNROLL_J: tl.constexpr,
@@ -201,6 +234,8 @@ def routing_gradients_kernel(
     CELL: tl.constexpr = 16 * BLOCK_D
     TILE_J: tl.constexpr = WARPS_J * UNROLL_J
     PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J
+    # Two iterations at once keep W in registers, which only plain TF32 has enough of.
+    UNROLL_T: tl.constexpr = 2 if PRECISION == "tf32" and not PAIRED else 1
     row = wide(tl.program_id(0) // parts, OFFSET)
     part = tl.program_id(0) % parts
     i_split = tl.program_id(1)
@@ -232,14 +267,11 @@ def routing_gradients_kernel(
             prior = ()
             dprior = ()
             for n in tl.static_range(UNROLL_J):
-                j = i_j + n * WARPS_J + w
-                prior_n = tl.where(j < J, 0.0, float("-inf")).to(ACC)
-                if logits_ptr is not None:
-                    m_i = (start + s_i < i_end) & (j < J)
-                    prior_n += tl.load(
-                        logits_ptr + (start + s_i) * J + j, mask=m_i, other=0.0
-                    ).to(ACC)
-                prior += (tl.broadcast_to(prior_n, [WARPS_J, STEP_I, 8]),)
+                prior += (
+                    prior_logits(
+                        logits_ptr, start, i_end, i_j + n * WARPS_J, J, WARPS_J, STEP_I, ACC
+                    ),
+                )
                 dprior += (tl.zeros([WARPS_J, STEP_I, 8], ACC),)
             for tile in range(b_first, b_end):
                 u = input_columns_twice(
@@ -251,25 +283,28 @@ def routing_gradients_kernel(
                 if UNIFORM:  # ds^1 of the table bears the coupling; V^0 is 0
                     dW_new = ()
                     for n in tl.static_range(UNROLL_J):
-                        x = states_over_d(p_over_d + n * WARPS_J * CELL, WARPS_J, BLOCK_D)
+                        x = states_over_d(p_over_d + n * WARPS_J * CELL, WARPS_J, BLOCK_D, PAIRED)
                         du += product(W[n], x, ACC, PRECISION)
-                        x = states_over_b(p_over_b + n * WARPS_J * CELL, WARPS_J, BLOCK_D)
-                        dW_new += (dW[n] + product(operand_columns(u), x, ACC, PRECISION),)
+                        x = states_over_b(p_over_b + n * WARPS_J * CELL, WARPS_J, BLOCK_D, PAIRED)
+                        dW_new += (dW[n] + product(operand_columns(u, PAIRED), x, ACC, PRECISION),)
                     dW = dW_new
                 i_b = (tile * 8 + s_b).to(OFFSET)
-                for t in range(first, iterations + 1):
+                for t in tl.range(EARLIEST, ITERATIONS + 1, loop_unroll_factor=UNROLL_T):
                     to_iteration = wide(t - 1, OFFSET) * table_size
                     P = ()
                     b = ()
                     dc = ()
                     for n in tl.static_range(UNROLL_J):
                         x_n = states_over_d(
-                            p_over_d + to_iteration + n * WARPS_J * CELL, WARPS_J, BLOCK_D
+                            p_over_d + to_iteration + n * WARPS_J * CELL, WARPS_J, BLOCK_D, PAIRED
                         )
                         P_n = product(W[n], x_n, ACC, PRECISION)
                         P += (P_n,)
                         uP = over_rows(u * P_n, STEP_I, BLOCK_K)
-                        b += (prior[n] + one_array(uP, 1),)
+                        b_n = one_array(uP, 1)
+                        if (logits_ptr is not None) or ((n + 1) * WARPS_J > (J - 1) % TILE_J + 1):
+                            b_n += prior[n]
+                        b += (b_n,)
                         dc += (one_array(uP, 0),)
                     if statistics_ptr is None:
                         p_statistics = None
@@ -299,9 +334,11 @@ def routing_gradients_kernel(
                         y = for_every_row(y, STEP_I, BLOCK_K)
                         du += y * P[n]
                         x_n = states_over_b(
-                            p_over_b + to_iteration + n * WARPS_J * CELL, WARPS_J, BLOCK_D
+                            p_over_b + to_iteration + n * WARPS_J * CELL, WARPS_J, BLOCK_D, PAIRED
                         )
-                        dW_next += (dW[n] + product(operand_columns(y * u), x_n, ACC, PRECISION),)
+                        dW_next += (
+                            dW[n] + product(operand_columns(y * u, PAIRED), x_n, ACC, PRECISION),
+                        )
                     dW = dW_next
                     dprior = dprior_new
                 if grad_u_ptr is not None:
@@ -329,19 +366,15 @@ def routing_gradients_kernel(
             split = wide(i_split, OFFSET) * parts + part
             p_weight = grad_weight_ptr + split * rows * (J * D * K)
             for n in tl.static_range(UNROLL_J):
-                dW_n = dW[n]
                 offsets, mask = weight_rows(
                     i_first, i_end, row, i_j + n * WARPS_J, J, K, D,
                     WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K,
                 )  # fmt: skip
-                if WEIGHT_SHARING > 1:  # all rows of a k hold the sum; the first is stored
-                    dW_n = tl.reshape(dW_n, [WARPS_J, BLOCK_K // 2, STEP_I, 2, BLOCK_D])
-                    dW_n = tl.sum(dW_n, axis=2, keep_dims=True)
-                    dW_n = tl.broadcast_to(
-                        dW_n, [WARPS_J, BLOCK_K // 2, STEP_I, 2, BLOCK_D]
-                    )
-                    dW_n = tl.reshape(dW_n, [WARPS_J, N, BLOCK_D])
+                if WEIGHT_SHARING == 1:
+                    dW_n = dW[n].to(grad_weight_ptr.dtype.element_ty)
+                else:  # all rows of a k hold the sum; the first is stored
+                    dW_n = over_capsules(dW[n], STEP_I).to(grad_weight_ptr.dtype.element_ty)
                     mask = mask & (r_i == 0)[None, :, None]
-                tl.store(p_weight + offsets, dW_n.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+                tl.store(p_weight + offsets, dW_n, mask=mask)
         if J > TILE_J:
             tl.debug_barrier()  # du of this tile of J, before other threads add to it

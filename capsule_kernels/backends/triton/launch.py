@@ -1,231 +1,17 @@
 """The host side: which kernels run in which order, on which workspaces."""
 
-import functools
-import os
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...ops import backward_shapes, forward_shapes
-from . import config
-from .backward import routing_backward_kernel, routing_state_kernel, row_sum_kernel
+from . import config, launch_wide
+from .backward import routing_backward_kernel, routing_state_kernel
 from .forward import routing_forward_kernel, routing_output_kernel
 from .gradients import routing_gradients_kernel
-from .statistics import routing_statistics_kernel
-
-OPTIONS = {"enable_fp_fusion": True}
-"""Compiler options of every launch; this one's default differs between versions of Triton."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the configurations depend on of a device."""
-
-    processors: int
-    hip: bool
-
-
-def gpu_of(device: torch.device) -> Gpu:
-    """The device's description; the interpreter counts as a small GPU, so that groups are cut."""
-    if device.type == "cpu":
-        return Gpu(processors=4, hip=False)
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return Gpu(count, torch.version.hip is not None)
-
-
-def run(
-    kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any
-) -> None:
-    """Launch a kernel on the current device and stream."""
-    if os.environ.get("CAPSULE_KERNELS_AUTOTUNE") == "1":
-        tuned(kernel, num_warps)[grid](**arguments, **OPTIONS)
-    else:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
-
-
-@functools.cache
-def tuned(kernel: Any, num_warps: int) -> Any:
-    """The kernel with ``triton.autotune`` about it: slow where it meets new sizes.
-
-    Only the depth of the load pipeline is tuned: tiles, warps and groups decide in which order
-    sums are taken, and no environment variable changes results.
-    """
-    return triton.autotune(
-        configs=[triton.Config({}, num_warps, num_stages) for num_stages in (1, 2, 3, 4)],
-        key=[name for name in kernel.arg_names if not name.endswith("_ptr") and name != "t"],
-    )(kernel)
-
-
-def precision_of(dtype: torch.dtype, gpu: Gpu) -> str:
-    """How tl.dot multiplies operands of the accumulation dtype.
-
-    float32 tensors obey torch.get_float32_matmul_precision(): "highest" is true float32, on CUDA
-    as three TF32 products of split operands. bfloat16 and float16 values are TF32 values exactly.
-    HIP devices have float32 matrix instructions.
-    """
-    if dtype == torch.float64 or gpu.hip:
-        return "ieee"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "tf32x3"
-    return "tf32"
-
-
-def device_guard(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-@dataclass(frozen=True)
-class Routing:
-    """One call of an operator: its inputs, how its sweeps are cut, and where they are launched."""
-
-    launch: Callable[..., None]
-    gpu: Gpu
-    backward: bool
-    u: Tensor
-    weight: Tensor
-    logits: Tensor | None
-    s: Tensor
-    leaky: bool
-    weight_sharing: int
-
-    @classmethod
-    def of(
-        cls,
-        launch: Callable[..., None],
-        gpu: Gpu | None,
-        backward: bool,
-        u: Tensor,
-        weight: Tensor,
-        logits: Tensor | None,
-        *rest: Any,
-    ) -> "Routing":
-        logits = None if logits is None else logits.contiguous()
-        return cls(
-            launch, gpu or gpu_of(u.device), backward,
-            u.contiguous(), weight.contiguous(), logits, *rest,
-        )  # fmt: skip
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """B, I, J, K, D, R."""
-        B, I, K = self.u.shape
-        _, J, D, _ = self.weight.shape
-        return B, I, J, K, D, self.s.shape[0]
-
-    @cached_property
-    def sweep(self) -> config.Sweep:
-        B, I, J, K, D, _ = self.sizes
-        warps = config.warps_of(J, K, D, config.state_columns(self.backward, self.precision))
-        return config.sweep(B, I, J, K, warps, self.gpu.processors)
-
-    @cached_property
-    def first_sweep(self) -> config.Sweep:
-        """The sweep of iteration 1 of the forward."""
-        B, I, J, K, D, _ = self.sizes
-        if self.logits is not None or config.UNIFORM_ROWS > B:
-            return self.sweep
-        warps = config.warps_of_uniform(J, K, D)
-        return config.sweep(B, I, J, K, warps, self.gpu.processors)
-
-    @property
-    def stages(self) -> int:
-        """Of a sweep's load pipeline: on CUDA a step's weights are on their way during another.
-
-        gfx942 has 64 KiB of shared memory, which hold one step, and prefetches into registers.
-        """
-        return 2 if self.gpu.hip else 3
-
-    @cached_property
-    def last_sweep(self) -> config.Warps:
-        """What programs hold in the last sweep of the backward."""
-        _, _, J, K, D, _ = self.sizes
-        return config.warps_of_gradients(J, K, D)
-
-    @property
-    def table_size(self) -> int:
-        B, _, J, *_ = self.sizes
-        return config.table_size(B, J, self.last_sweep)
-
-    @cached_property
-    def tiles(self) -> config.Tiles:
-        B, _, J, K, D, _ = self.sizes
-        return config.tiles(B, J, K, D)
-
-    @cached_property
-    def types(self) -> dict[str, Any]:
-        """The kernels' arithmetic and the width of their offsets."""
-        B, I, J, _, _, R = self.sizes
-        state = self.s[0].numel()
-        wide = config.needs_int64(
-            self.u.numel(), self.weight.numel(), B * I * J, 3 * R * B * I,
-            max(self.first_sweep.groups, self.sweep.groups) * state, R * self.table_size,
-        )  # fmt: skip
-        return {
-            "ACC": tl.float64 if self.s.dtype == torch.float64 else tl.float32,
-            "OFFSET": tl.int64 if wide else tl.int32,
-        }
-
-    @property
-    def precision(self) -> str:
-        return precision_of(self.u.dtype, self.gpu)
-
-    def over_capsules(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        num_warps: int,
-        num_stages: int,
-        blocks: Any,
-        **arguments: Any,
-    ) -> None:
-        """Launch a kernel that visits the input capsules."""
-        B, I, J, K, D, _ = self.sizes
-        self.launch(
-            kernel, grid, num_warps, num_stages,
-            u_ptr=self.u, weight_ptr=self.weight, logits_ptr=self.logits, B=B, I=I, J=J, K=K, D=D,
-            WEIGHT_SHARING=self.weight_sharing, LEAKY=self.leaky,
-            PRECISION=self.precision,
-            **vars(blocks), **self.types, **arguments,
-        )  # fmt: skip
-
-    def over_sweep(self, kernel: Any, sweep: config.Sweep, **arguments: Any) -> None:
-        """Launch a sweep of the forward or backward."""
-        self.over_capsules(
-            kernel, (sweep.tiles_B, sweep.groups, sweep.tiles_J),
-            sweep.warps.number, self.stages, sweep.warps,
-            capsules=sweep.capsules, **arguments,
-        )  # fmt: skip
-
-    def over_tiles(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        """Launch a kernel that forms u_hat in tiles."""
-        self.over_capsules(kernel, grid, self.tiles.num_warps, 2, self.tiles.tile, **arguments)
-
-    def over_state(self, kernel: Any, B: int, J: int, **arguments: Any) -> None:
-        """Launch a kernel that visits [B, J, D] only."""
-        BLOCK_D = self.last_sweep.BLOCK_D
-        BLOCK_J = min(config.power_of_two(J), max(1, config.MAX_TILE // BLOCK_D))
-        self.launch(
-            kernel, (B, config.ceil_div(J, BLOCK_J)), 2, 1,
-            B=self.sizes[0], J=self.sizes[2], D=self.sizes[4],
-            BLOCK_B=1, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, **self.types, **arguments,
-        )  # fmt: skip
-
-    def tabulate(self, statistics: Tensor, t: int, ds: Tensor | None = None) -> None:
-        """The softmax statistics of iteration t."""
-        I = self.u.shape[1]
-        self.over_tiles(
-            routing_statistics_kernel,
-            (self.tiles.tiles_B, config.ceil_div(I, config.STATISTICS_CAPSULES)),
-            s_ptr=self.s, ds_ptr=ds, statistics_ptr=statistics, t=t, FIRST=t == 1,
-            BLOCK_I=config.STATISTICS_CAPSULES,
-        )  # fmt: skip
+from .routing import Gpu, Routing, device_guard, run
 
 
 def routing_forward(
@@ -250,8 +36,11 @@ def routing_forward(
         return v, s, coupling
     bias = None if bias is None else bias.contiguous()
     routing = Routing.of(launch, gpu, False, u, weight, logits, s, leaky, weight_sharing)
+    B, I, J, K, D, _ = routing.sizes
+    if config.is_wide(J, K, D):
+        launch_wide.forward(routing, bias, v, coupling if return_coupling else None)
+        return v, s, coupling
     one_tile = routing.sweep.one_tile
-    B, I, J, *_ = routing.sizes
     # Iteration t writes its partial sums to partials[t % 2] and reads those of t - 1.
     groups = max(routing.first_sweep.groups, routing.sweep.groups)
     partials = s.new_empty(2, groups, *s.shape[1:])
@@ -308,11 +97,16 @@ def routing_backward(
         g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)
     )
     routing = Routing.of(launch, gpu, True, u, weight, logits, s, leaky, weight_sharing)
+    B, I, J, K, D, R = routing.sizes
+    grad_v = grad_v.contiguous()
+    if config.is_wide(J, K, D):
+        launch_wide.backward(
+            routing, grad_v, full_gradient, grad_u, grad_weight, grad_logits, grad_bias
+        )
+        return gradients
     sweep, last_sweep = routing.sweep, routing.last_sweep
-    B, I, J, *_, R = routing.sizes
     tiles_J = config.ceil_div(J, last_sweep.output_capsules)
     one_tile = sweep.tiles_J == tiles_J == 1
-    grad_v = grad_v.contiguous()
     # The iterations that are differentiated, and the earliest whose ds is needed.
     earliest = 1 if full_gradient else R
     ds = torch.empty_like(s)
@@ -341,7 +135,8 @@ def routing_backward(
                     tiles_B * last_sweep.BLOCK_B, tiles_J * last_sweep.output_capsules,
                     groups=sweep.groups, **state(t),
                     table_ptr=table if last else None, iterations=R,
-                    table_size=routing.table_size, LEAKY=routing.leaky, UNIFORM=uniform,
+                    table_size=routing.table_size,
+                    LEAKY=routing.leaky, UNIFORM=uniform, PAIRED=routing.paired,
                     WARPS_J=last_sweep.WARPS_J, UNROLL_J=last_sweep.UNROLL_J,
                 )  # fmt: skip
             if statistics is not None:
@@ -366,11 +161,7 @@ def routing_backward(
 
         weight_parts = parts_of(grad_weight, split.splits * split.parts)
         logits_parts = parts_of(grad_logits, split.splits)
-        du = (
-            grad_u
-            if tiles_J == 1 or u.dtype == s.dtype
-            else torch.empty_like(u, dtype=s.dtype)
-        )
+        du = grad_u if tiles_J == 1 or u.dtype == s.dtype else torch.empty_like(u, dtype=s.dtype)
         if not (grad_u is None and grad_weight is None and grad_logits is None):
             routing.over_capsules(
                 routing_gradients_kernel, (rows * split.parts, split.splits),
@@ -378,19 +169,14 @@ def routing_backward(
                 table_ptr=table, statistics_ptr=statistics,
                 grad_u_ptr=grad_u, du_ptr=du,
                 grad_weight_ptr=weight_parts, grad_logits_ptr=logits_parts,
-                first=2 if uniform else earliest, iterations=R, table_size=routing.table_size,
+                table_size=routing.table_size,
                 parts=split.parts, capsules=split.capsules, batch_tiles=split.batch_tiles,
-                UNIFORM=uniform, FULL=full_gradient,
+                ITERATIONS=R, EARLIEST=2 if uniform else earliest,
+                UNIFORM=uniform, FULL=full_gradient, PAIRED=routing.paired,
             )  # fmt: skip
         sums = [(weight_parts, grad_weight), (logits_parts, grad_logits)]
         sums.append((ds[earliest - 1 :].flatten(0, 1), grad_bias))
         for parts, gradient in sums:
             if gradient is not None and parts is not None and parts is not gradient:
-                columns = gradient.numel()
-                launch(
-                    row_sum_kernel, (config.ceil_div(columns, 64),), 4, 1,
-                    x_ptr=parts, sum_ptr=gradient, rows=parts.shape[0], columns=columns,
-                    BLOCK_ROWS=config.power_of_two(min(parts.shape[0], 32)), BLOCK_COLUMNS=64,
-                    **routing.types,
-                )  # fmt: skip
+                routing.sum_rows(parts, gradient)
     return gradients

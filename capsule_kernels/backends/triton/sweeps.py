@@ -281,10 +281,7 @@ def over_warps(x, MAXIMUM: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.cons
         M: tl.constexpr = x.shape[1]
         N: tl.constexpr = x.shape[2]
         y = tl.reshape(x, [WARPS_I, WARPS_J, M, N])
-        if MAXIMUM:
-            y = tl.max(y, axis=1, keep_dims=True)
-        else:
-            y = tl.sum(y, axis=1, keep_dims=True)
+        y = tl.max(y, axis=1, keep_dims=True) if MAXIMUM else tl.sum(y, axis=1, keep_dims=True)
         x = tl.reshape(tl.broadcast_to(y, [WARPS_I, WARPS_J, M, N]), [WARPS_I * WARPS_J, M, N])
     return x
 
@@ -299,10 +296,7 @@ def statistics_tile(
     w = tl.arange(0, WARPS_I * WARPS_J)
     i = start + (w // WARPS_J * STEP_I)[:, None, None] + tl.arange(0, STEP_I)[None, None, :]
     i_b = i_b[None, :, None]
-    if statistics_ptr is None:
-        p = None
-    else:
-        p = statistics_ptr + i_b * I + i
+    p = None if statistics_ptr is None else statistics_ptr + i_b * I + i
     return p, (i_b < B) & (i < I), wide(B, i_b.dtype) * I
 
 

@@ -1,0 +1,242 @@
+"""One call of an operator: where it runs, in which precision, and how its sweeps are cut."""
+
+import functools
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+from .row_sum import row_sum_kernel
+from .statistics import routing_statistics_kernel
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Compiler options of every launch; this one's default differs between versions of Triton."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the configurations depend on of a device."""
+
+    processors: int
+    hip: bool
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The device's description; the interpreter counts as a small GPU, so that groups are cut."""
+    if device.type == "cpu":
+        return Gpu(processors=4, hip=False)
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return Gpu(count, torch.version.hip is not None)
+
+
+def run(
+    kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any
+) -> None:
+    """Launch a kernel on the current device and stream."""
+    if os.environ.get("CAPSULE_KERNELS_AUTOTUNE") == "1":
+        tuned(kernel, num_warps)[grid](**arguments, **OPTIONS)
+    else:
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
+
+
+@functools.cache
+def tuned(kernel: Any, num_warps: int) -> Any:
+    """The kernel with ``triton.autotune`` about it: slow where it meets new sizes.
+
+    Only the depth of the load pipeline is tuned: tiles, warps and groups decide in which order
+    sums are taken, and no environment variable changes results.
+    """
+    return triton.autotune(
+        configs=[triton.Config({}, num_warps, num_stages) for num_stages in (1, 2, 3, 4)],
+        key=[name for name in kernel.arg_names if not name.endswith("_ptr") and name != "t"],
+    )(kernel)
+
+
+def precision_of(dtype: torch.dtype, gpu: Gpu) -> str:
+    """How tl.dot multiplies operands of the accumulation dtype.
+
+    float32 tensors obey torch.get_float32_matmul_precision(): "highest" is true float32, on CUDA
+    as three TF32 products of split operands. bfloat16 and float16 values are TF32 values exactly.
+    HIP devices have float32 matrix instructions.
+    """
+    if dtype == torch.float64 or gpu.hip:
+        return "ieee"
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        return "tf32x3"
+    return "tf32"
+
+
+def device_guard(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One call of an operator: its inputs, how its sweeps are cut, and where they are launched."""
+
+    launch: Callable[..., None]
+    gpu: Gpu
+    backward: bool
+    u: Tensor
+    weight: Tensor
+    logits: Tensor | None
+    s: Tensor
+    leaky: bool
+    weight_sharing: int
+
+    @classmethod
+    def of(
+        cls,
+        launch: Callable[..., None],
+        gpu: Gpu | None,
+        backward: bool,
+        u: Tensor,
+        weight: Tensor,
+        logits: Tensor | None,
+        *rest: Any,
+    ) -> "Routing":
+        logits = None if logits is None else logits.contiguous()
+        return cls(
+            launch, gpu or gpu_of(u.device), backward,
+            u.contiguous(), weight.contiguous(), logits, *rest,
+        )  # fmt: skip
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """B, I, J, K, D, R."""
+        B, I, K = self.u.shape
+        _, J, D, _ = self.weight.shape
+        return B, I, J, K, D, self.s.shape[0]
+
+    @cached_property
+    def sweep(self) -> config.Sweep:
+        B, I, J, K, D, _ = self.sizes
+        warps = config.warps_of(J, K, D, config.state_columns(self.backward, self.precision))
+        return config.sweep(B, I, J, K, warps, self.gpu.processors)
+
+    @cached_property
+    def first_sweep(self) -> config.Sweep:
+        """The sweep of iteration 1 of the forward."""
+        B, I, J, K, D, _ = self.sizes
+        if self.logits is not None or config.UNIFORM_ROWS > B:
+            return self.sweep
+        warps = config.warps_of_uniform(J, K, D)
+        return config.sweep(B, I, J, K, warps, self.gpu.processors)
+
+    @property
+    def stages(self) -> int:
+        """Of a sweep's load pipeline: on CUDA a step's weights are on their way during another.
+
+        gfx942 has 64 KiB of shared memory, which hold one step, and prefetches into registers.
+        """
+        return 2 if self.gpu.hip else 3
+
+    @cached_property
+    def last_sweep(self) -> config.Warps:
+        """What programs hold in the last sweep of the backward."""
+        _, _, J, K, D, _ = self.sizes
+        return config.warps_of_gradients(J, K, D)
+
+    @property
+    def paired(self) -> bool:
+        """The order of the last sweep's table (``gradients.table_offsets``)."""
+        return self.u.element_size() == 2
+
+    @property
+    def table_size(self) -> int:
+        B, _, J, *_ = self.sizes
+        return config.table_size(B, J, self.last_sweep)
+
+    @cached_property
+    def tiles(self) -> config.Tiles:
+        B, _, J, K, D, _ = self.sizes
+        return config.tiles(B, J, K, D)
+
+    @cached_property
+    def types(self) -> dict[str, Any]:
+        """The kernels' arithmetic and the width of their offsets."""
+        B, I, J, K, D, R = self.sizes
+        counts = [self.u.numel(), self.weight.numel(), B * I * J, self.s.numel()]
+        if config.is_wide(J, K, D):
+            counts.append(R * B * I * J)
+        else:
+            groups = max(self.first_sweep.groups, self.sweep.groups)
+            counts += [3 * R * B * I, groups * B * J * D, R * self.table_size]
+        wide = config.needs_int64(*counts)
+        return {
+            "ACC": tl.float64 if self.s.dtype == torch.float64 else tl.float32,
+            "OFFSET": tl.int64 if wide else tl.int32,
+        }
+
+    @property
+    def precision(self) -> str:
+        return precision_of(self.u.dtype, self.gpu)
+
+    def over_capsules(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        num_warps: int,
+        num_stages: int,
+        blocks: Any,
+        **arguments: Any,
+    ) -> None:
+        """Launch a kernel that visits the input capsules."""
+        B, I, J, K, D, _ = self.sizes
+        self.launch(
+            kernel, grid, num_warps, num_stages,
+            u_ptr=self.u, weight_ptr=self.weight, logits_ptr=self.logits, B=B, I=I, J=J, K=K, D=D,
+            WEIGHT_SHARING=self.weight_sharing, LEAKY=self.leaky,
+            PRECISION=self.precision,
+            **vars(blocks), **self.types, **arguments,
+        )  # fmt: skip
+
+    def over_sweep(self, kernel: Any, sweep: config.Sweep, **arguments: Any) -> None:
+        """Launch a sweep of the forward or backward."""
+        self.over_capsules(
+            kernel, (sweep.tiles_B, sweep.groups, sweep.tiles_J),
+            sweep.warps.number, self.stages, sweep.warps,
+            capsules=sweep.capsules, **arguments,
+        )  # fmt: skip
+
+    def over_tiles(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        """Launch a kernel that forms u_hat in tiles."""
+        self.over_capsules(kernel, grid, self.tiles.num_warps, 2, self.tiles.tile, **arguments)
+
+    def over_state(self, kernel: Any, B: int, J: int, **arguments: Any) -> None:
+        """Launch a kernel that visits [B, J, D] only."""
+        BLOCK_D = self.last_sweep.BLOCK_D
+        BLOCK_J = min(config.power_of_two(J), max(1, config.MAX_TILE // BLOCK_D))
+        self.launch(
+            kernel, (B, config.ceil_div(J, BLOCK_J)), 2, 1,
+            B=self.sizes[0], J=self.sizes[2], D=self.sizes[4],
+            BLOCK_B=1, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, **self.types, **arguments,
+        )  # fmt: skip
+
+    def tabulate(self, statistics: Tensor, t: int, ds: Tensor | None = None) -> None:
+        """The softmax statistics of iteration t."""
+        I = self.u.shape[1]
+        self.over_tiles(
+            routing_statistics_kernel,
+            (self.tiles.tiles_B, config.ceil_div(I, config.STATISTICS_CAPSULES)),
+            s_ptr=self.s, ds_ptr=ds, statistics_ptr=statistics, t=t, FIRST=t == 1,
+            BLOCK_I=config.STATISTICS_CAPSULES,
+        )  # fmt: skip
+
+    def sum_rows(self, x: Tensor, total: Tensor) -> None:
+        """total = x summed over its first axis."""
+        columns = total.numel()
+        self.launch(
+            row_sum_kernel, (config.ceil_div(columns, 64),), 4, 1,
+            x_ptr=x, sum_ptr=total, rows=x.shape[0], columns=columns,
+            BLOCK_ROWS=config.power_of_two(min(x.shape[0], 32)), BLOCK_COLUMNS=64,
+            **self.types,
+        )  # fmt: skip
