@@ -108,14 +108,16 @@ def for_every_row(y, STEP_I: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def over_capsules(x, STEP_I: tl.constexpr):
-    """[WARPS_J, N, BLOCK_D] summed over i, for every i."""
-    W: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1]
-    D: tl.constexpr = x.shape[2]
-    y = tl.reshape(x, [W, N // (2 * STEP_I), STEP_I, 2, D])
-    y = tl.broadcast_to(tl.sum(y, axis=2, keep_dims=True), y.shape)
-    return tl.reshape(y, [W, N, D])
+def over_capsules(x, STEP_I: tl.constexpr, WEIGHT_SHARING: tl.constexpr):
+    """[WARPS_J, N, BLOCK_D] summed over the i that share weights, for every i."""
+    if WEIGHT_SHARING > 1:
+        W: tl.constexpr = x.shape[0]
+        N: tl.constexpr = x.shape[1]
+        D: tl.constexpr = x.shape[2]
+        y = tl.reshape(x, [W, N // (2 * STEP_I), STEP_I, 2, D])
+        y = tl.broadcast_to(tl.sum(y, axis=2, keep_dims=True), y.shape)
+        x = tl.reshape(y, [W, N, D])
+    return x
 
 
 @triton.jit
@@ -248,7 +250,6 @@ def routing_gradients_kernel(
     b_first = i_split * batch_tiles
     b_end = min(b_first + batch_tiles, tl.cdiv(B, 8))
     plane = wide(B, OFFSET) * I
-    w = tl.arange(0, WARPS_J)[:, None, None]
     r_i, r_k = input_rows(STEP_I, BLOCK_K)
     s_i = tl.arange(0, STEP_I)[None, :, None]
     s_b = tl.arange(0, 8)[None, None, :]
@@ -370,11 +371,9 @@ def routing_gradients_kernel(
                     i_first, i_end, row, i_j + n * WARPS_J, J, K, D,
                     WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K,
                 )  # fmt: skip
-                if WEIGHT_SHARING == 1:
-                    dW_n = dW[n].to(grad_weight_ptr.dtype.element_ty)
-                else:  # all rows of a k hold the sum; the first is stored
-                    dW_n = over_capsules(dW[n], STEP_I).to(grad_weight_ptr.dtype.element_ty)
+                if WEIGHT_SHARING > 1:  # all rows of a k hold the sum; the first is stored
                     mask = mask & (r_i == 0)[None, :, None]
-                tl.store(p_weight + offsets, dW_n, mask=mask)
+                dW_n = over_capsules(dW[n], STEP_I, WEIGHT_SHARING)
+                tl.store(p_weight + offsets, dW_n.to(grad_weight_ptr.dtype.element_ty), mask=mask)
         if J > TILE_J:
             tl.debug_barrier()  # du of this tile of J, before other threads add to it
