@@ -17,21 +17,21 @@ from .blocks import (
 from .gradients import table_offsets
 from .sweeps import (
     agreement_with,
-    input_capsules,
     load_state,
     logits_of_priors,
     mean_gradient,
     plus,
+    program_of_sweep,
     softmax_parts,
     squash_vjps,
     state_for_every_warp,
     state_over_inputs,
     statistics_tile,
+    step_inputs,
     store_state,
     sum_of_states,
     summed_agreement_vectors,
     weighted_sum,
-    weights,
     zero_state,
 )
 
@@ -92,10 +92,7 @@ def routing_backward_kernel(
     Grid: (batch tiles, groups, tiles of J). With SUM_INPUT ds^t is first made from the partial
     sums of iteration t + 1, otherwise it is there.
     """
-    i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
-    i_group = tl.program_id(1)
-    i_j = tl.program_id(2) * (WARPS_J * UNROLL_J)
-    size = wide(B, OFFSET) * (J * D)
+    i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
 
     p_s = s_ptr + (t - 1) * size
     p_ds = ds_ptr + (t - 1) * size
@@ -130,25 +127,20 @@ def routing_backward_kernel(
     first = i_group * capsules
     for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
         start = wide(index, OFFSET)
-        u = input_capsules(
-            u_ptr, i_b, start, B, I, K, WARPS_I, WARPS_J, STEP_I, BLOCK_B, BLOCK_K, ACC
-        )
-        W = ()
+        u, W = step_inputs(
+            u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D,
+            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ACC,
+        )  # fmt: skip
         b = ()
         dc = ()
         for n in tl.static_range(UNROLL_J):
-            W += (weights(
-                weight_ptr, start, i_j + n * WARPS_J, I, WEIGHT_SHARING, J, K, D,
-                WARPS_I, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC,
-            ),)  # fmt: skip
             b_n = logits_of_priors(
                 logits_ptr, start, i_j + n * WARPS_J, I, J, WARPS_I, WARPS_J, STEP_I, BLOCK_B, ACC
             )
             b += (b_n + agreement_with(V[n], u, W[n], STEP_I, ACC, PRECISION),)
             dc += (agreement_with(ds[n], u, W[n], STEP_I, ACC, PRECISION),)
-        p_statistics, mask, plane = statistics_tile(
-            statistics_ptr, start, i_b, B, I, WARPS_I, WARPS_J, STEP_I
-        )
+        offsets, mask, plane = statistics_tile(start, i_b, B, I, WARPS_I, WARPS_J, STEP_I)
+        p_statistics = None if statistics_ptr is None else statistics_ptr + offsets
         e, inverse = softmax_parts(b, p_statistics, mask, plane, LEAKY, WARPS_I, WARPS_J, UNROLL_J)
         mean = mean_gradient(e, dc, inverse, p_statistics, mask, plane, WARPS_I, WARPS_J, UNROLL_J)
         G_new = ()

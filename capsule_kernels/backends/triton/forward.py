@@ -11,17 +11,17 @@ from .sweeps import (
     add_bias,
     add_squashed,
     agreement_with,
-    input_capsules,
     logits_of_priors,
+    program_of_sweep,
     softmax_parts,
     state_for_every_warp,
     state_over_inputs,
     statistics_tile,
+    step_inputs,
     store_state,
     sum_of_states,
     summed_agreement_vectors,
     weighted_sum,
-    weights,
     zero_state,
 )
 
@@ -78,10 +78,7 @@ def routing_forward_kernel(
     Grid: (batch tiles, groups, tiles of J). The partial sums of iteration t - 1 are added first if
     they are given, and the programs of group 0 store the total s^(t-1).
     """
-    i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
-    i_group = tl.program_id(1)
-    i_j = tl.program_id(2) * (WARPS_J * UNROLL_J)
-    size = wide(B, OFFSET) * (J * D)
+    i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
 
     if not FIRST:
         known = t - 1 if input_ptr is None else t - 2
@@ -105,15 +102,10 @@ def routing_forward_kernel(
     first = i_group * capsules
     for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
         start = wide(index, OFFSET)
-        u = input_capsules(
-            u_ptr, i_b, start, B, I, K, WARPS_I, WARPS_J, STEP_I, BLOCK_B, BLOCK_K, ACC
-        )
-        W = ()
-        for n in tl.static_range(UNROLL_J):
-            W += (weights(
-                weight_ptr, start, i_j + n * WARPS_J, I, WEIGHT_SHARING, J, K, D,
-                WARPS_I, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC,
-            ),)  # fmt: skip
+        u, W = step_inputs(
+            u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D,
+            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ACC,
+        )  # fmt: skip
         c = ()
         if FIRST and logits_ptr is None:  # uniform
             for _ in tl.static_range(UNROLL_J):
@@ -128,9 +120,8 @@ def routing_forward_kernel(
                 if not FIRST:
                     b_n += agreement_with(V[n], u, W[n], STEP_I, ACC, PRECISION)
                 b += (b_n,)
-            p_statistics, mask, plane = statistics_tile(
-                statistics_ptr, start, i_b, B, I, WARPS_I, WARPS_J, STEP_I
-            )
+            offsets, mask, plane = statistics_tile(start, i_b, B, I, WARPS_I, WARPS_J, STEP_I)
+            p_statistics = None if statistics_ptr is None else statistics_ptr + offsets
             e, inverse = softmax_parts(
                 b, p_statistics, mask, plane, LEAKY, WARPS_I, WARPS_J, UNROLL_J
             )

@@ -189,7 +189,7 @@ def prior_logits(
     return tl.broadcast_to(prior, [WARPS_J, STEP_I, 8])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def routing_gradients_kernel(
     u_ptr,  # [B, I, K]
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
@@ -202,6 +202,8 @@ def routing_gradients_kernel(
     grad_logits_ptr,  # [batch splits, I, J] or None, written
     B,
     I,
+    first,  # the first iteration whose coupling is not uniform
+    iterations,  # R
     table_size,  # elements of one iteration's table
     parts,  # how many programs share the capsules of one row of the weights
     capsules,  # how many of them each takes
@@ -211,8 +213,8 @@ def routing_gradients_kernel(
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
     LEAKY: tl.constexpr,
-    ITERATIONS: tl.constexpr,  # R
-    EARLIEST: tl.constexpr,  # the first iteration of those after a uniform one
+    UNROLL_T: tl.constexpr,  # above 1: there are so many iterations from FIRST_T on, all at once
+    FIRST_T: tl.constexpr,
     UNIFORM: tl.constexpr,  # whether iteration 1, whose coupling is uniform, is differentiated
     FULL: tl.constexpr,  # whether couplings are differentiated
     PAIRED: tl.constexpr,  # the order of the table
@@ -236,8 +238,6 @@ def routing_gradients_kernel(
     CELL: tl.constexpr = 16 * BLOCK_D
     TILE_J: tl.constexpr = WARPS_J * UNROLL_J
     PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J
-    # Two iterations at once keep W in registers, which only plain TF32 has enough of.
-    UNROLL_T: tl.constexpr = 2 if PRECISION == "tf32" and not PAIRED else 1
     row = wide(tl.program_id(0) // parts, OFFSET)
     part = tl.program_id(0) % parts
     i_split = tl.program_id(1)
@@ -290,7 +290,11 @@ def routing_gradients_kernel(
                         dW_new += (dW[n] + product(operand_columns(u, PAIRED), x, ACC, PRECISION),)
                     dW = dW_new
                 i_b = (tile * 8 + s_b).to(OFFSET)
-                for t in tl.range(EARLIEST, ITERATIONS + 1, loop_unroll_factor=UNROLL_T):
+                for t in tl.range(
+                    FIRST_T if UNROLL_T > 1 else first,
+                    FIRST_T + UNROLL_T if UNROLL_T > 1 else iterations + 1,
+                    loop_unroll_factor=UNROLL_T,
+                ):
                     to_iteration = wide(t - 1, OFFSET) * table_size
                     P = ()
                     b = ()

@@ -162,6 +162,9 @@ def routing_backward(
         weight_parts = parts_of(grad_weight, split.splits * split.parts)
         logits_parts = parts_of(grad_logits, split.splits)
         du = grad_u if tiles_J == 1 or u.dtype == s.dtype else torch.empty_like(u, dtype=s.dtype)
+        first = 2 if uniform else earliest
+        # Two iterations at once keep W in registers, which only plain TF32 has enough of.
+        unrolled = R - first == 1 and routing.precision == "tf32" and not routing.paired
         if not (grad_u is None and grad_weight is None and grad_logits is None):
             routing.over_capsules(
                 routing_gradients_kernel, (rows * split.parts, split.splits),
@@ -169,9 +172,9 @@ def routing_backward(
                 table_ptr=table, statistics_ptr=statistics,
                 grad_u_ptr=grad_u, du_ptr=du,
                 grad_weight_ptr=weight_parts, grad_logits_ptr=logits_parts,
-                table_size=routing.table_size,
+                first=first, iterations=R, table_size=routing.table_size,
                 parts=split.parts, capsules=split.capsules, batch_tiles=split.batch_tiles,
-                ITERATIONS=R, EARLIEST=2 if uniform else earliest,
+                UNROLL_T=2 if unrolled else 1, FIRST_T=first if unrolled else 0,
                 UNIFORM=uniform, FULL=full_gradient, PAIRED=routing.paired,
             )  # fmt: skip
         sums = [(weight_parts, grad_weight), (logits_parts, grad_logits)]

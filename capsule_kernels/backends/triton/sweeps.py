@@ -27,6 +27,18 @@ from .blocks import product, squash, squash_vjp, wide
 
 
 @triton.jit
+def program_of_sweep(
+    B, J: tl.constexpr, D: tl.constexpr, WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr,
+    BLOCK_B: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Samples, group of input capsules and first output capsule of a program, and the elements of
+    a [B, J, D] tensor. Grid: (batch tiles, groups, tiles of J)."""
+    i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
+    i_j = tl.program_id(2) * (WARPS_J * UNROLL_J)
+    return i_b, tl.program_id(1), i_j, wide(B, OFFSET) * (J * D)
+
+
+@triton.jit
 def state_tile(
     x_ptr, i_b, i_j, B, J: tl.constexpr, D: tl.constexpr, WARPS_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -228,6 +240,24 @@ def weights(
 
 
 @triton.jit
+def step_inputs(
+    u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING: tl.constexpr, J: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr,
+    UNROLL_J: tl.constexpr, STEP_I: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """u of a step, and W as a tuple of UNROLL_J tiles."""
+    u = input_capsules(u_ptr, i_b, start, B, I, K, WARPS_I, WARPS_J, STEP_I, BLOCK_B, BLOCK_K, ACC)
+    W = ()
+    for n in tl.static_range(UNROLL_J):
+        W += (weights(
+            weight_ptr, start, i_j + n * WARPS_J, I, WEIGHT_SHARING, J, K, D,
+            WARPS_I, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC,
+        ),)  # fmt: skip
+    return u, W
+
+
+@triton.jit
 def logits_of_priors(
     logits_ptr, start, i_j, I, J: tl.constexpr,
     WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -288,16 +318,14 @@ def over_warps(x, MAXIMUM: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.cons
 
 @triton.jit
 def statistics_tile(
-    statistics_ptr, start, i_b, B, I, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr,
-    STEP_I: tl.constexpr,
-):  # fmt: skip
-    """Pointers and mask of the first of the tabled statistics [3, B, I] of every warp's capsules,
-    [WARPS, BLOCK_B, STEP_I], and how far the next one is; no pointers without a table."""
+    start, i_b, B, I, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr
+):
+    """Offsets and mask of every warp's capsules in the tabled statistics [3, B, I],
+    [WARPS, BLOCK_B, STEP_I], and how far one statistic lies from the next."""
     w = tl.arange(0, WARPS_I * WARPS_J)
     i = start + (w // WARPS_J * STEP_I)[:, None, None] + tl.arange(0, STEP_I)[None, None, :]
     i_b = i_b[None, :, None]
-    p = None if statistics_ptr is None else statistics_ptr + i_b * I + i
-    return p, (i_b < B) & (i < I), wide(B, i_b.dtype) * I
+    return i_b * I + i, (i_b < B) & (i < I), wide(B, i_b.dtype) * I
 
 
 @triton.jit
