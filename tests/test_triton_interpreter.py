@@ -113,6 +113,30 @@ def test_highest_precision_is_float32_on_tf32_hardware(case, matrix_unit):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_two_iterations_at_once_in_the_last_sweep():
+    """What TF32 takes where R = 3; the interpreter multiplies exactly, so the tolerance holds."""
+    from capsule_kernels.backends.triton import launch
+
+    unrolled = []
+
+    def spy(kernel, *rest, **arguments):
+        unrolled.append(arguments.get("UNROLL_T"))
+        launch.run(kernel, *rest, **arguments)
+
+    case = Case(B=9, I=5, J=10)
+    torch.set_float32_matmul_precision("high")
+    try:
+        check_case(case, torch.float32, "triton")
+        inputs = make_inputs(case, torch.float32)
+        u, weight = inputs["u"].detach(), inputs["weight"].detach()
+        v, s, _ = launch.routing_forward(u, weight, None, None, 3, False, 1, False)
+        mask = [True, True, False, False]
+        launch.routing_backward(v, u, weight, None, s, False, 1, True, mask, launch=spy)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert 2 in unrolled
+
+
 def test_wide_offsets_give_the_same_bits(monkeypatch):
     from capsule_kernels.backends.triton import config
 
