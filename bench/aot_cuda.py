@@ -43,7 +43,9 @@ int main(int, char** a) {
   const bool fits = tile_fits_registers(shape.J, shape.D);
   const BackwardPlan plan = fits ? plan_backward(shape, n(7), {n(8), n(9)}) : BackwardPlan();
   const TileChoice tile = choose_tile(shape);
-  std::printf("%d %d %d %d %d %d", tile.fragments, tile.J, kSweepWarps, plan.sweep.shared_bytes,
+  const ForwardPlan forward = fits ? plan_forward(shape, n(7), {n(8), n(9)}) : ForwardPlan();
+  std::printf("%d %d %d %d %d %d %d %d", tile.D, tile.J, forward.sweep.warps,
+              forward.sweep.shared_bytes, plan.sweep.warps, plan.sweep.shared_bytes,
               plan.gradients.warps, plan.gradients.shared_bytes);
 }
 """

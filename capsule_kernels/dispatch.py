@@ -36,6 +36,7 @@ class RoutingShape(NamedTuple):
     K: int
     D: int
     R: int
+    weight_sharing: int
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -59,7 +60,7 @@ def select_backend(
     if backend == "reference":
         return backend
     rows, J, D, K = weight.shape
-    shape = RoutingShape(rows * weight_sharing, J, K, D, num_iterations)
+    shape = RoutingShape(rows * weight_sharing, J, K, D, num_iterations, weight_sharing)
     if backend == "auto":
         for name in automatic_order(u.device):
             if reason_against(name, u.device, u.dtype, shape) is None:

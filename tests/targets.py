@@ -23,7 +23,7 @@ class Target(NamedTuple):
         return f"{self.backend}-{self.device}"
 
     def can_run(self, case: Case, dtype: torch.dtype) -> bool:
-        shape = RoutingShape(case.I, case.J, case.K, case.D, case.R)
+        shape = RoutingShape(case.I, case.J, case.K, case.D, case.R, case.weight_sharing)
         return (
             self.backend == "reference"
             or reason_against(self.backend, torch.device(self.device), dtype, shape) is None

@@ -25,7 +25,7 @@ A100 = cuda.Figures((8, 0), 108, 163 * 1024)
 
 
 def fits(case: Case) -> bool:
-    shape = (case.I, case.J, case.K, case.D, case.R)
+    shape = (case.I, case.J, case.K, case.D, case.R, case.weight_sharing)
     return cuda.does_not_fit(H200, torch.float32, shape) is None
 
 
@@ -258,29 +258,29 @@ def test_python_and_the_plan_agree_on_what_fits(
             for K in (1, 8, 17, 64, 200):
                 plan = built.plan(Shape(64, I, J, K, D, 3, 1), dtype)
                 fits = plan.capsule_groups > 0 and plan.gradient_warps > 0
-                reason = cuda.does_not_fit(figures, dtype, (I, J, K, D, 3))
+                reason = cuda.does_not_fit(figures, dtype, (I, J, K, D, 3, 1))
                 assert (reason is None) == fits, (I, J, K, D, reason, plan)
                 answers.add(fits)
     assert answers == {True, False}
     for J in range(1, 30):
         for D in range(1, 40):
             registers = bool(built.library.fits_registers(J, D))
-            reason = cuda.does_not_fit(H200, dtype, (1, J, 8, D, 3))
+            reason = cuda.does_not_fit(H200, dtype, (1, J, 8, D, 3, 1))
             assert (reason is None) == registers, (J, D, reason)
 
 
 @pytest.mark.parametrize(
     ("figures", "dtype", "shape", "message"),
     [
-        (H200, torch.float32, (1152, 10, 8, 16, 3), None),
-        (H200, torch.float32, (4608, 10, 8, 16, 3), None),
-        (H200, torch.float32, (9216, 10, 8, 16, 3), "weight does not fit in shared memory"),
-        (H200, torch.bfloat16, (9216, 10, 8, 16, 3), None),
-        (A100, torch.float32, (4608, 10, 8, 16, 3), "weight does not fit in shared memory"),
-        (H200, torch.float32, (3872, 196, 8, 16, 3), "do not fit in registers"),
-        (H200, torch.float32, (10, 2, 8, 64, 3), "do not fit in registers"),
-        (H200, torch.float64, (1152, 10, 8, 16, 3), "got torch.float64"),
-        (cuda.Figures((7, 5), 40, 64 * 1024), torch.float16, (1, 1, 1, 1, 1), "has 7.5"),
+        (H200, torch.float32, (1152, 10, 8, 16, 3, 1), None),
+        (H200, torch.float32, (4608, 10, 8, 16, 3, 1), None),
+        (H200, torch.float32, (9216, 10, 8, 16, 3, 1), "weight does not fit in shared memory"),
+        (H200, torch.bfloat16, (9216, 10, 8, 16, 3, 1), None),
+        (A100, torch.float32, (4608, 10, 8, 16, 3, 1), "weight does not fit in shared memory"),
+        (H200, torch.float32, (3872, 196, 8, 16, 3, 1), "do not fit in registers"),
+        (H200, torch.float32, (10, 2, 8, 64, 3, 1), "do not fit in registers"),
+        (H200, torch.float64, (1152, 10, 8, 16, 3, 1), "got torch.float64"),
+        (cuda.Figures((7, 5), 40, 64 * 1024), torch.float16, (1, 1, 1, 1, 1, 1), "has 7.5"),
     ],
 )
 def test_the_reason_against_a_call(figures, dtype, shape, message: str | None) -> None:
@@ -289,7 +289,7 @@ def test_the_reason_against_a_call(figures, dtype, shape, message: str | None) -
 
 
 def test_tensors_elsewhere_are_refused() -> None:
-    reason = cuda.unsupported(torch.device("cpu"), torch.float32, (1, 1, 1, 1, 1))
+    reason = cuda.unsupported(torch.device("cpu"), torch.float32, (1, 1, 1, 1, 1, 1))
     assert reason == "it takes CUDA tensors, got tensors on cpu"
 
 

@@ -51,7 +51,7 @@ def backend(request):
 
 
 def skip_unsupported(backend: str, case: Case, dtype: torch.dtype) -> None:
-    shape = RoutingShape(case.I, case.J, case.K, case.D, case.R)
+    shape = RoutingShape(case.I, case.J, case.K, case.D, case.R, case.weight_sharing)
     reason = reason_against(backend, torch.device("cuda", 0), dtype, shape)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")

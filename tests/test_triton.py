@@ -233,7 +233,7 @@ def test_tuning_is_by_request_and_leaves_the_order_of_sums_alone(monkeypatch):
     assert calls[2] == {"B": 3, **routing.OPTIONS}
 
 
-SHAPE = RoutingShape(*MNIST, 3)
+SHAPE = RoutingShape(*MNIST, 3, 1)
 
 
 def test_cpu_tensors_without_the_interpreter_are_refused(monkeypatch):

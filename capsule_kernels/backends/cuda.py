@@ -13,13 +13,13 @@ from . import extension
 
 SERVES = (
     "CUDA tensors on sm_80 and up, float32, bfloat16 and float16, where a sample's outputs fit in "
-    "registers (J * 8 * ceil(D / 8) <= 160, D <= 32) and weight fits in shared memory"
+    "registers (J <= 20 for D <= 8, 10 for D <= 16, 5 for D <= 32) and weight in shared memory"
 )
 
 # As in csrc/cuda/plan.h.
-MAX_FRAGMENTS = 20
+MAX_FRAGMENTS = 10
 FRAGMENT_BYTES = 16 * 8 * 4
-SWEEP_WARPS = 8
+FORWARD_WARPS = 12
 
 
 class Figures(NamedTuple):
@@ -61,38 +61,39 @@ def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 
 
 def does_not_fit(figures: Figures, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-    """Why a call of ``shape`` (I, J, K, D, R) can't run on a device, or None."""
-    I, J, K, D, _ = shape
+    """Why a call of ``shape`` (I, J, K, D, R, weight_sharing) can't run on a device, or None."""
+    I, J, K, D, _, weight_sharing = shape
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes in float32 and takes float32, bfloat16 and float16, got {dtype}"
     if figures.capability < (8, 0):
         major, minor = figures.capability
         return f"it needs a device of capability 8.0 (sm_80), this one has {major}.{minor}"
-    per_capsule = 1 if D <= 8 else 2 if D <= 16 else 4
-    if D > 32 or J * per_capsule > MAX_FRAGMENTS:
+    padded_D = 8 if D <= 8 else 16 if D <= 16 else 32
+    if D > 32 or J * padded_D > MAX_FRAGMENTS * 16:
         return (
-            f"a sample's outputs do not fit in registers: D <= 32 and J <= {MAX_FRAGMENTS} for "
-            f"D <= 8, {MAX_FRAGMENTS // 2} for D <= 16, {MAX_FRAGMENTS // 4} for D <= 32 are "
-            f"needed, got J = {J}, D = {D}; use backend 'triton'"
+            "a sample's outputs do not fit in registers: D <= 32 and J <= 20 for D <= 8, 10 for "
+            f"D <= 16, 5 for D <= 32 are needed, got J = {J}, D = {D}; use backend 'triton'"
         )
-    fragments = J * per_capsule
-    padded_K = -(-K // 8) * 8
-    weight_bytes = fragments * 8 * padded_K * dtype.itemsize  # of one input capsule
+    # Where J is no constant of an instance, output capsules fill up two fragments together.
+    known = K <= 8 and K % 2 == 0 and (J, padded_D) in ((10, 16), (5, 16), (10, 8))
+    pairs = J * padded_D
+    fragments = pairs // 16 if known else -(-pairs // 32) * 2
+    elements = fragments * 16 * (-(-K // 8) * 8)  # of the weight of one input capsule
+    # A block has `capsules` consecutive ones, which touch at most `rows` weights.
     capsules = -(-I // min(I, figures.sm_count))
-    sweep = (
-        capsules * weight_bytes
-        + max(SWEEP_WARPS // 2 * fragments, (SWEEP_WARPS - 1) * per_capsule) * FRAGMENT_BYTES
+    rows = (capsules + weight_sharing - 2) // weight_sharing + 1
+    forward = (
+        rows * elements * dtype.itemsize
+        + max(FORWARD_WARPS // 2 * fragments, FORWARD_WARPS) * FRAGMENT_BYTES
     )
     gradients = (
-        (4 * fragments + 2) * FRAGMENT_BYTES
-        + J * 32 * 4
-        + weight_bytes
-        + -(-fragments // 2) * 2 * 8 * padded_K * 4
+        5 * fragments * FRAGMENT_BYTES + elements * dtype.itemsize + (0 if known else elements * 4)
     )
-    needed = max(sweep, gradients)
+    needed = max(forward, gradients)
     if needed > figures.shared_per_block:
         return (
-            f"weight does not fit in shared memory: {capsules} of {I} input capsules a block need "
-            f"{needed} bytes, a block has {figures.shared_per_block}; use backend 'triton'"
+            f"weight does not fit in shared memory: {rows} weights of {capsules} of {I} input "
+            f"capsules a block need {needed} bytes, a block has {figures.shared_per_block}; "
+            "use backend 'triton'"
         )
     return None

@@ -1,4 +1,4 @@
-// The arrays of the backward's workspace; tiles as in tile.cuh, counted in float4s.
+// The arrays of the backward's workspace, padded, counted in float4s; tiles as in tile.cuh.
 #pragma once
 
 #include "execution.cuh"
@@ -8,8 +8,8 @@ namespace capsule_kernels::cuda {
 
 struct BackwardWorkspace {
   std::size_t tile_size, state_size;
-  float4* partial;        // [G_i][tiles][tile], sums of a group of capsules
-  float4* G;              // [tiles][tile], dL/dV of the iterations done
+  float4* partial;        // [G_i][B][J][D], sums of a group of capsules
+  float4* G;              // [B][J][D], dL/dV of the iterations done
   float4* V;              // [R - 1][tiles][tile], V^1..V^(R-1)
   float4* ds;             // [R][tiles][tile], ds^1..ds^R
   float* partial_weight;  // [splits, I, J, D, K]

@@ -40,6 +40,16 @@ __device__ __forceinline__ float shuffle_xor(float x, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, x, lane_mask);
 }
 
+// Whether x is true in any lane of the warp.
+__device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffffu, x) != 0; }
+
+// 1 / x, to 2^-23, of normal numbers below 2^126.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 2^x, to 2^-22; results below the smallest normal number are 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;

@@ -2,7 +2,7 @@
 //
 // A forward is one cooperative launch of G_i x G_b blocks. Block (g_i, g_b) owns a slice of the
 // input capsules, whose W stays in its shared memory through all iterations, and a share of the
-// samples, in tiles of 16. Between iterations the blocks exchange only s and V.
+// samples, in tiles of 8. Between iterations the blocks exchange only s and V.
 #pragma once
 
 #include <algorithm>
@@ -27,62 +27,71 @@ struct Device {
   int shared_per_block;  // bytes, what a block may opt in to
 };
 
-constexpr int kTileSamples = 16;   // samples of a tile: the rows of one mma
-constexpr int kTileDims = 8;       // columns of one mma
-constexpr int kMaxFragments = 20;  // mma results of a tile [16, J * D] that fit in registers
-constexpr int kFragmentBytes = kTileSamples * kTileDims * 4;
+constexpr int kTileSamples = 8;    // samples of a tile: the columns of one mma
+constexpr int kTileRows = 16;      // pairs (j, d) of one mma: its rows
+constexpr int kStepDims = 8;       // of K, the contraction of one mma
+constexpr int kMaxFragments = 10;  // mma results of a tile [J * D, 8] that fit in registers
+constexpr int kFragmentBytes = kTileSamples * kTileRows * 4;
 constexpr int kWarpSize = 32;
-constexpr int kSweepWarps = 8;
-constexpr int kGradientWarps = 12;  // at most; fewer where that fills the device better
+// Warps of a block, as the registers of a thread allow: they hold V and s, or V, ds and G, or
+// V, ds, du_hat and dW of a tile beside u_hat.
+constexpr int kForwardWarps = 12;
+constexpr int kStatesWarps = 8;
+constexpr int kGradientWarps = 8;  // at most; fewer where that fills the device better
 
 CAPSULE_KERNELS_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 CAPSULE_KERNELS_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// Columns of mma results that one output capsule takes: 1, 2 or 4; 0 where D is too large.
-CAPSULE_KERNELS_BOTH constexpr int fragments_per_capsule(int D) {
-  return D <= 8 ? 1 : D <= 16 ? 2 : D <= 32 ? 4 : 0;
+// D as the kernels pad it: 8, 16 or 32; 0 where it is too large.
+CAPSULE_KERNELS_BOTH constexpr int padded_dims(int D) {
+  return D <= 8 ? 8 : D <= 16 ? 16 : D <= 32 ? 32 : 0;
 }
 
 constexpr bool tile_fits_registers(int J, int D) {
-  return D <= 32 && J * fragments_per_capsule(D) <= kMaxFragments;
+  return D <= 32 && J <= kMaxFragments * kTileRows / padded_dims(D);
 }
 
-// The instance of the kernels for a call: fragments of an output capsule, and J where it is a
-// constant and K even and at most 8, as in the paper's networks (0: any J that fits, and any K).
+// The instance of the kernels for a call: padded D, and J where it is a constant and K even and at
+// most 8, as in the paper's networks (0: any J that fits, and any K).
 struct TileChoice {
-  int fragments, J;
+  int D, J;
 };
 
-inline TileChoice choose_tile(const Shape& shape) {
-  const int fragments = fragments_per_capsule(shape.D);
-  const bool known =
-      shape.K <= kTileDims && shape.K % 2 == 0 &&
-      ((fragments == 2 && (shape.J == 10 || shape.J == 5)) || (fragments == 1 && shape.J == 10));
-  return {fragments, known ? shape.J : 0};
+CAPSULE_KERNELS_BOTH constexpr TileChoice choose_tile(const Shape& shape) {
+  const int D = padded_dims(shape.D);
+  const bool known = shape.K <= kStepDims && shape.K % 2 == 0 &&
+                     ((D == 16 && (shape.J == 10 || shape.J == 5)) || (D == 8 && shape.J == 10));
+  return {D, known ? shape.J : 0};
 }
+
+// Output capsules that two fragments hold where J is not a constant.
+CAPSULE_KERNELS_BOTH constexpr int capsules_of_two_fragments(int D) { return 2 * kTileRows / D; }
 
 // The padded sizes of a call.
 struct Padded {
-  int D, K;             // multiples of 8
-  int fragments;        // of a tile [16, J * D]
-  int tiles;            // of 16 samples
+  int D, K;             // D: 8, 16 or 32; K: a multiple of 8
+  int J;                // with the output capsules that fill up the last fragments
+  int fragments;        // of a tile [J * D, 8]
+  int tiles;            // of 8 samples
   int weight_elements;  // of one W_i on chip
 
   CAPSULE_KERNELS_BOTH explicit Padded(const Shape& shape)
-      : D(fragments_per_capsule(shape.D) * kTileDims),
-        K(round_up(shape.K, kTileDims)),
-        fragments(shape.J * fragments_per_capsule(shape.D)),
+      : D(padded_dims(shape.D)),
+        K(round_up(shape.K, kStepDims)),
+        J(choose_tile(shape).J > 0 ? shape.J : round_up(shape.J, capsules_of_two_fragments(D))),
+        fragments(J * D / kTileRows),
         tiles(ceil_div(shape.B, kTileSamples)),
-        weight_elements(shape.J * D * K) {}
+        weight_elements(fragments * kTileRows * K) {}
 
   CAPSULE_KERNELS_BOTH std::size_t tile_floats() const {
-    return std::size_t(fragments) * kTileSamples * kTileDims;
+    return std::size_t(fragments) * kTileRows * kTileSamples;
   }
 };
 
 // The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip.
 struct SweepPlan {
   int blocks = 0;
+  int warps = 0;           // of a block
   int capsule_groups = 0;  // G_i
   int sample_groups = 0;   // G_b
   int tiles_per_pass =
@@ -92,22 +101,21 @@ struct SweepPlan {
   int shared_bytes = 0;
 };
 
-inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& device) {
+inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& device,
+                            int warps) {
   const Padded padded(shape);
+  // The sums of half of the warps, or a fragment of each.
+  const int exchange_bytes = std::max(warps / 2 * padded.fragments, warps) * kFragmentBytes;
   SweepPlan best;
   double best_cost = 0;
-  for (int tiles_per_pass : {1, 2}) {
+  for (int tiles_per_pass : {1, 2, 4}) {
     if (tiles_per_pass > padded.tiles) break;
     const int passes = ceil_div(padded.tiles, tiles_per_pass);
-    const int lanes = kSweepWarps / tiles_per_pass;
-    // The exchange holds in turn the staged state tiles (two a tile), the sums of half of the
-    // warps, and those of all but one warp for one output capsule.
-    const int exchange_bytes = std::max(kSweepWarps / 2 * padded.fragments,
-                                        (kSweepWarps - 1) * fragments_per_capsule(shape.D)) *
-                               kFragmentBytes;
+    const int lanes = warps / tiles_per_pass;
     for (int sample_groups = 1; sample_groups <= std::min(passes, device.sm_count);
          ++sample_groups) {
       SweepPlan plan;
+      plan.warps = warps;
       plan.sample_groups = sample_groups;
       plan.tiles_per_pass = tiles_per_pass;
       plan.capsules = ceil_div(shape.I, std::min(shape.I, device.sm_count / sample_groups));
@@ -119,9 +127,9 @@ inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& 
       if (weight_bytes + exchange_bytes > device.shared_per_block) continue;
       plan.weight_bytes = round_up(int(weight_bytes), 16);
       plan.shared_bytes = plan.weight_bytes + exchange_bytes;
-      // In cycles, roughly: a capsule of a tile takes a warp 40 a fragment when 8 warps share the
+      // In cycles, roughly: a capsule of a tile takes a warp 20 a fragment when 4 warps share the
       // SM; the exchange is written once and read once at 3000 bytes a cycle.
-      const double sweep = 40.0 * padded.fragments * ceil_div(passes, sample_groups) *
+      const double sweep = 5.0 * warps * padded.fragments * ceil_div(passes, sample_groups) *
                            ceil_div(plan.capsules, lanes);
       const double exchange =
           2.0 * plan.capsule_groups * padded.tiles * padded.fragments * kFragmentBytes / 3000;
@@ -143,7 +151,7 @@ struct ForwardPlan {
 inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   ForwardPlan plan;
-  plan.sweep = plan_sweep(shape, scalar_bytes, device);
+  plan.sweep = plan_sweep(shape, scalar_bytes, device, kForwardWarps);
   plan.workspace_floats =
       std::size_t(plan.sweep.capsule_groups + 1) * padded.tiles * padded.tile_floats();
   return plan;
@@ -157,13 +165,19 @@ struct GradientPlan {
   bool partial_sums = false;  // dW and dprior go through the workspace
 };
 
-// What a warp of it keeps on chip: W_i, dW_i, a lane's sums of dprior_i, two fragments of du_hat.
+// Where J is a constant K is at most 8, and dW_i stays in registers.
+CAPSULE_KERNELS_BOTH inline std::size_t stored_grad_weight_bytes(const Shape& shape,
+                                                                 const Padded& padded) {
+  return choose_tile(shape).J > 0 ? 0 : std::size_t(padded.weight_elements) * 4;
+}
+
+// What a warp of it keeps on chip: W_i, dW_i, du_hat of a tile.
 CAPSULE_KERNELS_BOTH inline std::size_t capsule_store_bytes(const Shape& shape,
                                                             const Padded& padded,
                                                             int scalar_bytes) {
   return std::size_t(padded.weight_elements) * scalar_bytes +
-         std::size_t(round_up(padded.fragments, 2)) * kTileDims * padded.K * 4 +
-         std::size_t(shape.J) * kWarpSize * 4 + 2 * kFragmentBytes;
+         stored_grad_weight_bytes(shape, padded) +
+         std::size_t(padded.fragments) * kFragmentBytes;
 }
 
 inline GradientPlan plan_gradients(const Shape& shape, int scalar_bytes, const Device& device) {
@@ -202,7 +216,7 @@ struct BackwardPlan {
 inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   BackwardPlan plan;
-  plan.sweep = plan_sweep(shape, scalar_bytes, device);
+  plan.sweep = plan_sweep(shape, scalar_bytes, device, kStatesWarps);
   plan.gradients = plan_gradients(shape, scalar_bytes, device);
   plan.workspace_floats =
       std::size_t(plan.sweep.capsule_groups + 2 * shape.R) * padded.tiles * padded.tile_floats();

@@ -7,27 +7,10 @@
 
 namespace capsule_kernels::cuda {
 
-// s^t of one output capsule of a tile, 0 past the batch and past D.
-template <int DT>
-__device__ __forceinline__ void load_s(float (&s)[DT][4], const float* all_s, int t, int tile,
-                                       int j, const Shape& shape, const Lane& lane) {
-  const float* from = all_s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
-  for_each_element<DT>(tile, lane, [&](int n, int e, int b, int d) {
-    s[n][e] =
-        b < shape.B && d < shape.D ? from[(std::size_t(b) * shape.J + j) * shape.D + d] : 0.0f;
-  });
-}
-
-template <int DT>
-__device__ __forceinline__ void store_state(float4* to, const float (&x)[DT][4], const Lane& lane) {
-#pragma unroll
-  for (int n = 0; n < DT; ++n) to[n * kWarpSize + lane.index] = packed(x[n]);
-}
-
 template <class P, class T, class Tile>
-__global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
+__global__ void __launch_bounds__(kStatesWarps* kWarpSize, 1)
     routing_backward_states_kernel(BackwardArguments arguments, BackwardPlan plan) {
-  constexpr int DT = Tile::DT;
+  constexpr int kCapsuleLanes = Tile::D / 4;
   const Shape& shape = arguments.shape;
   const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u);
   const Lane& lane = block.lane;
@@ -38,73 +21,74 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   const bool sweeps = arguments.full_gradient && R > 1;
   if (sweeps) block.bring_weight(arguments.weight);
 
-  // V^1..V^(R-1) and ds^R of one output capsule of a tile a warp.
-  for (int item = blockIdx.x + gridDim.x * block.share.warp; item < block.tiles * shape.J;
-       item += gridDim.x * kSweepWarps) {
-    const int tile = item / shape.J, j = item % shape.J;
-    const std::size_t offset = tile * w.tile_size + j * DT * kWarpSize;
-    float s[DT][4], v[DT][4], sum[DT][4] = {};
-    for (int t = 1; t < R; ++t) {
-      load_s<DT>(s, arguments.s, t, tile, j, shape, lane);
-      squash<DT>(v, s);
-#pragma unroll
-      for (int n = 0; n < DT; ++n) {
-        for (int e = 0; e < 4; ++e) sum[n][e] += v[n][e];
-      }
-      store_state<DT>(w.V + (t - 1) * w.state_size + offset, sum, lane);
+  // x_d ... x_(d + 3) of output capsule j of sample b, 0 past the batch, J and D.
+  const auto load = [&](float (&x)[4], const auto* from, int b, int j, int d) {
+    for (int e = 0; e < 4; ++e) {
+      x[e] = b < shape.B && j < shape.J && d + e < shape.D
+                 ? to_float(from[(std::size_t(b) * shape.J + j) * shape.D + d + e])
+                 : 0.0f;
     }
-    float g[DT][4];
-    for_each_element<DT>(tile, lane, [&](int n, int e, int b, int d) {
-      g[n][e] = b < shape.B && d < shape.D
-                    ? to_float(grad_v[(std::size_t(b) * shape.J + j) * shape.D + d])
-                    : 0.0f;
-    });
-    load_s<DT>(s, arguments.s, R, tile, j, shape, lane);
-    squash_backward<DT>(g, s);
-    store_state<DT>(w.ds + (R - 1) * w.state_size + offset, g, lane);
+  };
+  const auto load_s = [&](float (&x)[4], int t, int b, int j, int d) {
+    load(x, arguments.s + std::size_t(t - 1) * shape.B * shape.J * shape.D, b, j, d);
+  };
+  const auto store_state = [&](float4* state, const float (&x)[4], int b, int j, int d) {
+    for (int e = 0; e < 4; ++e) {
+      reinterpret_cast<float*>(state)[state_offset<Tile>(b, j, d + e, block.fragments)] = x[e];
+    }
+  };
+
+  // V^1..V^(R-1) and ds^R.
+  for (int item = blockIdx.x + gridDim.x * block.share.warp; item < block.tiles * block.fragments;
+       item += gridDim.x * kStatesWarps) {
+    const int e = item * kWarpSize + lane.index, capsule = e / kCapsuleLanes;
+    const int J = block.fragments * kTileRows / Tile::D;
+    const int b = capsule / J, j = capsule % J, d = e % kCapsuleLanes * 4;
+    float s[4], v[4], sum[4] = {};
+    for (int t = 1; t < R; ++t) {
+      load_s(s, t, b, j, d);
+      squash<kCapsuleLanes>(v, s);
+      for (int n = 0; n < 4; ++n) sum[n] += v[n];
+      store_state(w.V + (t - 1) * w.state_size, sum, b, j, d);
+    }
+    float g[4];
+    load(g, grad_v, b, j, d);
+    load_s(s, R, b, j, d);
+    squash_backward<kCapsuleLanes>(g, s);
+    store_state(w.ds + (R - 1) * w.state_size, g, b, j, d);
   }
   if (!sweeps) return;
   grid_barrier();
 
   for (int t = R; t > 1; --t) {
     const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
-    const auto add_weighted = [&](bool prior) {
-      return [&, prior](typename Tile::Values& sum, const auto& predict,
-                        const float4* const(&staged)[2], int, int i) {
-        typename Tile::Values u_hat;
-        predict(u_hat, false);
-        typename Tile::Row c, dl;  // dl holds dc first
-        load_prior<T, Tile>(c, prior ? logits : nullptr, i, shape.J);
-        add_row_dots<Tile>(c, u_hat, staged[0], shape.J, lane);
-        softmax<Tile>(c, shape.J, arguments.leaky);
-#pragma unroll
-        for (int j = 0; j < Tile::kCapsules; ++j) dl[j] = 0.0f;
-        add_row_dots<Tile>(dl, u_hat, staged[1], shape.J, lane);
-        softmax_backward<Tile>(dl, c, shape.J);
-        add_scaled<Tile>(sum, dl, u_hat, shape.J, lane);
-      };
-    };
-    if (logits != nullptr) {
-      block.sweep(states, 2, w.partial, add_weighted(true));
-    } else {
-      block.sweep(states, 2, w.partial, add_weighted(false));
-    }
+    block.template sweep<2>(states, w.partial,
+                            [&](typename Tile::Values& sum, const auto& predict,
+                                const auto& tile_states, int, int i) {
+                              typename Tile::Values u_hat;
+                              predict(u_hat, false);
+                              typename Tile::Row c, dl = {};  // dl holds dc first
+                              load_prior<T, Tile>(c, logits, i, shape.J, lane);
+                              add_dots<Tile>(c, u_hat, tile_states[0], shape.J);
+                              softmax<Tile>(c, shape.J, arguments.leaky, lane);
+                              add_dots<Tile>(dl, u_hat, tile_states[1], shape.J);
+                              softmax_backward<Tile>(dl, c, shape.J);
+                              add_scaled<Tile>(sum, dl, u_hat, shape.J);
+                            });
     grid_barrier();
 
-    // G^(t-1) and ds^(t-1) of one output capsule of a tile.
-    block.add_partial_sums(w.partial,
-                           [&](float (&sum)[DT][4], int tile, int j, std::size_t offset) {
-                             if (t < R) {
-#pragma unroll
-                               for (int n = 0; n < DT; ++n)
-                                 add_to(sum[n], w.G[offset + n * kWarpSize + lane.index]);
-                             }
-                             store_state<DT>(w.G + offset, sum, lane);
-                             float s[DT][4];
-                             load_s<DT>(s, arguments.s, t - 1, tile, j, shape, lane);
-                             squash_backward<DT>(sum, s);
-                             store_state<DT>(w.ds + (t - 2) * w.state_size + offset, sum, lane);
-                           });
+    // G^(t-1) and ds^(t-1); G is read and written by the same lanes, in the order of the sums.
+    block.add_partial_sums(w.partial, [&](float (&sum)[4], int b, int j, int d) {
+      float4& G = w.G[(std::size_t(b) * (block.fragments * kTileRows / Tile::D) + j) *
+                          kCapsuleLanes +
+                      d / 4];
+      if (t < R) add_to(sum, G);
+      G = packed(sum);
+      float s[4];
+      load_s(s, t - 1, b, j, d);
+      squash_backward<kCapsuleLanes>(sum, s);
+      store_state(w.ds + (t - 2) * w.state_size, sum, b, j, d);
+    });
     if (t > 2) grid_barrier();
   }
 }

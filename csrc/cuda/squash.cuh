@@ -1,18 +1,17 @@
-// squash(s) = n / (1 + n^2) s, n = |s|, and its transposed Jacobian, for capsules spread over
-// quads.
+// squash(s) = n / (1 + n^2) s, n = |s|, and its transposed Jacobian, for capsules spread over lanes.
 //
-// A tile of 16 samples lies in registers as results of mma: of output capsule j, lane (g, q) of a
-// warp holds columns 8 f + 2 q and 8 f + 2 q + 1 of row g (elements 0, 1 of fragment f) and of row
-// g + 8 (elements 2, 3). The four lanes of a quad hold the rows whole.
+// `kLanes` consecutive lanes of a warp hold an output capsule, four dimensions each.
 #pragma once
 
 #include "execution.cuh"
 
 namespace capsule_kernels::cuda {
 
-__device__ __forceinline__ float quad_sum(float x) {
-  x += shuffle_xor(x, 1);
-  return x + shuffle_xor(x, 2);
+template <int kLanes>
+__device__ __forceinline__ float sum_over_lanes(float x) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) x += shuffle_xor(x, step);
+  return x;
 }
 
 // The factors of squash at one capsule: v = f s. J^T scales what is across s by f, and what is
@@ -23,73 +22,56 @@ struct Squash {
   float length;  // n; 1 at s = 0
 };
 
-// Of row `half` (0: g, 1: g + 8) of one capsule, s[DT][4]. No square of a length is formed before
-// it is scaled, so that any finite s gives a finite v, and f has a form for each end of the range.
-template <int DT>
-__device__ __forceinline__ Squash squash_of(const float (&s)[DT][4], int half) {
+// No square of a length is formed before it is scaled, so that any finite s gives a finite v, and f
+// has a form for each end of the range.
+template <int kLanes>
+__device__ __forceinline__ Squash squash_of(const float (&s)[4]) {
+  const auto larger = [](float x, float than) {
+    return x > than || x != x ? x : than;  // fmaxf would lose a NaN
+  };
   float scale = 0;
 #pragma unroll
-  for (int n = 0; n < DT; ++n) {
-    for (int e = 2 * half; e < 2 * half + 2; ++e) {
-      const float x = fabsf(s[n][e]);
-      scale = x > scale || x != x ? x : scale;  // fmaxf would lose a NaN
-    }
-  }
-  for (int step = 1; step < 4; step *= 2) {
-    const float x = shuffle_xor(scale, step);
-    scale = x > scale || x != x ? x : scale;
-  }
+  for (int e = 0; e < 4; ++e) scale = larger(fabsf(s[e]), scale);
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) scale = larger(shuffle_xor(scale, step), scale);
   const bool nonzero = scale > 0;
   const float unit = nonzero ? scale : 1.0f;
   float sum = 0;
 #pragma unroll
-  for (int n = 0; n < DT; ++n) {
-    for (int e = 2 * half; e < 2 * half + 2; ++e) {
-      const float x = s[n][e] / unit;
-      sum += x * x;
-    }
+  for (int e = 0; e < 4; ++e) {
+    const float x = s[e] / unit;
+    sum += x * x;
   }
-  const float length = unit * sqrtf(quad_sum(sum));
+  const float length = unit * sqrtf(sum_over_lanes<kLanes>(sum));
   if (!nonzero) return {0.0f, 0.0f, 1.0f};
   const float along = 2.0f / (1.0f + length * length);
   return {length < 1 ? 0.5f * length * along : 1.0f / (length + 1.0f / length), along, length};
 }
 
-// v = squash(s), both rows.
-template <int DT>
-__device__ __forceinline__ void squash(float (&v)[DT][4], const float (&s)[DT][4]) {
-  for (int half = 0; half < 2; ++half) {
-    const float f = squash_of(s, half).f;
+// v = squash(s).
+template <int kLanes>
+__device__ __forceinline__ void squash(float (&v)[4], const float (&s)[4]) {
+  const float f = squash_of<kLanes>(s).f;
 #pragma unroll
-    for (int n = 0; n < DT; ++n) {
-      for (int e = 2 * half; e < 2 * half + 2; ++e) v[n][e] = f * s[n][e];
-    }
-  }
+  for (int e = 0; e < 4; ++e) v[e] = f * s[e];
 }
 
-// x = J_squash(s)^T x in place, both rows.
-template <int DT>
-__device__ __forceinline__ void squash_backward(float (&x)[DT][4], const float (&s)[DT][4]) {
-  for (int half = 0; half < 2; ++half) {
-    const Squash factors = squash_of(s, half);
-    float unit[DT][2];  // s / n
-    float dot = 0;
+// x = J_squash(s)^T x in place.
+template <int kLanes>
+__device__ __forceinline__ void squash_backward(float (&x)[4], const float (&s)[4]) {
+  const Squash factors = squash_of<kLanes>(s);
+  float unit[4];  // s / n
+  float dot = 0;
 #pragma unroll
-    for (int n = 0; n < DT; ++n) {
-      for (int e = 0; e < 2; ++e) {
-        unit[n][e] = s[n][2 * half + e] / factors.length;
-        dot += unit[n][e] * x[n][2 * half + e];
-      }
-    }
-    dot = quad_sum(dot);
+  for (int e = 0; e < 4; ++e) {
+    unit[e] = s[e] / factors.length;
+    dot += unit[e] * x[e];
+  }
+  dot = sum_over_lanes<kLanes>(dot);
 #pragma unroll
-    for (int n = 0; n < DT; ++n) {
-      for (int e = 0; e < 2; ++e) {
-        const float parallel = dot * unit[n][e];
-        float& value = x[n][2 * half + e];
-        value = factors.f * ((value - parallel) + factors.along * parallel);
-      }
-    }
+  for (int e = 0; e < 4; ++e) {
+    const float parallel = dot * unit[e];
+    x[e] = factors.f * ((x[e] - parallel) + factors.along * parallel);
   }
 }
 

@@ -1,9 +1,10 @@
 // The persistent grid of the forward and of the backward's inner sweeps.
 //
 // A block keeps the W of its input capsules in shared memory for the whole launch. A sweep goes
-// over (its samples) x (its capsules), weighs each u_hat with coefficients that it computes from
-// the states, and leaves the block's sum of coefficient * u_hat per sample in the workspace. The
-// blocks then add the partial sums of all capsule groups, in a fixed order.
+// over (its samples) x (its capsules): a warp holds the states of a tile and its sum in registers,
+// weighs each u_hat with coefficients that it computes from the states, and the block leaves its
+// sum of coefficient * u_hat per sample in the workspace. The blocks then add the partial sums of
+// all capsule groups, in a fixed order.
 #pragma once
 
 #include "squash.cuh"
@@ -30,65 +31,60 @@ struct Share {
         warp(threadIdx.x / kWarpSize),
         slot(warp % plan.tiles_per_pass),
         lane_of_capsules(warp / plan.tiles_per_pass),
-        lanes(kSweepWarps / plan.tiles_per_pass) {}
+        lanes(plan.warps / plan.tiles_per_pass) {}
 };
 
-// `count` rows of W [.., J, D, K] to chip, prepared for the products of P, D and K padded with
-// zeros to multiples of 8; all of `threads` take part. They are there after a barrier.
-template <class P, class T>
-__device__ __forceinline__ void load_weight(T* to, const T* from, int count, const Shape& shape,
-                                            const Padded& padded, int thread, int threads) {
-  const int elements = count * padded.weight_elements;
-  if (padded.D == shape.D && padded.K == shape.K) {
-    constexpr int kCopied = 16 / sizeof(T);
-    for (int e = thread * kCopied; e < elements; e += threads * kCopied) {
-      copy_in_background(to + e, from + e);
+// `count` rows of W [.., J, D, K] to chip in the order of the fragments, [K / 8][fragments][32] each,
+// prepared for the products of P and padded with zeros; all of `threads` take part. They are there
+// after a barrier.
+template <class P, class Tile, class T>
+__device__ __forceinline__ void load_weight(Quad<T>* to, const T* from, int count,
+                                            const Shape& shape, int thread, int threads) {
+  const int fragments = Tile::fragments_of(shape.J);
+  const int quads = fragments * kWarpSize * (Tile::padded_K(shape.K) / kStepDims);
+  const std::size_t row_size = std::size_t(shape.J) * shape.D * shape.K;
+  for (int e = thread; e < quads; e += threads) {
+    const int lane = e % kWarpSize, n = e / kWarpSize % fragments, g = lane / 4;
+    const int k = e / kWarpSize / fragments * kStepDims + 2 * (lane % 4);
+    int j = 0, d = 0;
+    for_all_groups<Tile>([&](auto group) {
+      constexpr int kFragments = Tile::fragments(group.value);
+      const int m = n - Tile::first_fragment(group.value);
+      if (m < 0 || m >= kFragments) return;
+      j = Tile::first_capsule(group.value) + g / Tile::sharers(group.value);
+      d = (g % Tile::sharers(group.value) * kFragments + m) * 2;
+    });
+    // Past J and D there is nothing: as past K.
+    const int first_k = j < shape.J && d < shape.D ? k : shape.K;
+    const int second_k = j < shape.J && d + 1 < shape.D ? k : shape.K;
+    const T* source = from + (std::size_t(j) * shape.D + d) * shape.K;
+    Quad<T>* target = to + e - lane + swizzled(lane);
+#pragma unroll 4
+    for (int row = 0; row < count; ++row) {
+      const Pair<T> x = load_pair<Tile>(source + row * row_size, k, first_k, shape.K);
+      const Pair<T> y = load_pair<Tile>(source + row * row_size, shape.K + k, second_k, shape.K);
+      target[row * quads] = {{P::prepared(x.first), P::prepared(y.first), P::prepared(x.second),
+                              P::prepared(y.second)}};
     }
-    wait_for_copies();
-    for (int e = thread * kCopied; e < elements; e += threads * kCopied) {
-      for (int n = 0; n < kCopied; ++n) to[e + n] = P::prepared(to[e + n]);
-    }
-    return;
   }
-  for (int e = thread; e < elements; e += threads) {
-    const int k = e % padded.K, jd = e / padded.K % (shape.J * padded.D);
-    const int row = e / padded.weight_elements, j = jd / padded.D, d = jd % padded.D;
-    const std::size_t source = ((std::size_t(row) * shape.J + j) * shape.D + d) * shape.K + k;
-    if (d < shape.D && k < shape.K) {
-      to[e] = P::prepared(from[source]);
-    } else {
-      store(to + e, 0.0f);
-    }
-  }
-}
-
-// A lane's four values of a fragment, as they lie in memory.
-__device__ __forceinline__ void add_to(float (&sum)[4], const float4& x) {
-  sum[0] += x.x;
-  sum[1] += x.y;
-  sum[2] += x.z;
-  sum[3] += x.w;
-}
-
-__device__ __forceinline__ float4 packed(const float (&x)[4]) {
-  return make_float4(x[0], x[1], x[2], x[3]);
 }
 
 // A block of the persistent grid.
 template <class P, class T, class Tile>
 struct SweepBlock {
-  static constexpr int DT = Tile::DT;
   using Values = typename Tile::Values;
+  static constexpr int kCapsuleLanes = Tile::D / 4;  // that hold an output capsule, where it is whole
 
   const Shape& shape;
   const SweepPlan& plan;
   const Share share;
   const Lane lane;
   const T* u;
-  const int tiles;               // of 16 samples
+  const int tiles;               // of 8 samples
+  const int fragments;           // of a tile
   const int tile_size;           // of a state tile [fragments][32], in float4s, as all below
-  const std::size_t state_size;  // of a state [tiles][tile]
-  T* const weight;               // on chip: W of its capsules
+  const std::size_t state_size;  // of a state [tiles][tile], or of partial sums [B][J][D] (padded)
+  Quad<T>* const weight;         // on chip: W of its capsules
   float4* const exchange;        // on chip
 
   __device__ __forceinline__ SweepBlock(const Shape& shape, const SweepPlan& plan, const void* u)
@@ -97,9 +93,10 @@ struct SweepBlock {
         share(shape, plan),
         u(static_cast<const T*>(u)),
         tiles(ceil_div(shape.B, kTileSamples)),
-        tile_size(shape.J * DT * kWarpSize),
+        fragments(Tile::fragments_of(shape.J)),
+        tile_size(fragments * kWarpSize),
         state_size(std::size_t(tiles) * tile_size),
-        weight(static_cast<T*>(shared_memory())),
+        weight(static_cast<Quad<T>*>(shared_memory())),
         exchange(
             reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + plan.weight_bytes)) {}
 
@@ -107,99 +104,81 @@ struct SweepBlock {
   __device__ __forceinline__ void bring_weight(const void* all) const {
     const int rows = (share.last_capsule - 1) / shape.weight_sharing + 1 - share.first_row;
     const std::size_t row_size = std::size_t(shape.J) * shape.D * shape.K;
-    load_weight<P>(weight, static_cast<const T*>(all) + share.first_row * row_size, rows, shape,
-                   Padded(shape), threadIdx.x, blockDim.x);
+    load_weight<P, Tile>(weight, static_cast<const T*>(all) + share.first_row * row_size, rows,
+                         shape, threadIdx.x, blockDim.x);
+    __syncthreads();
   }
 
-  // One sweep. `add(sum, predict, staged, tile, i)` adds u_hat of capsule i, weighted, to the sum;
-  // `predict(x, more)` sets x to it, or adds it to x; the `state_count` state tiles of `states` lie
-  // at staged[0..] on chip. `partial` is [G_i][tiles][tile].
-  template <class Add>
-  __device__ __forceinline__ void sweep(const float4* const* states, int state_count,
+  // One sweep. `add(sum, predict, states, tile, i)` adds u_hat of capsule i, weighted, to the sum;
+  // `predict(x, more)` sets x to it, or adds it to x; `states` are the warp's tile of each of
+  // `from`. `partial` is [G_i][B][J][D], padded.
+  template <int kStates, class Add>
+  __device__ __forceinline__ void sweep(const float4* const (&from)[kStates > 0 ? kStates : 1],
                                         float4* partial, Add add) const {
-    const int weight_elements = shape.J * DT * kTileDims * Tile::padded_K(shape.K);
+    const int weight_quads = tile_size * (Tile::padded_K(shape.K) / kStepDims);
     for (int first = share.sample_group * plan.tiles_per_pass; first < tiles;
          first += plan.sample_groups * plan.tiles_per_pass) {
-      const int count = min(plan.tiles_per_pass, tiles - first);
-      for (int state = 0; state < state_count; ++state) {
-        for (int e = threadIdx.x; e < count * tile_size; e += kSweepWarps * kWarpSize) {
-          exchange[state * plan.tiles_per_pass * tile_size + e] =
-              states[state][std::size_t(first) * tile_size + e];
-        }
-      }
-      __syncthreads();  // W too, in the first sweep
-
-      Values sum;
-#pragma unroll
-      for (int n = 0; n < Tile::kFragments; ++n) {
-        for (int e = 0; e < 4; ++e) sum[n][e] = 0.0f;
-      }
       const int tile = first + share.slot;
-      if (share.slot < count) {
-        const float4* staged[2] = {
-            exchange + share.slot * tile_size,
-            exchange + (plan.tiles_per_pass + share.slot) * tile_size,
-        };
-        const InputRows<T, Tile> rows(u, tile, shape, lane);
+      Values sum;
+      set_zero<Tile>(sum);
+      if (tile < tiles) {
+        Values states[kStates > 0 ? kStates : 1];
+#pragma unroll
+        for (int n = 0; n < kStates; ++n) {
+          load_state<Tile>(states[n], from[n] + std::size_t(tile) * tile_size, shape.J, lane);
+        }
+        const InputRow<T, Tile> row(u, tile, shape, lane);
         // u of the next capsule is loaded while this one is worked on.
-        float next_u[4] = {};
+        float next_u[2] = {};
         int i = share.first_capsule + share.lane_of_capsules;
-        if (i < share.last_capsule) rows.load(next_u, i, 0, shape.K, lane);
+        if (i < share.last_capsule) row.load(next_u, i, 0, shape.K, lane);
         for (; i < share.last_capsule; i += share.lanes) {
-          const float first_u[4] = {next_u[0], next_u[1], next_u[2], next_u[3]};
+          const float first_u[2] = {next_u[0], next_u[1]};
           if (i + share.lanes < share.last_capsule) {
-            rows.load(next_u, i + share.lanes, 0, shape.K, lane);
+            row.load(next_u, i + share.lanes, 0, shape.K, lane);
           }
           // A division takes longer than a product of tensor cores.
-          const int row =
+          const int weight_row =
               (shape.weight_sharing == 1 ? i : i / shape.weight_sharing) - share.first_row;
           const auto predict_i = [&](Values& x, bool more) {
-            predict<P, T, Tile>(x, 0, weight + row * weight_elements, first_u, rows, i, shape, lane,
+            predict<P, T, Tile>(x, weight + weight_row * weight_quads, first_u, row, i, shape, lane,
                                 more);
           };
-          add(sum, predict_i, staged, tile, i);
+          add(sum, predict_i, states, tile, i);
         }
       }
-      __syncthreads();  // the staged states are read
       add_over_lanes(sum);
-      if (share.lane_of_capsules == 0 && share.slot < count) {
-        float4* to = partial + share.capsule_group * state_size + std::size_t(tile) * tile_size;
-#pragma unroll
-        for (int n = 0; n < Tile::kFragments; ++n) {
-          if (Tile::has(n / DT, shape.J)) to[n * kWarpSize + lane.index] = packed(sum[n]);
-        }
+      if (share.lane_of_capsules == 0 && tile < tiles) {
+        write_partial(partial + share.capsule_group * state_size, sum, tile);
       }
     }
   }
 
-  // Adds the partial sums of all capsule groups, in a fixed order; the output capsules of all tiles
-  // are dealt to the blocks. `finish(sum, tile, j, offset)` gets each sum, in the first warp; the
-  // capsule begins at `offset` of a state.
+  // Adds the partial sums of all capsule groups, in a fixed order. `finish(sum, b, j, d)` gets each
+  // sum once, for d ... d + 3; `kCapsuleLanes` lanes have a capsule whole.
   template <class Finish>
   __device__ __forceinline__ void add_partial_sums(const float4* partial, Finish finish) const {
-    for (int item = blockIdx.x; item < tiles * shape.J; item += gridDim.x) {
-      const int tile = item / shape.J, j = item % shape.J;
-      const std::size_t offset = std::size_t(tile) * tile_size + j * DT * kWarpSize;
-      float sum[DT][4] = {};
-      const auto add = [&](const float4* from) {
-#pragma unroll
-        for (int n = 0; n < DT; ++n) add_to(sum[n], from[n * kWarpSize + lane.index]);
-      };
+    // Each half of the block takes 32 float4s at a time; its warps split the groups.
+    const int warps = plan.warps / 2, half = share.warp / warps, warp = share.warp % warps;
+    const int items = tiles * fragments;
+    for (int first = blockIdx.x; first < items; first += 2 * gridDim.x) {
+      const int item = first + half * gridDim.x, e = item * kWarpSize + lane.index;
+      float sum[4] = {};
+      if (item < items) {
 #pragma unroll 4
-      for (int group = share.warp; group < plan.capsule_groups; group += kSweepWarps) {
-        add(partial + group * state_size + offset);
-      }
-      __syncthreads();  // `exchange` is free
-      if (share.warp > 0) {
-#pragma unroll
-        for (int n = 0; n < DT; ++n) {
-          exchange[((share.warp - 1) * DT + n) * kWarpSize + lane.index] = packed(sum[n]);
+        for (int group = warp; group < plan.capsule_groups; group += warps) {
+          add_to(sum, partial[group * state_size + e]);
         }
       }
+      __syncthreads();  // `exchange` is free
+      if (warp > 0) exchange[share.warp * kWarpSize + lane.index] = packed(sum);
       __syncthreads();
-      if (share.warp > 0) continue;
-      for (int other = 0; other < kSweepWarps - 1; ++other) add(exchange + other * DT * kWarpSize);
-      finish(sum, tile, j, offset);
+      if (warp > 0 || item >= items) continue;
+      for (int other = 1; other < warps; ++other) {
+        add_to(sum, exchange[(share.warp + other) * kWarpSize + lane.index]);
+      }
+      const int capsule = e / kCapsuleLanes, J = fragments * kTileRows / Tile::D;
+      finish(sum, capsule / J, capsule % J, e % kCapsuleLanes * 4);
     }
   }
 
@@ -207,41 +186,42 @@ struct SweepBlock {
   // Adds the sums of the warps that share a tile, in a fixed order, into those of its first warp.
   // `exchange` holds a tile for half of the warps.
   __device__ __forceinline__ void add_over_lanes(Values& sum) const {
-    for (int half = share.lanes / 2; half >= 1; half /= 2) {
-      const int sender = share.lane_of_capsules - half;
+    for (int lanes = share.lanes; lanes > 1; lanes = (lanes + 1) / 2) {
+      const int kept = (lanes + 1) / 2, sender = share.lane_of_capsules - kept;
       const int place = (sender >= 0 ? sender : share.lane_of_capsules) * plan.tiles_per_pass;
       float4* tile = exchange + (place + share.slot) * tile_size + lane.index;
-      if (sender >= 0 && sender < half) {
-#pragma unroll
-        for (int n = 0; n < Tile::kFragments; ++n) {
-          if (Tile::has(n / DT, shape.J)) tile[n * kWarpSize] = packed(sum[n]);
-        }
+      __syncthreads();  // `exchange` is free
+      if (sender >= 0 && share.lane_of_capsules < lanes) {
+        for_each_fragment<Tile>(shape.J,
+                                [&](int, int n) { tile[n * kWarpSize] = packed(sum[n]); });
       }
       __syncthreads();
-      if (share.lane_of_capsules < half) {
-#pragma unroll
-        for (int n = 0; n < Tile::kFragments; ++n) {
-          if (Tile::has(n / DT, shape.J)) add_to(sum[n], tile[n * kWarpSize]);
-        }
+      if (share.lane_of_capsules < lanes - kept) {
+        for_each_fragment<Tile>(shape.J,
+                                [&](int, int n) { add_to(sum[n], tile[n * kWarpSize]); });
       }
-      __syncthreads();
     }
+  }
+
+  // The sum of a tile in its place in [B][J][D], padded.
+  __device__ __forceinline__ void write_partial(float4* to, const Values& sum, int tile) const {
+    const int J = fragments * kTileRows / Tile::D;
+    for_each_group<Tile>(shape.J, [&](auto group) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int b = tile * kTileSamples + 2 * lane.q + e;
+        const int row = b * J + lane.capsule<Tile>(group.value);
+        float* capsule = reinterpret_cast<float*>(to) + std::size_t(row) * Tile::D +
+                         lane.first_dim<Tile>(group.value);
+        constexpr int kFirst = Tile::first_fragment(group.value);
+#pragma unroll
+        for (int m = 0; m < Tile::fragments(group.value); ++m) {
+          const auto& x = sum[kFirst + m];
+          reinterpret_cast<Pair<float>*>(capsule)[m] = {x[e], x[2 + e]};
+        }
+      }
+    });
   }
 };
-
-// Visits the elements of one output capsule j of a tile that this lane holds:
-// visit(n, e, b, d) for element e of fragment n, sample b and dimension d, which may lie past the
-// batch and past D.
-template <int DT, class Visit>
-__device__ __forceinline__ void for_each_element(int tile, const Lane& lane, Visit visit) {
-#pragma unroll
-  for (int n = 0; n < DT; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      visit(n, e, tile * kTileSamples + lane.g + (e < 2 ? 0 : 8),
-            n * kTileDims + 2 * lane.q + e % 2);
-    }
-  }
-}
 
 }  // namespace capsule_kernels::cuda

@@ -1,66 +1,154 @@
-// One input capsule of a tile of 16 samples, in the registers of a warp.
+// One input capsule of a tile of 8 samples, in the registers of a warp.
 //
-// u_hat [16, J * D] of a tile is `Tile::kFragments` results of mma, DT of them an output
-// capsule. Lane (g, q) = (lane / 4, lane % 4) holds rows g and g + 8 of columns 2q and 2q + 1 of
-// each. Coefficients (logits, couplings, ...) of an input capsule need one value a row and j: a
-// lane owns row g + 8 (q % 2), and so do two lanes together each row.
+// u_hat^T [J * D, 8] of a tile is `Tile::kFragments` results of mma, 16 pairs (j, d) each. Lane
+// (g, q) = (lane / 4, lane % 4) holds rows g and g + 8 of columns (samples) 2q and 2q + 1 of each.
+// Which (j, d) is row g of a fragment is ours to choose: the output capsules form groups of 8, 4, 2
+// or 1, and 1, 2, 4 or 8 of the lanes with the same q share a capsule of the group, consecutive d
+// each. So a lane holds all d of an output capsule, or as many as there are, and u_hat . V and
+// c u_hat take no exchange between lanes, or little.
 //
-// A state tile (V or ds of a tile, [16, J * D]) is stored in the same order, a float4 a lane and
-// fragment: loads are coalesced and need no index arithmetic.
+// A state tile (V or ds of a tile) and W_i on chip are stored in the order of the fragments, a
+// float4 (of W: four values) a lane: loads need no index arithmetic.
 #pragma once
+
+#include <utility>
 
 #include "plan.h"
 #include "precision.cuh"
 
 namespace capsule_kernels::cuda {
 
-// Output capsules of `kDT` fragments each: exactly kJ of them and an even K <= 8, or any J that
+// Output capsules of `kD` (padded) dimensions: exactly kJ of them and an even K <= 8, or any J that
 // fits and any K (kJ = 0). With known sizes no branches stand between output capsules, so that
 // their instructions overlap, and addresses are constants.
-template <int kDT, int kJ = 0>
+template <int kD, int kJ = 0>
 struct TileOf {
-  static constexpr int DT = kDT;
-  static constexpr int kCapsules = kJ > 0 ? kJ : kMaxFragments / DT;  // of J, at most
-  static constexpr int kFragments = kCapsules * DT;
-  static constexpr bool kEvenK = kJ > 0;
-  using Values = float[kFragments][4];
-  using Row = float[kCapsules];  // of the row this lane owns
+  static constexpr int D = kD;
+  static constexpr bool kKnown = kJ > 0;
 
-  // Whether there is a j-th output capsule.
-  static __device__ __forceinline__ bool has(int j, int J) {
-    return j < kCapsules && (kJ > 0 || j < J);
+  // A known J is the sum of powers of two, largest first; an unknown one fills groups of two
+  // fragments.
+  static CAPSULE_KERNELS_BOTH constexpr int capsules(int group) {
+    if (!kKnown) return capsules_of_two_fragments(kD);
+    int left = kJ, capsules = 0;
+    for (; group >= 0; --group) {
+      for (capsules = 8; capsules > left; capsules /= 2) {
+      }
+      left -= capsules;
+    }
+    return capsules;
   }
+  static CAPSULE_KERNELS_BOTH constexpr int first_capsule(int group) {
+    int first = 0;
+    for (int before = 0; before < group; ++before) first += capsules(before);
+    return first;
+  }
+  static CAPSULE_KERNELS_BOTH constexpr int fragments(int group) {
+    return capsules(group) * kD / kTileRows;
+  }
+  static CAPSULE_KERNELS_BOTH constexpr int first_fragment(int group) {
+    return first_capsule(group) * kD / kTileRows;
+  }
+  // Lanes that share an output capsule.
+  static CAPSULE_KERNELS_BOTH constexpr int sharers(int group) { return 8 / capsules(group); }
 
+  static CAPSULE_KERNELS_BOTH constexpr int count_groups() {
+    if (!kKnown) return kMaxFragments / 2;
+    int groups = 0;
+    while (first_capsule(groups) < kJ) ++groups;
+    return groups;
+  }
+  static constexpr int kGroups = count_groups();
+  static constexpr int kFragments = kKnown ? kJ * kD / kTileRows : kMaxFragments;
+
+  using Values = float[kFragments][4];  // of both rows and samples: (row, sample) 00, 01, 10, 11
+  using Row = float[kGroups][2];        // a value for each sample of the lane's output capsule
+
+  // Whether there are output capsules in the group.
+  static __device__ __forceinline__ bool has(int group, int J) {
+    return kKnown || first_capsule(group) < J;
+  }
+  static __device__ __forceinline__ int fragments_of(int J) {
+    return kKnown ? kFragments : ceil_div(J, capsules(0)) * 2;
+  }
   static __device__ __forceinline__ int padded_K(int K) {
-    return kJ > 0 ? kTileDims : round_up(K, kTileDims);
+    return kKnown ? kStepDims : round_up(K, kStepDims);
   }
 
-  static_assert(kFragments <= kMaxFragments && kFragments % 2 == 0);
+  static_assert(kFragments <= kMaxFragments && kFragments * kTileRows >= kJ * kD);
 };
+
+// A number as a type, so that what depends on it is a constant.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+template <class Visit, int... kNumbers>
+__device__ __forceinline__ void for_each_of(Visit visit, std::integer_sequence<int, kNumbers...>) {
+  (visit(Constant<kNumbers>()), ...);
+}
+
+// Calls visit(Constant<group>()) for every group of output capsules, and for every one that there
+// is.
+template <class Tile, class Visit>
+__device__ __forceinline__ void for_all_groups(Visit visit) {
+  for_each_of(visit, std::make_integer_sequence<int, Tile::kGroups>());
+}
+
+template <class Tile, class Visit>
+__device__ __forceinline__ void for_each_group(int J, Visit visit) {
+  for_all_groups<Tile>([&](auto group) {
+    if (Tile::has(group.value, J)) visit(group);
+  });
+}
+
+// Calls visit(group, n) for every fragment n that there is.
+template <class Tile, class Visit>
+__device__ __forceinline__ void for_each_fragment(int J, Visit visit) {
+  for_each_group<Tile>(J, [&](auto group) {
+    constexpr int kFirst = Tile::first_fragment(group.value);
+    constexpr int kLast = kFirst + Tile::fragments(group.value);
+#pragma unroll
+    for (int n = kFirst; n < kLast; ++n) visit(group.value, n);
+  });
+}
 
 // Where a thread is in its warp.
 struct Lane {
-  int index;   // in the warp
-  int g, q;    // index / 4, index % 4
-  bool upper;  // owns row g + 8 rather than g
+  int index;  // in the warp
+  int g, q;   // index / 4, index % 4
 
   __device__ __forceinline__ Lane()
-      : index(threadIdx.x % kWarpSize), g(index / 4), q(index % 4), upper(q % 2 == 1) {}
-  __device__ __forceinline__ int own_row() const { return g + (upper ? 8 : 0); }
-  __device__ __forceinline__ bool writes_own_row() const { return q < 2; }
+      : index(threadIdx.x % kWarpSize), g(index / 4), q(index % 4) {}
+
+  template <class Tile>
+  __device__ __forceinline__ int capsule(int group) const {
+    return Tile::first_capsule(group) + g / Tile::sharers(group);
+  }
+  // The first of the lane's dimensions in the group; row g of its fragment m is this + 2m, row
+  // g + 8 this + 2m + 1.
+  template <class Tile>
+  __device__ __forceinline__ int first_dim(int group) const {
+    return g % Tile::sharers(group) * 2 * Tile::fragments(group);
+  }
 };
 
-// The sums over a quad of `low` (row g) and `high` (row g + 8): the one of the row this lane owns.
-__device__ __forceinline__ float quad_row_sum(float low, float high, const Lane& lane) {
-  const float sum = (lane.upper ? high : low) + shuffle_xor(lane.upper ? low : high, 1);
-  return sum + shuffle_xor(sum, 2);
-}
-
-// The inverse: from the value of the own row, those of both rows.
-__device__ __forceinline__ void quad_rows(float own, float& low, float& high, const Lane& lane) {
-  const float other = shuffle_xor(own, 1);
-  low = lane.upper ? other : own;
-  high = lane.upper ? own : other;
+// Where element d of output capsule j of sample b lies in a state [tiles][fragments][32][4].
+template <class Tile>
+__device__ __forceinline__ std::size_t state_offset(int b, int j, int d, int fragments) {
+  std::size_t offset = 0;
+  for_each_group<Tile>(j + 1, [&](auto group) {
+    constexpr int kFirst = Tile::first_capsule(group.value);
+    constexpr int kPairs = Tile::fragments(group.value), kSharers = Tile::sharers(group.value);
+    if (j < kFirst || j >= kFirst + Tile::capsules(group.value)) return;
+    const int g = (j - kFirst) * kSharers + d / (2 * kPairs);
+    const int fragment = Tile::first_fragment(group.value) + d / 2 % kPairs;
+    const int lane = g * 4 + b % kTileSamples / 2;
+    offset = ((std::size_t(b / kTileSamples) * fragments + fragment) * kWarpSize + lane) * 4 +
+             d % 2 * 2 + b % 2;
+  });
+  return offset;
 }
 
 template <class T>
@@ -68,195 +156,251 @@ struct alignas(2 * sizeof(T)) Pair {
   T first, second;
 };
 
-// u for rows g and g + 8 of a tile; null past the batch.
-template <class T, class Tile>
-struct InputRows {
-  const T* low;  // [I, K]
-  const T* high;
+// A lane's values of a fragment of W_i: rows g and g + 8 of the first column, then of the second.
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+  T values[4];
+};
 
-  __device__ __forceinline__ InputRows(const T* u, int tile, const Shape& shape, const Lane& lane) {
+// A fragment's values are read by lane, and, where the fragment is to be transposed, two at a time
+// by other lanes: in this order of the lanes neither meets the same bank of shared memory twice.
+__device__ __forceinline__ int swizzled(int lane) { return lane ^ (lane / 8 * 2); }
+
+// x[offset] and x[offset + 1], elements k and k + 1 of K; 0 past K.
+template <class Tile, class T>
+__device__ __forceinline__ Pair<T> load_pair(const T* x, std::size_t offset, int k, int K) {
+  if (Tile::kKnown || K % 2 == 0) {  // then rows are aligned to pairs
+    if (k < K) return *reinterpret_cast<const Pair<T>*>(x + offset);
+  }
+  Pair<T> pair;
+  store(&pair.first, 0.0f);
+  store(&pair.second, 0.0f);
+  if (k < K) pair.first = x[offset];
+  if (k + 1 < K) pair.second = x[offset + 1];
+  return pair;
+}
+
+// u of sample g of a tile; null past the batch.
+template <class T, class Tile>
+struct InputRow {
+  const T* row;  // [I, K]
+
+  __device__ __forceinline__ InputRow(const T* u, int tile, const Shape& shape, const Lane& lane) {
     const int b = tile * kTileSamples + lane.g;
-    const std::size_t size = std::size_t(shape.I) * shape.K;
-    low = b < shape.B ? u + b * size : nullptr;
-    high = b + 8 < shape.B ? u + (b + 8) * size : nullptr;
+    row = b < shape.B ? u + std::size_t(b) * shape.I * shape.K : nullptr;
   }
 
-  // The lane's elements k0 + 2q and k0 + 2q + 1 of both rows of input capsule i, as the left side
-  // of a product: in its contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so
-  // that a pair is one load.
-  __device__ __forceinline__ void load(float (&a)[4], int i, int k0, int K,
+  // Elements k0 + 2q and k0 + 2q + 1 of input capsule i, as the right side of a product: in its
+  // contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so that a pair is one load.
+  __device__ __forceinline__ void load(float (&x)[2], int i, int k0, int K,
                                        const Lane& lane) const {
     const int k = k0 + 2 * lane.q;
-    const std::size_t offset = std::size_t(i) * K + k;
-    load_pair(low, offset, k, K, a[0], a[2]);
-    load_pair(high, offset, k, K, a[1], a[3]);
-  }
-
- private:
-  // x[offset] and x[offset + 1], elements k and k + 1 of K; 0 past K and where x is null.
-  static __device__ __forceinline__ void load_pair(const T* x, std::size_t offset, int k, int K,
-                                                   float& first, float& second) {
-    first = second = 0.0f;
-    if (x == nullptr || k >= K) return;
-    if (Tile::kEvenK || K % 2 == 0) {  // then rows are aligned to pairs
-      const auto pair = *reinterpret_cast<const Pair<T>*>(x + offset);
-      first = to_float(pair.first);
-      second = to_float(pair.second);
-    } else {
-      first = to_float(x[offset]);
-      if (k + 1 < K) second = to_float(x[offset + 1]);
-    }
+    x[0] = x[1] = 0.0f;
+    if (row == nullptr) return;
+    const auto pair = load_pair<Tile>(row, std::size_t(i) * K + k, k, K);
+    x[0] = to_float(pair.first);
+    x[1] = to_float(pair.second);
   }
 };
 
-// u_hat = W_i u_i for 16 samples (`add`: u_hat += W_i u_i): the N fragments from `first` on, as far
-// as there are any.
-// `weight` is W_i on chip, [J, D, K] padded to multiples of 8; `first_u` are the first 8 elements
-// of u_i, which the caller has loaded ahead of time.
-template <class P, class T, class Tile, int N>
-__device__ __forceinline__ void predict(float (&u_hat)[N][4], int first, const T* weight,
-                                        const float (&first_u)[4], const InputRows<T, Tile>& rows,
+// The lane's values of a fragment of W on chip.
+template <class P, class T>
+__device__ __forceinline__ typename P::template Operand<4> weight_operand(const Quad<T>* fragment,
+                                                                          int swizzled_lane) {
+  const Quad<T> quad = fragment[swizzled_lane];
+  float a[4];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) a[n] = to_float(quad.values[n]);
+  return P::template prepared_operand<T>(a);
+}
+
+// u_hat = W_i u_i for 8 samples (`add`: u_hat += W_i u_i). `weight` is W_i on chip
+// [K / 8][fragments][32]; `first_u` are the first elements of u_i, which the caller has loaded
+// ahead of time.
+template <class P, class T, class Tile>
+__device__ __forceinline__ void predict(typename Tile::Values& u_hat, const Quad<T>* weight,
+                                        const float (&first_u)[2], const InputRow<T, Tile>& row,
                                         int i, const Shape& shape, const Lane& lane,
                                         bool add = false) {
-  using A = typename P::template Operand<4>;
   using B = typename P::template Operand<2>;
-  const int padded_K = Tile::padded_K(shape.K);
-  const auto step = [&](const A& a, int k0, auto multiply) {
+  const int fragments = Tile::fragments_of(shape.J), place = swizzled(lane.index);
+  const auto step = [&](const Quad<T>* from, const B& b, bool more) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      if (Tile::has((first + n) / Tile::DT, shape.J)) {
-        const auto pair = *reinterpret_cast<const Pair<T>*>(
-            weight + ((first + n) * kTileDims + lane.g) * padded_K + k0 + 2 * lane.q);
-        const float b[2] = {to_float(pair.first), to_float(pair.second)};
-        multiply(u_hat[n], a, P::template prepared_operand<T>(b));
-      }
+    for (int n = 0; n < Tile::kFragments; ++n) {
+      if (!Tile::kKnown && n >= fragments) continue;
+      const auto a = weight_operand<P>(from + n * kWarpSize, place);
+      more ? P::multiply_add(u_hat[n], a, b) : P::multiply(u_hat[n], a, b);
     }
   };
-  step(P::template operand<T>(first_u), 0, [add](float (&c)[4], const A& a, const B& b) {
-    add ? P::multiply_add(c, a, b) : P::multiply(c, a, b);
-  });
-  for (int k0 = kTileDims; k0 < padded_K; k0 += kTileDims) {
-    float a[4];
-    rows.load(a, i, k0, shape.K, lane);
-    step(P::template operand<T>(a), k0,
-         [](float (&c)[4], const A& a, const B& b) { P::multiply_add(c, a, b); });
+  step(weight, P::template operand<T>(first_u), add);
+  for (int k0 = kStepDims; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
+    float b[2];
+    row.load(b, i, k0, shape.K, lane);
+    step(weight + k0 / kStepDims * fragments * kWarpSize, P::template operand<T>(b), true);
   }
 }
 
-// x_j . y_j over d of one output capsule, for the row this lane owns; y on chip.
-template <int DT>
-__device__ __forceinline__ float row_dot(const float (*x)[4], const float4* y, const Lane& lane) {
-  float low = 0, high = 0;
-#pragma unroll
-  for (int n = 0; n < DT; ++n) {
-    const float4 other = y[n * kWarpSize + lane.index];
-    low += x[n][0] * other.x;
-    low += x[n][1] * other.y;
-    high += x[n][2] * other.z;
-    high += x[n][3] * other.w;
-  }
-  return quad_row_sum(low, high, lane);
-}
-
-// own_j += x_j . state_j over d, for the row this lane owns; `state` is a state tile on chip.
 template <class Tile>
-__device__ __forceinline__ void add_row_dots(typename Tile::Row& own,
-                                             const typename Tile::Values& x, const float4* state,
-                                             int J, const Lane& lane) {
+__device__ __forceinline__ void set_zero(typename Tile::Values& x) {
 #pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) {
-    if (Tile::has(j, J))
-      own[j] += row_dot<Tile::DT>(x + j * Tile::DT, state + j * Tile::DT * kWarpSize, lane);
+  for (int n = 0; n < Tile::kFragments; ++n) {
+    for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
   }
 }
 
-// sum_ij += coefficient_ij x_ij, coefficients given by the rows' owners.
+// A lane's four values of a fragment, as they lie in memory.
+__device__ __forceinline__ void add_to(float (&sum)[4], const float4& x) {
+  sum[0] += x.x;
+  sum[1] += x.y;
+  sum[2] += x.z;
+  sum[3] += x.w;
+}
+
+__device__ __forceinline__ float4 packed(const float (&x)[4]) {
+  return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// A state tile to registers.
+template <class Tile>
+__device__ __forceinline__ void load_state(typename Tile::Values& x, const float4* tile, int J,
+                                           const Lane& lane) {
+  for_each_fragment<Tile>(J, [&](int, int n) {
+    const float4 y = tile[n * kWarpSize + lane.index];
+    x[n][0] = y.x;
+    x[n][1] = y.y;
+    x[n][2] = y.z;
+    x[n][3] = y.w;
+  });
+}
+
+// own_j += x_j . y_j over d.
+template <class Tile>
+__device__ __forceinline__ void add_dots(typename Tile::Row& own, const typename Tile::Values& x,
+                                         const typename Tile::Values& y, int J) {
+  typename Tile::Row dots = {};
+  for_each_fragment<Tile>(J, [&](int group, int n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) dots[group][e % 2] += x[n][e] * y[n][e];
+  });
+  for_each_group<Tile>(J, [&](auto group) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float dot = dots[group.value][e];
+#pragma unroll
+      for (int step = 1; step < Tile::sharers(group.value); step *= 2) {
+        dot += shuffle_xor(dot, 4 * step);
+      }
+      own[group.value][e] += dot;
+    }
+  });
+}
+
+// sum_j += own_j x_j.
 template <class Tile>
 __device__ __forceinline__ void add_scaled(typename Tile::Values& sum,
                                            const typename Tile::Row& own,
-                                           const typename Tile::Values& x, int J,
-                                           const Lane& lane) {
+                                           const typename Tile::Values& x, int J) {
+  for_each_fragment<Tile>(J, [&](int group, int n) {
 #pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) {
-    if (Tile::has(j, J)) {
-      float low, high;
-      quad_rows(own[j], low, high, lane);
-#pragma unroll
-      for (int n = j * Tile::DT; n < (j + 1) * Tile::DT; ++n) {
-        sum[n][0] += low * x[n][0];
-        sum[n][1] += low * x[n][1];
-        sum[n][2] += high * x[n][2];
-        sum[n][3] += high * x[n][3];
-      }
-    }
-  }
-}
-
-// The same with x a state tile on chip.
-template <class Tile>
-__device__ __forceinline__ void add_scaled_state(typename Tile::Values& sum,
-                                                 const typename Tile::Row& own, const float4* state,
-                                                 int J, const Lane& lane) {
-#pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) {
-    if (Tile::has(j, J)) {
-      float low, high;
-      quad_rows(own[j], low, high, lane);
-#pragma unroll
-      for (int n = j * Tile::DT; n < (j + 1) * Tile::DT; ++n) {
-        const float4 y = state[n * kWarpSize + lane.index];
-        sum[n][0] += low * y.x;
-        sum[n][1] += low * y.y;
-        sum[n][2] += high * y.z;
-        sum[n][3] += high * y.w;
-      }
-    }
-  }
+    for (int e = 0; e < 4; ++e) sum[n][e] += own[group][e % 2] * x[n][e];
+  });
 }
 
 // b = log priors of input capsule i; 0 without a prior.
 template <class T, class Tile>
-__device__ __forceinline__ void load_prior(typename Tile::Row& b, const T* logits, int i, int J) {
+__device__ __forceinline__ void load_prior(typename Tile::Row& b, const T* logits, int i, int J,
+                                           const Lane& lane) {
+  for_all_groups<Tile>([&](auto group) {
+    const int j = lane.capsule<Tile>(group.value);
+    const bool given = logits != nullptr && (Tile::kKnown || j < J);
+    b[group.value][0] = b[group.value][1] =
+        given ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
+  });
+}
+
+// sum_j x_j for each sample.
+template <class Tile>
+__device__ __forceinline__ void sum_over_capsules(float (&sum)[2], const typename Tile::Row& x,
+                                                  int J) {
 #pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) {
-    b[j] = logits != nullptr && Tile::has(j, J) ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
+  for (int e = 0; e < 2; ++e) {
+    sum[e] = 0.0f;
+    for_each_group<Tile>(J, [&](auto group) {
+      constexpr float kShare = 1.0f / float(Tile::sharers(group.value));
+      sum[e] += x[group.value][e] * kShare;
+    });
+#pragma unroll
+    for (int step = 4; step < kWarpSize; step *= 2) sum[e] += shuffle_xor(sum[e], step);
+  }
+}
+
+// What softmax subtracts from the logits of a sample: 0 where exp(b) is far from the ends of the
+// range for all of them, or their largest.
+template <class Tile>
+__device__ __forceinline__ void softmax_shift(float (&shift)[2], const typename Tile::Row& b, int J,
+                                              bool leaky, const Lane& lane) {
+  constexpr float kFar = 64.0f;
+  shift[0] = shift[1] = 0.0f;
+  bool near = true;
+#pragma unroll
+  for (int group = 0; group < Tile::kGroups; ++group) {
+    for (int e = 0; e < 2; ++e) near = near && fabsf(b[group][e]) < kFar;
+  }
+  if (!any_lane(!near)) return;
+  for (int e = 0; e < 2; ++e) {
+    float largest = leaky ? 0.0f : -INFINITY, far = 0.0f;
+    for_each_group<Tile>(J, [&](auto group) {
+      if (Tile::kKnown || lane.capsule<Tile>(group.value) < J) {
+        largest = fmaxf(largest, b[group.value][e]);
+        if (!(fabsf(b[group.value][e]) < kFar)) far = 1.0f;
+      }
+    });
+    for (int step = 4; step < kWarpSize; step *= 2) {
+      largest = fmaxf(largest, shuffle_xor(largest, step));
+      far = fmaxf(far, shuffle_xor(far, step));
+    }
+    if (far > 0) shift[e] = largest;
   }
 }
 
 // Softmax over j in place; `leaky` puts one more logit, fixed at 0, beside them.
 template <class Tile>
-__device__ __forceinline__ void softmax(typename Tile::Row& b, int J, bool leaky) {
+__device__ __forceinline__ void softmax(typename Tile::Row& b, int J, bool leaky,
+                                        const Lane& lane) {
   constexpr float kLog2E = 1.4426950408889634f;
-  float largest = leaky ? 0.0f : -INFINITY;
-#pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) {
-    if (Tile::has(j, J)) largest = fmaxf(largest, b[j]);
-  }
-  float total = leaky ? exp2_approximate(-largest * kLog2E) : 0.0f;
-#pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) {
-    if (Tile::has(j, J)) {
-      b[j] = exp2_approximate((b[j] - largest) * kLog2E);
-      total += b[j];
+  float shift[2], total[2];
+  softmax_shift<Tile>(shift, b, J, leaky, lane);
+  for_all_groups<Tile>([&](auto group) {
+    const bool inside = Tile::kKnown || lane.capsule<Tile>(group.value) < J;
+    for (int e = 0; e < 2; ++e) {
+      float& x = b[group.value][e];
+      x = inside ? exp2_approximate((x - shift[e]) * kLog2E) : 0.0f;
     }
-  }
-  const float inverse = 1.0f / total;
+  });
+  sum_over_capsules<Tile>(total, b, J);
 #pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) b[j] *= inverse;
+  for (int e = 0; e < 2; ++e) {
+    if (leaky) total[e] += exp2_approximate(-shift[e] * kLog2E);
+    const float inverse = reciprocal(total[e]);
+#pragma unroll
+    for (int group = 0; group < Tile::kGroups; ++group) b[group][e] *= inverse;
+  }
 }
 
 // dl_j = c_j (dc_j - sum_k c_k dc_k), from dc, in place: softmax backwards.
 template <class Tile>
 __device__ __forceinline__ void softmax_backward(typename Tile::Row& dc,
                                                  const typename Tile::Row& c, int J) {
-  float mean = 0;
+  typename Tile::Row products;
 #pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) {
-    if (Tile::has(j, J)) mean += c[j] * dc[j];
+  for (int group = 0; group < Tile::kGroups; ++group) {
+    for (int e = 0; e < 2; ++e) products[group][e] = c[group][e] * dc[group][e];
   }
+  float mean[2];
+  sum_over_capsules<Tile>(mean, products, J);
 #pragma unroll
-  for (int j = 0; j < Tile::kCapsules; ++j) {
-    if (Tile::has(j, J)) dc[j] = c[j] * (dc[j] - mean);
+  for (int group = 0; group < Tile::kGroups; ++group) {
+    for (int e = 0; e < 2; ++e) dc[group][e] = c[group][e] * (dc[group][e] - mean[e]);
   }
 }
 

@@ -48,7 +48,7 @@ struct Dim {
 extern Dim thread_index, block_index, block_size, grid_size;
 extern void* block_shared_memory;
 
-enum class Collective { kShuffle, kWarpBarrier, kMma, kBlockBarrier, kGridBarrier };
+enum class Collective { kShuffle, kVote, kWarpBarrier, kMma, kBlockBarrier, kGridBarrier };
 
 // Joins the other lanes of the warp with this lane's operands; the last to come runs `act` on those
 // of all 32. All threads of the group must join the same collective, or the launch fails.
@@ -100,6 +100,17 @@ inline float shuffle_xor(float x, int lane_mask) {
   });
   return operands[0];
 }
+
+inline bool any_lane(bool x) {
+  float operands[1] = {x ? 1.0f : 0.0f};
+  emulation::join(emulation::Collective::kVote, operands, 1, [](emulation::Operands all) {
+    const bool any = std::any_of(all, all + 32, [](const float* lane) { return lane[0] != 0; });
+    for (int lane = 0; lane < 32; ++lane) all[lane][0] = any ? 1.0f : 0.0f;
+  });
+  return operands[0] != 0;
+}
+
+inline float reciprocal(float x) { return 1.0f / x; }
 
 inline unsigned round_to_tf32(float x) {
   std::uint32_t bits;
