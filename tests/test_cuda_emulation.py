@@ -257,7 +257,7 @@ def test_python_and_the_plan_agree_on_what_fits(
         for J, D in ((1, 1), (1, 32), (5, 16), (10, 16), (10, 8), (20, 8), (5, 32)):
             for K in (1, 8, 17, 64, 200):
                 plan = built.plan(Shape(64, I, J, K, D, 3, 1), dtype)
-                fits = plan.capsule_groups > 0 and plan.gradient_warps > 0
+                fits = plan.capsule_groups > 0 and plan.gradient_capsules > 0
                 reason = cuda.does_not_fit(figures, dtype, (I, J, K, D, 3, 1))
                 assert (reason is None) == fits, (I, J, K, D, reason, plan)
                 answers.add(fits)

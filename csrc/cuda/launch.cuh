@@ -21,7 +21,7 @@ void launch_backward(const BackwardArguments& arguments, const BackwardPlan& pla
   const Shape& shape = arguments.shape;
   const GradientPlan& gradients = plan.gradients;
   launch(routing_backward_gradients_kernel<P, T, Tile>,
-         ceil_div(shape.I, gradients.warps) * gradients.splits, gradients.warps * kWarpSize,
+         ceil_div(shape.I, gradients.capsules) * gradients.splits, gradients.warps * kWarpSize,
          gradients.shared_bytes, /*cooperative=*/false, stream, arguments, plan);
   if (gradients.partial_sums &&
       (arguments.grad_weight != nullptr || arguments.grad_logits != nullptr)) {

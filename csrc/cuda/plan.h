@@ -34,10 +34,10 @@ constexpr int kMaxFragments = 10;  // mma results of a tile [J * D, 8] that fit 
 constexpr int kFragmentBytes = kTileSamples * kTileRows * 4;
 constexpr int kWarpSize = 32;
 // Warps of a block, as the registers of a thread allow: they hold V and s, or V, ds and G, or
-// V, ds, du_hat and dW of a tile beside u_hat.
+// V, ds, du_hat and dW, beside u_hat.
 constexpr int kForwardWarps = 12;
 constexpr int kStatesWarps = 8;
-constexpr int kGradientWarps = 8;  // at most; fewer where that fills the device better
+constexpr int kGradientWarps = 8;  // at most
 
 CAPSULE_KERNELS_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 CAPSULE_KERNELS_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -157,47 +157,62 @@ inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Devi
   return plan;
 }
 
-// The last sweep of the backward: a warp an input capsule, `splits` shares of the samples.
+// The last sweep of the backward: a block owns `capsules` input capsules and one of `splits` shares
+// of the samples, and goes through their tiles. A warp owns a capsule; those that are left over are
+// dealt to the warps anew for each tile.
 struct GradientPlan {
-  int warps = 0;  // of a block; 0 where shared memory does not hold even one
+  int warps = 0;     // of a block; 0 where shared memory does not hold even one capsule
+  int capsules = 0;  // of a block
   int splits = 0;
+  int buffers = 0;  // tiles of states on chip: with two of them one is loaded ahead of time
   int shared_bytes = 0;
   bool partial_sums = false;  // dW and dprior go through the workspace
 };
 
-// Where J is a constant K is at most 8, and dW_i stays in registers.
-CAPSULE_KERNELS_BOTH inline std::size_t stored_grad_weight_bytes(const Shape& shape,
-                                                                 const Padded& padded) {
-  return choose_tile(shape).J > 0 ? 0 : std::size_t(padded.weight_elements) * 4;
+// Where J is a constant K is at most 8, and the dW of a warp's own capsule stays in registers.
+CAPSULE_KERNELS_BOTH inline int stored_capsules(const Shape& shape, int capsules, int warps) {
+  return choose_tile(shape).J > 0 ? capsules - warps : capsules;
 }
 
-// What a warp of it keeps on chip: W_i, dW_i, du_hat of a tile.
-CAPSULE_KERNELS_BOTH inline std::size_t capsule_store_bytes(const Shape& shape,
-                                                            const Padded& padded,
-                                                            int scalar_bytes) {
-  return std::size_t(padded.weight_elements) * scalar_bytes +
-         stored_grad_weight_bytes(shape, padded) +
-         std::size_t(padded.fragments) * kFragmentBytes;
+// The states of a tile that the gradients need: V^1..V^(R-1) and ds^1..ds^R.
+CAPSULE_KERNELS_BOTH inline int gradient_states(const Shape& shape) { return 2 * shape.R - 1; }
+
+// On chip: states of the tiles, dW of the capsules whose dW is stored, sums of dprior for each lane
+// of every capsule, du_hat of a tile for each warp, W_i.
+inline std::size_t gradient_bytes(const Shape& shape, const Padded& padded, int scalar_bytes,
+                                  const GradientPlan& plan) {
+  const std::size_t tile_bytes = std::size_t(padded.fragments) * kFragmentBytes;
+  return tile_bytes * (plan.buffers * gradient_states(shape) + plan.warps) +
+         std::size_t(padded.weight_elements) *
+             (4 * stored_capsules(shape, plan.capsules, plan.warps) +
+              scalar_bytes * plan.capsules) +
+         std::size_t(plan.capsules) * padded.J * kWarpSize * 4;
 }
 
 inline GradientPlan plan_gradients(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
-  const std::size_t staged = 4 * padded.fragments * kFragmentBytes;  // V and ds of a tile, twice
-  const std::size_t per_warp = capsule_store_bytes(shape, padded, scalar_bytes);
   GradientPlan best;
   double best_cost = 0;
-  for (int warps = kGradientWarps; warps >= 1; --warps) {
-    if (staged + warps * per_warp > std::size_t(device.shared_per_block)) continue;
-    const int groups = ceil_div(shape.I, warps);
+  for (int capsules = 1; capsules <= std::min(shape.I, 2 * kGradientWarps); ++capsules) {
+    GradientPlan plan;
+    plan.capsules = capsules;
+    plan.warps = std::min(capsules, kGradientWarps);
+    const auto fits = [&](int buffers) {
+      plan.buffers = buffers;
+      return gradient_bytes(shape, padded, scalar_bytes, plan) <=
+             std::size_t(device.shared_per_block);
+    };
+    if (!fits(2) && !fits(1)) break;
+    plan.shared_bytes = int(gradient_bytes(shape, padded, scalar_bytes, plan));
+    const int groups = ceil_div(shape.I, capsules);
     // Splitting the samples costs sums through memory: only as far as it fills the device.
-    const int splits = std::max(1, std::min(padded.tiles, device.sm_count / groups));
-    const double waves = ceil_div(groups * splits, device.sm_count);
-    // A block with few warps leaves the SM idle: a tile takes at least half as long as with 8.
-    const double cost = waves * ceil_div(padded.tiles, splits) * (kGradientWarps + warps);
+    plan.splits = std::max(1, std::min(padded.tiles, device.sm_count / groups));
+    const int waves = ceil_div(groups * plan.splits, device.sm_count);
+    // Few warps leave the SM idle: a tile takes at least half as long as with all of them.
+    const double cost = double(waves) * ceil_div(padded.tiles, plan.splits) *
+                        (std::max(capsules, kGradientWarps) + capsules);
     if (best.warps == 0 || cost < best_cost) {
-      best.warps = warps;
-      best.splits = splits;
-      best.shared_bytes = round_up(int(staged + warps * per_warp), 16);
+      best = plan;
       best_cost = cost;
     }
   }

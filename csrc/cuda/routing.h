@@ -41,6 +41,7 @@ struct BackwardArguments {
   Shape shape;
   bool leaky;
   bool full_gradient;
+  float uniform_coupling;  // as above
   const void* grad_v;  // [B, J, D]
   const void* u;       // [B, I, K]
   const void* weight;  // [I / weight_sharing, J, D, K]

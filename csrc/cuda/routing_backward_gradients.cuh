@@ -1,7 +1,6 @@
-// Backward, second launch: the last sweep, all iterations together. A warp owns an input capsule
-// and a share of the samples; nothing is exchanged but, where capsules share a weight or the
-// samples are split, partial sums of dW and dprior, which a third small launch adds in a fixed
-// order.
+// Backward, second launch: the last sweep, all iterations together. A block owns input capsules and
+// a share of the samples; nothing is exchanged but, where capsules share a weight or the samples are
+// split, partial sums of dW and dprior, which a third small launch adds in a fixed order.
 #pragma once
 
 #include "backward_workspace.cuh"
@@ -9,20 +8,27 @@
 
 namespace capsule_kernels::cuda {
 
-// What one warp keeps on chip, `capsule_store_bytes` in all.
+// What a block keeps on chip, `gradient_bytes` in all.
 template <class T>
-struct CapsuleStore {
-  float4* du_hat;   // [fragments][32], of one tile
-  float4* dW;       // [K / 8][fragments][32], where K may be larger than 8
-  Quad<T>* weight;  // W_i, the same sizes
-  int size_of_dW;
+struct GradientStore {
+  const int tile_size;     // of a state tile [fragments][32], in float4s
+  const int weight_quads;  // of W_i [K / 8][fragments][32]
+  float4* const states;    // [buffers][V^1..V^(R-1), ds^1..ds^R][tile]
+  float4* const du_hat;    // [warps][tile]
+  float4* const dW;        // [stored capsules][W_i]
+  float* const dprior;     // [capsules][J][32], each lane's sum over its samples
+  Quad<T>* const weight;   // [capsules][W_i]
 
-  __device__ __forceinline__ CapsuleStore(void* memory, const Shape& shape, const Padded& padded)
-      : du_hat(static_cast<float4*>(memory)),
-        dW(du_hat + padded.fragments * kWarpSize),
-        weight(reinterpret_cast<Quad<T>*>(reinterpret_cast<char*>(dW) +
-                                          stored_grad_weight_bytes(shape, padded))),
-        size_of_dW(int(stored_grad_weight_bytes(shape, padded) / sizeof(float4))) {}
+  __device__ __forceinline__ GradientStore(const Shape& shape, const Padded& padded,
+                                           const GradientPlan& plan)
+      : tile_size(padded.fragments * kWarpSize),
+        weight_quads(tile_size * (padded.K / kStepDims)),
+        states(static_cast<float4*>(shared_memory())),
+        du_hat(states + plan.buffers * gradient_states(shape) * tile_size),
+        dW(du_hat + plan.warps * tile_size),
+        dprior(reinterpret_cast<float*>(
+            dW + stored_capsules(shape, plan.capsules, plan.warps) * weight_quads)),
+        weight(reinterpret_cast<Quad<T>*>(dprior + plan.capsules * padded.J * kWarpSize)) {}
 };
 
 // du_i = sum_jd du_hat W for the 8 samples of a tile. The contraction runs over (j, d), so that
@@ -30,19 +36,20 @@ struct CapsuleStore {
 // lanes 8q + g / 2 and 8q + 4 + g / 2 (g of them: 2q and 2q + 1) for sample g, and the same of W for
 // element g of K.
 template <class P, class T, class Tile>
-__device__ __forceinline__ void write_grad_u(T* grad_u, const CapsuleStore<T>& own, int tile, int i,
+__device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
+                                             const Quad<T>* all_weight, int tile, int i,
                                              const Shape& shape, const Lane& lane) {
   const int fragments = Tile::fragments_of(shape.J);
   const int first = 2 * swizzled(8 * lane.q + lane.g / 2) + lane.g % 2;
   const int second = 2 * swizzled(8 * lane.q + 4 + lane.g / 2) + lane.g % 2;
   for (int k0 = 0; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
-    const Quad<T>* weight = own.weight + k0 / kStepDims * fragments * kWarpSize;
+    const Quad<T>* weight = all_weight + k0 / kStepDims * fragments * kWarpSize;
     float du[4] = {};
     for_each_fragment<Tile>(shape.J, [&](int, int n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int place = n * 2 * kWarpSize + (half == 0 ? first : second);
-        const auto x = reinterpret_cast<const Pair<float>*>(own.du_hat)[place];
+        const auto x = reinterpret_cast<const Pair<float>*>(du_hat)[place];
         const auto w = reinterpret_cast<const Pair<T>*>(weight)[place];
         const float a[4] = {x.first, 0.0f, x.second, 0.0f};
         const float b[2] = {to_float(w.first), to_float(w.second)};
@@ -67,10 +74,10 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const CapsuleStore<T>& o
 }
 
 // dW_i += sum_b du_hat u^T over the samples of a tile: a fragment of du_hat is the left side of the
-// product as it is, columns 2q and 2q + 1 in slots q and q + 4 of the contraction.
+// product as it is, columns 2q and 2q + 1 in slots q and q + 4 of the contraction. The sum is in
+// registers, or on chip where `stored` is not null.
 template <class P, class T, class Tile>
-__device__ __forceinline__ void add_grad_weight(typename Tile::Values& dW,
-                                                const CapsuleStore<T>& own,
+__device__ __forceinline__ void add_grad_weight(typename Tile::Values& dW, float4* stored,
                                                 const typename Tile::Values& du_hat, const T* u,
                                                 int tile, int i, const Shape& shape,
                                                 const Lane& lane) {
@@ -84,34 +91,36 @@ __device__ __forceinline__ void add_grad_weight(typename Tile::Values& dW,
                  : 0.0f;
     }
     const auto u_pair = P::template operand<T>(x);
-    for_each_fragment<Tile>(shape.J, [&](int, int n) {
+    const auto add_product = [&](float (&sum)[4], int n) {
       const float a[4] = {du_hat[n][0], du_hat[n][2], du_hat[n][1], du_hat[n][3]};
-      const auto rows = P::template prepared_operand<float>(a);
-      if constexpr (Tile::kKnown) {
-        P::multiply_add(dW[n], rows, u_pair);
-      } else {
-        float4& stored = own.dW[(k0 / kStepDims * fragments + n) * kWarpSize + lane.index];
-        float sum[4] = {stored.x, stored.y, stored.z, stored.w};
-        P::multiply_add(sum, rows, u_pair);
-        stored = packed(sum);
-      }
-    });
+      P::multiply_add(sum, P::template prepared_operand<float>(a), u_pair);
+    };
+    if (Tile::kKnown && stored == nullptr) {
+      for_each_fragment<Tile>(shape.J, [&](int, int n) { add_product(dW[n], n); });
+    } else {
+      for_each_fragment<Tile>(shape.J, [&](int, int n) {
+        float4& to = stored[(k0 / kStepDims * fragments + n) * kWarpSize + lane.index];
+        float sum[4] = {to.x, to.y, to.z, to.w};
+        add_product(sum, n);
+        to = packed(sum);
+      });
+    }
   }
 }
 
 // The sums of a capsule, `to` [J, D, K], out of the order of the fragments.
-template <class Tile, class U, class T>
+template <class Tile, class U>
 __device__ __forceinline__ void write_grad_weight(U* to, const typename Tile::Values& dW,
-                                                  const CapsuleStore<T>& own, const Shape& shape,
+                                                  const float4* stored, const Shape& shape,
                                                   const Lane& lane) {
   const int fragments = Tile::fragments_of(shape.J);
   for (int k0 = 0; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
     for_each_fragment<Tile>(shape.J, [&](int group, int n) {
       float sum[4] = {};
-      if constexpr (Tile::kKnown) {
+      if (Tile::kKnown && stored == nullptr) {
         for (int e = 0; e < 4; ++e) sum[e] = dW[n][e];
       } else {
-        add_to(sum, own.dW[(k0 / kStepDims * fragments + n) * kWarpSize + lane.index]);
+        add_to(sum, stored[(k0 / kStepDims * fragments + n) * kWarpSize + lane.index]);
       }
       const int j = lane.capsule<Tile>(group);
       for (int e = 0; e < 4; ++e) {
@@ -153,138 +162,188 @@ template <class P, class T, class Tile>
 __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     routing_backward_gradients_kernel(BackwardArguments arguments, BackwardPlan plan) {
   using Values = typename Tile::Values;
+  using Row = typename Tile::Row;
   const Shape& shape = arguments.shape;
   const Padded padded(shape);
   const BackwardWorkspace w(arguments, plan);
+  const GradientPlan& gradients = plan.gradients;
+  const GradientStore<T> store_of(shape, padded, gradients);
   const Lane lane;
-  const int warps = blockDim.x / kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int groups = ceil_div(shape.I, warps);
-  const int i = blockIdx.x % groups * warps + warp, split = blockIdx.x / groups;
-  const bool active = i < shape.I;  // the last block may have warps to spare
+  const int warps = gradients.warps, warp = threadIdx.x / kWarpSize, splits = gradients.splits;
+  const int groups = ceil_div(shape.I, gradients.capsules);
+  const int first_i = blockIdx.x % groups * gradients.capsules, split = blockIdx.x / groups;
+  const int capsules = min(gradients.capsules, shape.I - first_i);
   const auto u = static_cast<const T*>(arguments.u);
   const auto logits = static_cast<const T*>(arguments.logits);
-  const int tile_size = Tile::fragments_of(shape.J) * kWarpSize;
-  const int first_t = arguments.full_gradient ? 1 : shape.R;
-
-  const auto staged = static_cast<float4*>(shared_memory());  // [2][V, ds][tile]
-  const std::size_t store_bytes = capsule_store_bytes(shape, padded, sizeof(T));
-  const CapsuleStore<T> own(reinterpret_cast<char*>(staged + 4 * tile_size) + warp * store_bytes,
-                            shape, padded);
+  const int R = shape.R, first_t = arguments.full_gradient ? 1 : R;
+  const int tile_size = store_of.tile_size;
 
   if (arguments.grad_bias != nullptr) {
     write_grad_bias<T, Tile>(static_cast<T*>(arguments.grad_bias), w, shape, first_t,
-                             reinterpret_cast<float*>(staged));
+                             reinterpret_cast<float*>(store_of.states));
   }
   if (arguments.grad_u == nullptr && arguments.grad_weight == nullptr &&
       arguments.grad_logits == nullptr) {
     return;
   }
 
-  if (active) {
-    load_weight<P, Tile>(own.weight,
+  // Where the dW of a capsule of the block is stored; null: in the registers of its warp.
+  const auto stored_grad_weight = [&](int capsule) -> float4* {
+    const int stored = Tile::kKnown ? capsule - warps : capsule;
+    return stored < 0 ? nullptr : store_of.dW + stored * store_of.weight_quads;
+  };
+  // The first warp takes the first capsule, and the one after all have one, and so on.
+  for (int capsule = warp; capsule < capsules; capsule += warps) {
+    const int i = first_i + capsule;
+    load_weight<P, Tile>(store_of.weight + capsule * store_of.weight_quads,
                          static_cast<const T*>(arguments.weight) +
                              std::size_t(i / shape.weight_sharing) * shape.J * shape.D * shape.K,
                          1, shape, lane.index, kWarpSize);
-    for (int e = lane.index; e < own.size_of_dW; e += kWarpSize) {
-      own.dW[e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (float4* const dW = stored_grad_weight(capsule)) {
+      for (int e = lane.index; e < store_of.weight_quads; e += kWarpSize) {
+        dW[e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
     }
-    __syncwarp();  // W is there
+    for (int j = 0; j < padded.J; ++j) {
+      store_of.dprior[(capsule * padded.J + j) * kWarpSize + lane.index] = 0.0f;
+    }
   }
 
-  // Steps: t = first_t..R of each tile. The states of the next step come while one is worked on.
-  const int steps_of_tile = shape.R - first_t + 1;
-  const int splits = plan.gradients.splits;
-  const int steps = (padded.tiles - split + splits - 1) / splits * steps_of_tile;
-  const auto stage = [&](int step) {
-    const int tile = split + step / steps_of_tile * splits, t = first_t + step % steps_of_tile;
-    const std::size_t from = std::size_t(tile) * tile_size;
-    float4* to = staged + step % 2 * 2 * tile_size;
-    for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
-      if (t > 1) copy_in_background(to + e, w.V + (t - 2) * w.state_size + from + e);
-      copy_in_background(to + tile_size + e, w.ds + (t - 1) * w.state_size + from + e);
+  // States on chip in the order V^1..V^(R-1), ds^1..ds^R, as in the workspace.
+  const auto stage = [&](int tile, float4* to) {
+    const int first_state = arguments.full_gradient ? 0 : max(R - 2, 0);
+    for (int state = first_state; state < gradient_states(shape); ++state) {
+      if (state >= R - 1 && state < R - 1 + first_t - 1) continue;
+      const float4* from = w.V + state * w.state_size + std::size_t(tile) * tile_size;
+      for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
+        copy_in_background(to + state * tile_size + e, from + e);
+      }
     }
   };
+  const bool ahead = gradients.buffers == 2;
+  const auto states_of = [&](int round) {
+    return store_of.states + (ahead ? round % 2 * gradient_states(shape) * tile_size : 0);
+  };
+  if (ahead) stage(split, states_of(0));
 
-  Values dW;  // where K is at most 8
-  set_zero<Tile>(dW);
-  typename Tile::Row dprior = {};
-  int step = 0;
-  stage(0);
-  for (int tile = split; tile < padded.tiles; tile += splits) {
-    Values u_hat, du_hat;
-    set_zero<Tile>(du_hat);
-    if (active) {
-      const InputRow<T, Tile> row(u, tile, shape, lane);
-      float first_u[2];
-      row.load(first_u, i, 0, shape.K, lane);
-      predict<P, T, Tile>(u_hat, own.weight, first_u, row, i, shape, lane);
+  Values own_dW;  // where it is not stored
+  set_zero(own_dW);
+  // u of the warp's own capsule for the next tile.
+  float next_u[2] = {};
+  const auto load_u = [&](float (&x)[2], int tile, int capsule) {
+    InputRow<T, Tile>(u, tile, shape, lane).load(x, first_i + capsule, 0, shape.K, lane);
+  };
+  if (warp < capsules) load_u(next_u, split, warp);
+
+  for (int tile = split, round = 0; tile < padded.tiles; tile += splits, ++round) {
+    float4* const states = states_of(round);
+    if (!ahead) {
+      __syncthreads();  // the states of the last tile are read
+      stage(tile, states);
     }
-    for (int t = first_t; t <= shape.R; ++t, ++step) {
-      wait_for_copies();
-      __syncthreads();  // all see this step's states, and none reads those of the last
-      if (step + 1 < steps) stage(step + 1);
-      if (!active) continue;
+    wait_for_copies();
+    __syncthreads();  // all see this tile's states and every W, and none reads the last tile's
+    if (ahead && tile + splits < padded.tiles) stage(tile + splits, states_of(round + 1));
 
-      const float4* const states = staged + step % 2 * 2 * tile_size;
-      Values V, ds;
-      typename Tile::Row c, dl = {};  // dl holds dc first
-      load_prior<T, Tile>(c, logits, i, shape.J, lane);
-      if (t > 1) {
-        load_state<Tile>(V, states, shape.J, lane);
-        add_dots<Tile>(c, u_hat, V, shape.J);
+    // The warp's own capsule, then those left over, each in a warp of its own.
+    for (int capsule = warp, turn = 0; turn <= capsules - warps || turn == 0; ++turn) {
+      if (turn > 0) {
+        capsule = warps + turn - 1;
+        if ((capsule + round) % warps != warp) continue;
       }
-      load_state<Tile>(ds, states + tile_size, shape.J, lane);
-      add_dots<Tile>(dl, u_hat, ds, shape.J);
-      softmax<Tile>(c, shape.J, arguments.leaky, lane);
-      softmax_backward<Tile>(dl, c, shape.J);
-#pragma unroll
-      for (int group = 0; group < Tile::kGroups; ++group) {
-        for (int e = 0; e < 2; ++e) dprior[group][e] += dl[group][e];
+      if (capsule >= capsules) continue;
+      const int i = first_i + capsule;
+      const Quad<T>* const weight = store_of.weight + capsule * store_of.weight_quads;
+      float first_u[2] = {next_u[0], next_u[1]};
+      if (turn > 0) {
+        load_u(first_u, tile, capsule);
+      } else if (tile + splits < padded.tiles) {
+        load_u(next_u, tile + splits, capsule);
       }
-      add_scaled<Tile>(du_hat, c, ds, shape.J);
-      if (arguments.full_gradient && t > 1) add_scaled<Tile>(du_hat, dl, V, shape.J);
-    }
-    if (!active) continue;
+      Values u_hat, du_hat;
+      predict<P, T, Tile>(u_hat, weight, first_u, InputRow<T, Tile>(u, tile, shape, lane), i, shape,
+                          lane);
+      set_zero(du_hat);
+      Row dprior = {};
+      for (int t = first_t; t <= R; ++t) {
+        Values V, ds;
+        Row c, dl;  // dl holds dc first
+        load_state<Tile>(ds, states + (R - 1 + t - 1) * tile_size, shape.J, lane);
+        if (t == 1 && logits == nullptr && arguments.grad_logits == nullptr) {
+          // The couplings are all the same, and nothing came before that dl could flow into.
+          for (auto& x : c) x[0] = x[1] = arguments.uniform_coupling;
+          add_scaled<Tile>(du_hat, c, ds, shape.J);
+          continue;
+        }
+        if (t > 1) {
+          load_state<Tile>(V, states + (t - 2) * tile_size, shape.J, lane);
+          dots<Tile>(c, u_hat, V, shape.J);
+        } else {
+          set_zero(c);
+        }
+        dots<Tile>(dl, u_hat, ds, shape.J);
+        add_prior<T, Tile>(c, logits, i, shape.J, lane);
+        softmax<Tile>(c, shape.J, arguments.leaky, lane);
+        softmax_backward<Tile>(dl, c, shape.J);
+        for_each_group<Tile>(shape.J, [&](auto group) {
+          for (int e = 0; e < 2; ++e) dprior[group.value][e] += dl[group.value][e];
+        });
+        add_scaled<Tile>(du_hat, c, ds, shape.J);
+        if (arguments.full_gradient && t > 1) add_scaled<Tile>(du_hat, dl, V, shape.J);
+      }
+      if (arguments.grad_logits != nullptr) {
+        for_each_group<Tile>(shape.J, [&](auto group) {
+          store_of.dprior[(capsule * padded.J + group.value) * kWarpSize + lane.index] +=
+              dprior[group.value][0] + dprior[group.value][1];
+        });
+      }
 
-    // What enters both products is rounded once.
-    for_each_fragment<Tile>(shape.J, [&](int, int n) {
-      for (int e = 0; e < 4; ++e) du_hat[n][e] = P::prepared(du_hat[n][e]);
-    });
-    if (arguments.grad_weight != nullptr) {
-      add_grad_weight<P, T, Tile>(dW, own, du_hat, u, tile, i, shape, lane);
-    }
-    if (arguments.grad_u != nullptr) {
+      // What enters both products is rounded once.
       for_each_fragment<Tile>(shape.J, [&](int, int n) {
-        own.du_hat[n * kWarpSize + swizzled(lane.index)] =
-            make_float4(du_hat[n][0], du_hat[n][2], du_hat[n][1], du_hat[n][3]);
+        for (float& x : du_hat[n]) x = P::prepared(x);
       });
-      __syncwarp();  // du_hat is there for the other lanes
-      write_grad_u<P, T, Tile>(static_cast<T*>(arguments.grad_u), own, tile, i, shape, lane);
+      if (arguments.grad_weight != nullptr) {
+        add_grad_weight<P, T, Tile>(own_dW, stored_grad_weight(capsule), du_hat, u, tile, i, shape,
+                                    lane);
+      }
+      if (arguments.grad_u != nullptr) {
+        float4* const shown = store_of.du_hat + warp * tile_size;
+        __syncwarp();  // the du_hat of another capsule is read
+        for_each_fragment<Tile>(shape.J, [&](int, int n) {
+          shown[n * kWarpSize + swizzled(lane.index)] =
+              make_float4(du_hat[n][0], du_hat[n][2], du_hat[n][1], du_hat[n][3]);
+        });
+        __syncwarp();  // du_hat is there for the other lanes
+        write_grad_u<P, T, Tile>(static_cast<T*>(arguments.grad_u), shown, weight, tile, i, shape,
+                                 lane);
+      }
     }
   }
-  if (!active) return;
+  __syncthreads();  // what is stored of dW and dprior is whole
 
-  const std::size_t partial = std::size_t(split) * shape.I + i;
   const std::size_t size = std::size_t(shape.J) * shape.D * shape.K;
-  if (arguments.grad_weight != nullptr) {
-    if (plan.gradients.partial_sums) {
-      write_grad_weight<Tile>(w.partial_weight + partial * size, dW, own, shape, lane);
-    } else {
-      write_grad_weight<Tile>(static_cast<T*>(arguments.grad_weight) + i * size, dW, own, shape,
-                              lane);
+  for (int capsule = warp; capsule < capsules; capsule += warps) {
+    const std::size_t i = first_i + capsule, partial = std::size_t(split) * shape.I + i;
+    if (arguments.grad_weight != nullptr) {
+      const float4* const stored = stored_grad_weight(capsule);
+      if (gradients.partial_sums) {
+        write_grad_weight<Tile>(w.partial_weight + partial * size, own_dW, stored, shape, lane);
+      } else {
+        write_grad_weight<Tile>(static_cast<T*>(arguments.grad_weight) + i * size, own_dW, stored,
+                                shape, lane);
+      }
     }
-  }
-  if (arguments.grad_logits != nullptr) {
+    if (arguments.grad_logits == nullptr) continue;
     for_each_group<Tile>(shape.J, [&](auto group) {
-      float sum = dprior[group.value][0] + dprior[group.value][1];
+      float sum = store_of.dprior[(capsule * padded.J + group.value) * kWarpSize + lane.index];
       sum += shuffle_xor(sum, 1);  // the other samples
       sum += shuffle_xor(sum, 2);
       const int j = lane.capsule<Tile>(group.value);
       if (lane.q > 0 || lane.first_dim<Tile>(group.value) > 0 || j >= shape.J) return;
-      if (plan.gradients.partial_sums) {
+      if (gradients.partial_sums) {
         w.partial_logits[partial * shape.J + j] = sum;
       } else {
-        store(static_cast<T*>(arguments.grad_logits) + std::size_t(i) * shape.J + j, sum);
+        store(static_cast<T*>(arguments.grad_logits) + i * shape.J + j, sum);
       }
     });
   }

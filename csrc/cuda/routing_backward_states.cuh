@@ -67,11 +67,11 @@ __global__ void __launch_bounds__(kStatesWarps* kWarpSize, 1)
                                 const auto& tile_states, int, int i) {
                               typename Tile::Values u_hat;
                               predict(u_hat, false);
-                              typename Tile::Row c, dl = {};  // dl holds dc first
-                              load_prior<T, Tile>(c, logits, i, shape.J, lane);
-                              add_dots<Tile>(c, u_hat, tile_states[0], shape.J);
+                              typename Tile::Row c, dl;  // dl holds dc first
+                              dots<Tile>(c, u_hat, tile_states[0], shape.J);
+                              dots<Tile>(dl, u_hat, tile_states[1], shape.J);
+                              add_prior<T, Tile>(c, logits, i, shape.J, lane);
                               softmax<Tile>(c, shape.J, arguments.leaky, lane);
-                              add_dots<Tile>(dl, u_hat, tile_states[1], shape.J);
                               softmax_backward<Tile>(dl, c, shape.J);
                               add_scaled<Tile>(sum, dl, u_hat, shape.J);
                             });

@@ -32,8 +32,12 @@ __global__ void __launch_bounds__(kForwardWarps* kWarpSize, 1)
         typename Tile::Values u_hat;
         predict(u_hat, false);
         typename Tile::Row c;
-        load_prior<T, Tile>(c, plain ? nullptr : logits, i, shape.J, lane);
-        if (!first) add_dots<Tile>(c, u_hat, states[0], shape.J);
+        if (first) {
+          set_zero(c);
+        } else {
+          dots<Tile>(c, u_hat, states[0], shape.J);
+        }
+        if (!plain) add_prior<T, Tile>(c, logits, i, shape.J, lane);
         softmax<Tile>(c, shape.J, arguments.leaky, lane);
         if (!plain && coupling != nullptr) {
           for_each_group<Tile>(shape.J, [&](auto group) {

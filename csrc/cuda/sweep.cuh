@@ -54,15 +54,15 @@ __device__ __forceinline__ void load_weight(Quad<T>* to, const T* from, int coun
       j = Tile::first_capsule(group.value) + g / Tile::sharers(group.value);
       d = (g % Tile::sharers(group.value) * kFragments + m) * 2;
     });
-    // Past J and D there is nothing: as past K.
-    const int first_k = j < shape.J && d < shape.D ? k : shape.K;
-    const int second_k = j < shape.J && d + 1 < shape.D ? k : shape.K;
-    const T* source = from + (std::size_t(j) * shape.D + d) * shape.K;
+    const std::size_t offset = (std::size_t(j) * shape.D + d) * shape.K + k;
+    const T* first = j < shape.J && d < shape.D ? from + offset : nullptr;
+    const T* second = j < shape.J && d + 1 < shape.D ? from + offset + shape.K : nullptr;
     Quad<T>* target = to + e - lane + swizzled(lane);
 #pragma unroll 4
     for (int row = 0; row < count; ++row) {
-      const Pair<T> x = load_pair<Tile>(source + row * row_size, k, first_k, shape.K);
-      const Pair<T> y = load_pair<Tile>(source + row * row_size, shape.K + k, second_k, shape.K);
+      const std::size_t at = row * row_size;
+      const Pair<T> x = load_pair<Tile>(first == nullptr ? first : first + at, k, shape.K);
+      const Pair<T> y = load_pair<Tile>(second == nullptr ? second : second + at, k, shape.K);
       target[row * quads] = {{P::prepared(x.first), P::prepared(y.first), P::prepared(x.second),
                               P::prepared(y.second)}};
     }
@@ -120,7 +120,7 @@ struct SweepBlock {
          first += plan.sample_groups * plan.tiles_per_pass) {
       const int tile = first + share.slot;
       Values sum;
-      set_zero<Tile>(sum);
+      set_zero(sum);
       if (tile < tiles) {
         Values states[kStates > 0 ? kStates : 1];
 #pragma unroll
@@ -134,9 +134,8 @@ struct SweepBlock {
         if (i < share.last_capsule) row.load(next_u, i, 0, shape.K, lane);
         for (; i < share.last_capsule; i += share.lanes) {
           const float first_u[2] = {next_u[0], next_u[1]};
-          if (i + share.lanes < share.last_capsule) {
-            row.load(next_u, i + share.lanes, 0, shape.K, lane);
-          }
+          // Once too often at the end: a load of what is there is cheaper than a branch.
+          row.load(next_u, min(i + share.lanes, shape.I - 1), 0, shape.K, lane);
           // A division takes longer than a product of tensor cores.
           const int weight_row =
               (shape.weight_sharing == 1 ? i : i / shape.weight_sharing) - share.first_row;

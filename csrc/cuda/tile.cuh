@@ -166,17 +166,19 @@ struct alignas(4 * sizeof(T)) Quad {
 // by other lanes: in this order of the lanes neither meets the same bank of shared memory twice.
 __device__ __forceinline__ int swizzled(int lane) { return lane ^ (lane / 8 * 2); }
 
-// x[offset] and x[offset + 1], elements k and k + 1 of K; 0 past K.
+// x[0] and x[1], elements k and k + 1 of a row of K, as far as the row reaches; 0 without x.
 template <class Tile, class T>
-__device__ __forceinline__ Pair<T> load_pair(const T* x, std::size_t offset, int k, int K) {
-  if (Tile::kKnown || K % 2 == 0) {  // then rows are aligned to pairs
-    if (k < K) return *reinterpret_cast<const Pair<T>*>(x + offset);
-  }
+__device__ __forceinline__ Pair<T> load_pair(const T* x, int k, int K) {
   Pair<T> pair;
   store(&pair.first, 0.0f);
   store(&pair.second, 0.0f);
-  if (k < K) pair.first = x[offset];
-  if (k + 1 < K) pair.second = x[offset + 1];
+  if (x == nullptr || k >= K) return pair;
+  if (Tile::kKnown || K % 2 == 0) {  // then rows are aligned to pairs
+    pair = *reinterpret_cast<const Pair<T>*>(x);
+  } else {
+    pair.first = x[0];
+    if (k + 1 < K) pair.second = x[1];
+  }
   return pair;
 }
 
@@ -195,9 +197,8 @@ struct InputRow {
   __device__ __forceinline__ void load(float (&x)[2], int i, int k0, int K,
                                        const Lane& lane) const {
     const int k = k0 + 2 * lane.q;
-    x[0] = x[1] = 0.0f;
-    if (row == nullptr) return;
-    const auto pair = load_pair<Tile>(row, std::size_t(i) * K + k, k, K);
+    const auto pair =
+        load_pair<Tile>(row == nullptr ? row : row + std::size_t(i) * K + k, k, K);
     x[0] = to_float(pair.first);
     x[1] = to_float(pair.second);
   }
@@ -240,11 +241,12 @@ __device__ __forceinline__ void predict(typename Tile::Values& u_hat, const Quad
   }
 }
 
-template <class Tile>
-__device__ __forceinline__ void set_zero(typename Tile::Values& x) {
+// For Values and Row.
+template <int kCount, int kSize>
+__device__ __forceinline__ void set_zero(float (&x)[kCount][kSize]) {
 #pragma unroll
-  for (int n = 0; n < Tile::kFragments; ++n) {
-    for (int e = 0; e < 4; ++e) x[n][e] = 0.0f;
+  for (int n = 0; n < kCount; ++n) {
+    for (int e = 0; e < kSize; ++e) x[n][e] = 0.0f;
   }
 }
 
@@ -273,24 +275,19 @@ __device__ __forceinline__ void load_state(typename Tile::Values& x, const float
   });
 }
 
-// own_j += x_j . y_j over d.
+// own_j = x_j . y_j over d.
 template <class Tile>
-__device__ __forceinline__ void add_dots(typename Tile::Row& own, const typename Tile::Values& x,
-                                         const typename Tile::Values& y, int J) {
-  typename Tile::Row dots = {};
+__device__ __forceinline__ void dots(typename Tile::Row& own, const typename Tile::Values& x,
+                                     const typename Tile::Values& y, int J) {
+  set_zero(own);
   for_each_fragment<Tile>(J, [&](int group, int n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) dots[group][e % 2] += x[n][e] * y[n][e];
+    for (int e = 0; e < 4; ++e) own[group][e % 2] += x[n][e] * y[n][e];
   });
   for_each_group<Tile>(J, [&](auto group) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float dot = dots[group.value][e];
-#pragma unroll
-      for (int step = 1; step < Tile::sharers(group.value); step *= 2) {
-        dot += shuffle_xor(dot, 4 * step);
-      }
-      own[group.value][e] += dot;
+    for (int step = 1; step < Tile::sharers(group.value); step *= 2) {
+      for (float& dot : own[group.value]) dot += shuffle_xor(dot, 4 * step);
     }
   });
 }
@@ -306,15 +303,15 @@ __device__ __forceinline__ void add_scaled(typename Tile::Values& sum,
   });
 }
 
-// b = log priors of input capsule i; 0 without a prior.
+// b += log priors of input capsule i, where there are any.
 template <class T, class Tile>
-__device__ __forceinline__ void load_prior(typename Tile::Row& b, const T* logits, int i, int J,
-                                           const Lane& lane) {
-  for_all_groups<Tile>([&](auto group) {
+__device__ __forceinline__ void add_prior(typename Tile::Row& b, const T* logits, int i, int J,
+                                          const Lane& lane) {
+  if (logits == nullptr) return;
+  for_each_group<Tile>(J, [&](auto group) {
     const int j = lane.capsule<Tile>(group.value);
-    const bool given = logits != nullptr && (Tile::kKnown || j < J);
-    b[group.value][0] = b[group.value][1] =
-        given ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
+    const float prior = Tile::kKnown || j < J ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
+    for (float& x : b[group.value]) x += prior;
   });
 }
 
@@ -334,56 +331,48 @@ __device__ __forceinline__ void sum_over_capsules(float (&sum)[2], const typenam
   }
 }
 
-// What softmax subtracts from the logits of a sample: 0 where exp(b) is far from the ends of the
-// range for all of them, or their largest.
-template <class Tile>
-__device__ __forceinline__ void softmax_shift(float (&shift)[2], const typename Tile::Row& b, int J,
-                                              bool leaky, const Lane& lane) {
-  constexpr float kFar = 64.0f;
-  shift[0] = shift[1] = 0.0f;
-  bool near = true;
-#pragma unroll
-  for (int group = 0; group < Tile::kGroups; ++group) {
-    for (int e = 0; e < 2; ++e) near = near && fabsf(b[group][e]) < kFar;
-  }
-  if (!any_lane(!near)) return;
-  for (int e = 0; e < 2; ++e) {
-    float largest = leaky ? 0.0f : -INFINITY, far = 0.0f;
-    for_each_group<Tile>(J, [&](auto group) {
-      if (Tile::kKnown || lane.capsule<Tile>(group.value) < J) {
-        largest = fmaxf(largest, b[group.value][e]);
-        if (!(fabsf(b[group.value][e]) < kFar)) far = 1.0f;
-      }
-    });
-    for (int step = 4; step < kWarpSize; step *= 2) {
-      largest = fmaxf(largest, shuffle_xor(largest, step));
-      far = fmaxf(far, shuffle_xor(far, step));
-    }
-    if (far > 0) shift[e] = largest;
-  }
-}
-
 // Softmax over j in place; `leaky` puts one more logit, fixed at 0, beside them.
 template <class Tile>
 __device__ __forceinline__ void softmax(typename Tile::Row& b, int J, bool leaky,
                                         const Lane& lane) {
   constexpr float kLog2E = 1.4426950408889634f;
-  float shift[2], total[2];
-  softmax_shift<Tile>(shift, b, J, leaky, lane);
+  constexpr float kFar = 64.0f;  // beyond it, and for NaN, exp(b) comes near the ends of the range
+  bool far = false;
+  for_each_group<Tile>(J, [&](auto group) {
+    for (const float x : b[group.value]) far = far | !(fabsf(x) < kFar);
+  });
+  float shift[2] = {};
+  if (any_lane(far)) {
+    // The samples with such logits are shifted by their largest; the others stay as they are.
+    for (int e = 0; e < 2; ++e) {
+      float largest = leaky ? 0.0f : -INFINITY, is_far = 0.0f;
+      for_each_group<Tile>(J, [&](auto group) {
+        if (Tile::kKnown || lane.capsule<Tile>(group.value) < J) {
+          largest = fmaxf(largest, b[group.value][e]);
+          if (!(fabsf(b[group.value][e]) < kFar)) is_far = 1.0f;
+        }
+      });
+      for (int step = 4; step < kWarpSize; step *= 2) {
+        largest = fmaxf(largest, shuffle_xor(largest, step));
+        is_far = fmaxf(is_far, shuffle_xor(is_far, step));
+      }
+      if (is_far > 0) {
+        shift[e] = largest;
+        for_each_group<Tile>(J, [&](auto group) { b[group.value][e] -= largest; });
+      }
+    }
+  }
   for_all_groups<Tile>([&](auto group) {
     const bool inside = Tile::kKnown || lane.capsule<Tile>(group.value) < J;
-    for (int e = 0; e < 2; ++e) {
-      float& x = b[group.value][e];
-      x = inside ? exp2_approximate((x - shift[e]) * kLog2E) : 0.0f;
-    }
+    for (float& x : b[group.value]) x = inside ? exp2_approximate(x * kLog2E) : 0.0f;
   });
+  float total[2];
   sum_over_capsules<Tile>(total, b, J);
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     if (leaky) total[e] += exp2_approximate(-shift[e] * kLog2E);
     const float inverse = reciprocal(total[e]);
-#pragma unroll
-    for (int group = 0; group < Tile::kGroups; ++group) b[group][e] *= inverse;
+    for_each_group<Tile>(J, [&](auto group) { b[group.value][e] *= inverse; });
   }
 }
 
@@ -392,16 +381,16 @@ template <class Tile>
 __device__ __forceinline__ void softmax_backward(typename Tile::Row& dc,
                                                  const typename Tile::Row& c, int J) {
   typename Tile::Row products;
-#pragma unroll
-  for (int group = 0; group < Tile::kGroups; ++group) {
-    for (int e = 0; e < 2; ++e) products[group][e] = c[group][e] * dc[group][e];
-  }
+  for_each_group<Tile>(J, [&](auto group) {
+    for (int e = 0; e < 2; ++e) products[group.value][e] = c[group.value][e] * dc[group.value][e];
+  });
   float mean[2];
   sum_over_capsules<Tile>(mean, products, J);
-#pragma unroll
-  for (int group = 0; group < Tile::kGroups; ++group) {
-    for (int e = 0; e < 2; ++e) dc[group][e] = c[group][e] * (dc[group][e] - mean[e]);
-  }
+  for_each_group<Tile>(J, [&](auto group) {
+    for (int e = 0; e < 2; ++e) {
+      dc[group.value][e] = c[group.value][e] * (dc[group.value][e] - mean[e]);
+    }
+  });
 }
 
 }  // namespace capsule_kernels::cuda

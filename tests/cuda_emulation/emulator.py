@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     capsule_groups: int
     sample_groups: int
     tiles_per_pass: int
-    gradient_warps: int
+    gradient_capsules: int
     splits: int
 
 

@@ -85,8 +85,9 @@ const char* backward(const Call* call, const void* grad_v, const void* u, const 
     const auto scalar = Scalar(call->scalar);
     const BackwardPlan plan = plan_backward(call->shape, scalar_bytes(scalar), call->device);
     Workspace workspace(plan.workspace_floats);
-    routing_backward({call->shape, call->leaky != 0, call->full_gradient != 0, grad_v, u, weight,
-                      logits, s, grad_u, grad_weight, grad_logits, grad_bias, workspace.data()},
+    const float uniform_coupling = 1.0f / float(call->shape.J + (call->leaky != 0));
+    routing_backward({call->shape, call->leaky != 0, call->full_gradient != 0, uniform_coupling,
+                      grad_v, u, weight, logits, s, grad_u, grad_weight, grad_logits, grad_bias, workspace.data()},
                      plan, scalar, Products(call->products), nullptr);
     workspace.check();
   });
@@ -99,7 +100,7 @@ void planned(const Call* call, int* figures) {
   figures[0] = plan.sweep.capsule_groups;
   figures[1] = plan.sweep.sample_groups;
   figures[2] = plan.sweep.tiles_per_pass;
-  figures[3] = plan.gradients.warps;
+  figures[3] = plan.gradients.capsules;
   figures[4] = plan.gradients.splits;
 }
 
