@@ -40,6 +40,10 @@ __device__ __forceinline__ float shuffle_xor(float x, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, x, lane_mask);
 }
 
+__device__ __forceinline__ float shuffle(float x, int from_lane) {
+  return __shfl_sync(0xffffffffu, x, from_lane);
+}
+
 // Whether x is true in any lane of the warp.
 __device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 

@@ -32,9 +32,10 @@ struct GradientStore {
 };
 
 // du_i = sum_jd du_hat W for the 8 samples of a tile. The contraction runs over (j, d), so that
-// du_hat, which lies on chip, is read across lanes: lane (g, q) needs of each fragment the rows of
-// lanes 8q + g / 2 and 8q + 4 + g / 2 (g of them: 2q and 2q + 1) for sample g, and the same of W for
-// element g of K.
+// du_hat, which lies on chip, is read across lanes: lane (g, q) takes of each fragment what lanes
+// (2q, g / 2) and (2q + 1, g / 2) have of sample g, rows g' and g' + 8 of each, and the same of W for
+// element g of K. There are two products, rows g' and rows g' + 8; half of each is of no use, since
+// the left side has room for 16 samples.
 template <class P, class T, class Tile>
 __device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
                                              const Quad<T>* all_weight, int tile, int i,
@@ -43,20 +44,22 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
   const int first = 2 * swizzled(8 * lane.q + lane.g / 2) + lane.g % 2;
   const int second = 2 * swizzled(8 * lane.q + 4 + lane.g / 2) + lane.g % 2;
   for (int k0 = 0; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
-    const Quad<T>* weight = all_weight + k0 / kStepDims * fragments * kWarpSize;
-    float du[4] = {};
+    const auto x = reinterpret_cast<const Pair<float>*>(du_hat);
+    const auto w = reinterpret_cast<const T*>(all_weight + k0 / kStepDims * fragments * kWarpSize);
+    float low[4] = {}, high[4] = {};
     for_each_fragment<Tile>(shape.J, [&](int, int n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int place = n * 2 * kWarpSize + (half == 0 ? first : second);
-        const auto x = reinterpret_cast<const Pair<float>*>(du_hat)[place];
-        const auto w = reinterpret_cast<const Pair<T>*>(weight)[place];
-        const float a[4] = {x.first, 0.0f, x.second, 0.0f};
-        const float b[2] = {to_float(w.first), to_float(w.second)};
-        P::multiply_add(du, P::template prepared_operand<float>(a),
-                        P::template prepared_operand<T>(b));
-      }
+      const int place = n * 2 * kWarpSize;
+      const Pair<float> x0 = x[place + first], x1 = x[place + second];
+      const float a[4] = {x0.first, x0.second, x1.first, x1.second};
+      const auto rows = P::template prepared_operand<float>(a);
+      const T* const w0 = w + 2 * (place + first);
+      const T* const w1 = w + 2 * (place + second);
+      const float b_low[2] = {to_float(w0[0]), to_float(w1[0])};
+      const float b_high[2] = {to_float(w0[1]), to_float(w1[1])};
+      P::multiply_add(low, rows, P::template prepared_operand<T>(b_low));
+      P::multiply_add(high, rows, P::template prepared_operand<T>(b_high));
     });
+    const float du[2] = {low[0] + high[2], low[1] + high[3]};
     const int b = tile * kTileSamples + lane.g, k = k0 + 2 * lane.q;
     T* to = grad_u + (std::size_t(b) * shape.I + i) * shape.K + k;
     if (b < shape.B && (Tile::kKnown || shape.K % 2 == 0)) {
@@ -75,20 +78,22 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
 
 // dW_i += sum_b du_hat u^T over the samples of a tile: a fragment of du_hat is the left side of the
 // product as it is, columns 2q and 2q + 1 in slots q and q + 4 of the contraction. The sum is in
-// registers, or on chip where `stored` is not null.
+// registers, or on chip where `stored` is not null. `first_u`: as for `predict`.
 template <class P, class T, class Tile>
 __device__ __forceinline__ void add_grad_weight(typename Tile::Values& dW, float4* stored,
-                                                const typename Tile::Values& du_hat, const T* u,
-                                                int tile, int i, const Shape& shape,
-                                                const Lane& lane) {
+                                                const typename Tile::Values& du_hat,
+                                                const float (&first_u)[2],
+                                                const InputRow<T, Tile>& row, int i,
+                                                const Shape& shape, const Lane& lane) {
   const int fragments = Tile::fragments_of(shape.J);
   for (int k0 = 0; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
-    const int b = tile * kTileSamples + 2 * lane.q, k = k0 + lane.g;
-    float x[2];
+    float pair[2] = {first_u[0], first_u[1]}, x[2];
+    if (k0 > 0) row.load(pair, i, k0, shape.K, lane);
+    // From elements 2q and 2q + 1 of sample g to element g of samples 2q and 2q + 1.
     for (int e = 0; e < 2; ++e) {
-      x[e] = b + e < shape.B && k < shape.K
-                 ? to_float(u[(std::size_t(b + e) * shape.I + i) * shape.K + k])
-                 : 0.0f;
+      const int from = (2 * lane.q + e) * 4 + lane.g / 2;
+      const float even = shuffle(pair[0], from), odd = shuffle(pair[1], from);
+      x[e] = lane.g % 2 == 0 ? even : odd;
     }
     const auto u_pair = P::template operand<T>(x);
     const auto add_product = [&](float (&sum)[4], int n) {
@@ -261,8 +266,8 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
         load_u(next_u, tile + splits, capsule);
       }
       Values u_hat, du_hat;
-      predict<P, T, Tile>(u_hat, weight, first_u, InputRow<T, Tile>(u, tile, shape, lane), i, shape,
-                          lane);
+      const InputRow<T, Tile> row(u, tile, shape, lane);
+      predict<P, T, Tile>(u_hat, weight, first_u, row, i, shape, lane);
       set_zero(du_hat);
       Row dprior = {};
       for (int t = first_t; t <= R; ++t) {
@@ -298,13 +303,12 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
         });
       }
 
-      // What enters both products is rounded once.
       for_each_fragment<Tile>(shape.J, [&](int, int n) {
-        for (float& x : du_hat[n]) x = P::prepared(x);
+        for (float& x : du_hat[n]) x = P::nearly_rounded(x);
       });
       if (arguments.grad_weight != nullptr) {
-        add_grad_weight<P, T, Tile>(own_dW, stored_grad_weight(capsule), du_hat, u, tile, i, shape,
-                                    lane);
+        add_grad_weight<P, T, Tile>(own_dW, stored_grad_weight(capsule), du_hat, first_u, row, i,
+                                    shape, lane);
       }
       if (arguments.grad_u != nullptr) {
         float4* const shown = store_of.du_hat + warp * tile_size;

@@ -55,14 +55,13 @@ __device__ __forceinline__ void load_weight(Quad<T>* to, const T* from, int coun
       d = (g % Tile::sharers(group.value) * kFragments + m) * 2;
     });
     const std::size_t offset = (std::size_t(j) * shape.D + d) * shape.K + k;
-    const T* first = j < shape.J && d < shape.D ? from + offset : nullptr;
-    const T* second = j < shape.J && d + 1 < shape.D ? from + offset + shape.K : nullptr;
+    const bool has_first = j < shape.J && d < shape.D, has_second = has_first && d + 1 < shape.D;
     Quad<T>* target = to + e - lane + swizzled(lane);
 #pragma unroll 4
     for (int row = 0; row < count; ++row) {
-      const std::size_t at = row * row_size;
-      const Pair<T> x = load_pair<Tile>(first == nullptr ? first : first + at, k, shape.K);
-      const Pair<T> y = load_pair<Tile>(second == nullptr ? second : second + at, k, shape.K);
+      const T* source = from + (row * row_size + offset);
+      const Pair<T> x = load_pair<Tile>(source, has_first, k, shape.K);
+      const Pair<T> y = load_pair<Tile>(source + shape.K, has_second, k, shape.K);
       target[row * quads] = {{P::prepared(x.first), P::prepared(y.first), P::prepared(x.second),
                               P::prepared(y.second)}};
     }

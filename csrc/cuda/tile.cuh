@@ -166,13 +166,14 @@ struct alignas(4 * sizeof(T)) Quad {
 // by other lanes: in this order of the lanes neither meets the same bank of shared memory twice.
 __device__ __forceinline__ int swizzled(int lane) { return lane ^ (lane / 8 * 2); }
 
-// x[0] and x[1], elements k and k + 1 of a row of K, as far as the row reaches; 0 without x.
+// x[0] and x[1], elements k and k + 1 of a row of K, as far as the row reaches; 0 where there is no
+// such row.
 template <class Tile, class T>
-__device__ __forceinline__ Pair<T> load_pair(const T* x, int k, int K) {
+__device__ __forceinline__ Pair<T> load_pair(const T* x, bool is_row, int k, int K) {
   Pair<T> pair;
   store(&pair.first, 0.0f);
   store(&pair.second, 0.0f);
-  if (x == nullptr || k >= K) return pair;
+  if (!is_row || k >= K) return pair;
   if (Tile::kKnown || K % 2 == 0) {  // then rows are aligned to pairs
     pair = *reinterpret_cast<const Pair<T>*>(x);
   } else {
@@ -182,23 +183,22 @@ __device__ __forceinline__ Pair<T> load_pair(const T* x, int k, int K) {
   return pair;
 }
 
-// u of sample g of a tile; null past the batch.
+// u of sample g of a tile.
 template <class T, class Tile>
 struct InputRow {
-  const T* row;  // [I, K]
+  const T* row;  // [I, K], at the lane's first element
+  bool inside;   // the batch
 
-  __device__ __forceinline__ InputRow(const T* u, int tile, const Shape& shape, const Lane& lane) {
-    const int b = tile * kTileSamples + lane.g;
-    row = b < shape.B ? u + std::size_t(b) * shape.I * shape.K : nullptr;
-  }
+  __device__ __forceinline__ InputRow(const T* u, int tile, const Shape& shape, const Lane& lane)
+      : row(u + std::size_t(tile * kTileSamples + lane.g) * shape.I * shape.K + 2 * lane.q),
+        inside(tile * kTileSamples + lane.g < shape.B) {}
 
   // Elements k0 + 2q and k0 + 2q + 1 of input capsule i, as the right side of a product: in its
   // contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so that a pair is one load.
+  // What fits on chip has few enough elements a sample for 32 bits.
   __device__ __forceinline__ void load(float (&x)[2], int i, int k0, int K,
                                        const Lane& lane) const {
-    const int k = k0 + 2 * lane.q;
-    const auto pair =
-        load_pair<Tile>(row == nullptr ? row : row + std::size_t(i) * K + k, k, K);
+    const auto pair = load_pair<Tile>(row + (i * K + k0), inside, k0 + 2 * lane.q, K);
     x[0] = to_float(pair.first);
     x[1] = to_float(pair.second);
   }

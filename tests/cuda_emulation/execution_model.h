@@ -101,6 +101,16 @@ inline float shuffle_xor(float x, int lane_mask) {
   return operands[0];
 }
 
+inline float shuffle(float x, int from_lane) {
+  float operands[2] = {x, float(from_lane)};
+  emulation::join(emulation::Collective::kShuffle, operands, 2, [](emulation::Operands all) {
+    float values[32];
+    for (int lane = 0; lane < 32; ++lane) values[lane] = all[lane][0];
+    for (int lane = 0; lane < 32; ++lane) all[lane][0] = values[int(all[lane][1])];
+  });
+  return operands[0];
+}
+
 inline bool any_lane(bool x) {
   float operands[1] = {x ? 1.0f : 0.0f};
   emulation::join(emulation::Collective::kVote, operands, 1, [](emulation::Operands all) {
