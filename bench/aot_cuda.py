@@ -43,9 +43,7 @@ int main(int, char** a) {
   const bool fits = tile_fits_registers(shape.J, shape.D);
   const BackwardPlan plan = fits ? plan_backward(shape, n(7), {n(8), n(9)}) : BackwardPlan();
   const TileChoice tile = choose_tile(shape);
-  const ForwardPlan forward = fits ? plan_forward(shape, n(7), {n(8), n(9)}) : ForwardPlan();
-  std::printf("%d %d %d %d %d %d %d %d", tile.D, tile.J, forward.sweep.warps,
-              forward.sweep.shared_bytes, plan.sweep.warps, plan.sweep.shared_bytes,
+  std::printf("%d %d %d %d %d %d", tile.D, tile.J, kSweepWarps, plan.sweep.shared_bytes,
               plan.gradients.warps, plan.gradients.shared_bytes);
 }
 """
@@ -54,7 +52,7 @@ int main(int, char** a) {
 class Plan(NamedTuple):
     """What ``plan.h`` decides; a shared memory of 0 where the shape does not fit."""
 
-    fragments: int
+    padded_D: int
     known_J: int
     sweep_warps: int
     sweep_shared: int
@@ -86,8 +84,8 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
     if plan.sweep_shared == 0 or plan.gradient_shared == 0:
         return
     known = f", {plan.known_J}" if plan.known_J else ""
-    instance = f"{policy}, {scalar}, TileOf<{plan.fragments}{known}>"
-    padded_B, padded_D = -(-B // 16) * 16, plan.fragments * 8
+    instance = f"{policy}, {scalar}, TileOf<{plan.padded_D}{known}>"
+    padded_B = -(-B // 8) * 8
     for kernel, arguments in KERNELS.items():
         gradients = kernel == "routing_backward_gradients_kernel"
         registers, spilled, matrix, loop_text = compiled(kernel, arguments, instance, target)
@@ -102,14 +100,14 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
             spilled_bytes=spilled,
             shared_bytes=plan.gradient_shared if gradients else plan.sweep_shared,
             matrix_instructions=matrix,
-            useful=B / padded_B * shape.D / padded_D,
+            useful=B / padded_B * shape.D / plan.padded_D,
             loops=loop_text,
         )
 
 
 @functools.cache
 def compiled(kernel: str, arguments: str, instance: str, target: str) -> tuple[int, int, int, str]:
-    """Registers, spilled bytes (stores and loads), matrix instructions and loops of an instance."""
+    """Registers, bytes on the stack, matrix instructions and loops of an instance."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "instance.cu", Path(folder) / "instance.cubin"
         source.write_text(
@@ -121,12 +119,13 @@ def compiled(kernel: str, arguments: str, instance: str, target: str) -> tuple[i
             f"-I{SOURCES}", source, "-o", cubin,
         )  # fmt: skip
         _, listing = examine_cubin(cubin.read_bytes())
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    # The stack holds what is spilled, and arrays that are indexed by what is no constant.
+    stack = re.search(r"(\d+) bytes stack frame", report)
     registers = re.search(r"Used (\d+) registers", report)
-    if spills is None or registers is None:
+    if stack is None or registers is None:
         raise RuntimeError(f"ptxas named no registers of {kernel}:\n{report}")
     matrix = len(re.findall(r"\bHMMA\b", listing))
-    return int(registers[1]), int(spills[1]) + int(spills[2]), matrix, loops(listing)
+    return int(registers[1]), int(stack[1]), matrix, loops(listing)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ SERVES = (
 # As in csrc/cuda/plan.h.
 MAX_FRAGMENTS = 10
 FRAGMENT_BYTES = 16 * 8 * 4
-FORWARD_WARPS = 12
+SWEEP_WARPS = 8
 
 
 class Figures(NamedTuple):
@@ -62,7 +62,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 
 def does_not_fit(figures: Figures, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
     """Why a call of ``shape`` (I, J, K, D, R, weight_sharing) can't run on a device, or None."""
-    I, J, K, D, _, weight_sharing = shape
+    I, J, K, D, R, weight_sharing = shape
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it computes in float32 and takes float32, bfloat16 and float16, got {dtype}"
     if figures.capability < (8, 0):
@@ -76,24 +76,32 @@ def does_not_fit(figures: Figures, dtype: torch.dtype, shape: tuple[int, ...]) -
         )
     # Where J is no constant of an instance, output capsules fill up two fragments together.
     known = K <= 8 and K % 2 == 0 and (J, padded_D) in ((10, 16), (5, 16), (10, 8))
-    pairs = J * padded_D
-    fragments = pairs // 16 if known else -(-pairs // 32) * 2
+    padded_J = J if known else -(-J * padded_D // 32) * (32 // padded_D)
+    fragments = padded_J * padded_D // 16
     elements = fragments * 16 * (-(-K // 8) * 8)  # of the weight of one input capsule
     # A block has `capsules` consecutive ones, which touch at most `rows` weights.
     capsules = -(-I // min(I, figures.sm_count))
     rows = (capsules + weight_sharing - 2) // weight_sharing + 1
     forward = (
         rows * elements * dtype.itemsize
-        + max(FORWARD_WARPS // 2 * fragments, FORWARD_WARPS) * FRAGMENT_BYTES
+        + max(SWEEP_WARPS // 2 * fragments, SWEEP_WARPS) * FRAGMENT_BYTES
     )
+    # The gradients of one input capsule: the states of all iterations, du_hat, dprior, weight, dW.
     gradients = (
-        5 * fragments * FRAGMENT_BYTES + elements * dtype.itemsize + (0 if known else elements * 4)
+        2 * R * fragments * FRAGMENT_BYTES
+        + padded_J * 32 * 4
+        + elements * (dtype.itemsize if known else dtype.itemsize + 4)
     )
-    needed = max(forward, gradients)
-    if needed > figures.shared_per_block:
+    if forward > figures.shared_per_block:
         return (
             f"weight does not fit in shared memory: {rows} weights of {capsules} of {I} input "
-            f"capsules a block need {needed} bytes, a block has {figures.shared_per_block}; "
+            f"capsules a block need {forward} bytes, a block has {figures.shared_per_block}; "
+            "use backend 'triton'"
+        )
+    if gradients > figures.shared_per_block:
+        return (
+            f"the backward's states of {R} iterations beside one weight do not fit in shared "
+            f"memory: they need {gradients} bytes, a block has {figures.shared_per_block}; "
             "use backend 'triton'"
         )
     return None

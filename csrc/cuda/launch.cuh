@@ -10,13 +10,13 @@ namespace capsule_kernels::cuda {
 
 template <class P, class T, class Tile>
 void launch_forward(const ForwardArguments& arguments, const ForwardPlan& plan, void* stream) {
-  launch(routing_forward_kernel<P, T, Tile>, plan.sweep.blocks, plan.sweep.warps * kWarpSize,
+  launch(routing_forward_kernel<P, T, Tile>, plan.sweep.blocks, kSweepWarps * kWarpSize,
          plan.sweep.shared_bytes, /*cooperative=*/true, stream, arguments, plan);
 }
 
 template <class P, class T, class Tile>
 void launch_backward(const BackwardArguments& arguments, const BackwardPlan& plan, void* stream) {
-  launch(routing_backward_states_kernel<P, T, Tile>, plan.sweep.blocks, plan.sweep.warps * kWarpSize,
+  launch(routing_backward_states_kernel<P, T, Tile>, plan.sweep.blocks, kSweepWarps * kWarpSize,
          plan.sweep.shared_bytes, /*cooperative=*/true, stream, arguments, plan);
   const Shape& shape = arguments.shape;
   const GradientPlan& gradients = plan.gradients;
@@ -25,7 +25,7 @@ void launch_backward(const BackwardArguments& arguments, const BackwardPlan& pla
          gradients.shared_bytes, /*cooperative=*/false, stream, arguments, plan);
   if (gradients.partial_sums &&
       (arguments.grad_weight != nullptr || arguments.grad_logits != nullptr)) {
-    launch(routing_backward_sums_kernel<T>, plan.sweep.blocks, plan.sweep.warps * kWarpSize, 0,
+    launch(routing_backward_sums_kernel<T>, plan.sweep.blocks, kSweepWarps * kWarpSize, 0,
            /*cooperative=*/false, stream, arguments, plan);
   }
 }

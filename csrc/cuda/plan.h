@@ -33,14 +33,29 @@ constexpr int kStepDims = 8;       // of K, the contraction of one mma
 constexpr int kMaxFragments = 10;  // mma results of a tile [J * D, 8] that fit in registers
 constexpr int kFragmentBytes = kTileSamples * kTileRows * 4;
 constexpr int kWarpSize = 32;
-// Warps of a block, as the registers of a thread allow: they hold V and s, or V, ds and G, or
-// V, ds, du_hat and dW, beside u_hat.
-constexpr int kForwardWarps = 12;
-constexpr int kStatesWarps = 8;
+// Warps of a block, as the registers of a thread allow: they hold V, ds and the sum, or V, ds, du_hat
+// and dW, beside u_hat.
+constexpr int kSweepWarps = 8;
 constexpr int kGradientWarps = 8;  // at most
 
 CAPSULE_KERNELS_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 CAPSULE_KERNELS_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+
+// Division of 0 <= x < 2^31 by a number that is known before a launch, without dividing: exact, with
+// factor = ceil(2^shift / divisor) and 2^(shift - 31) >= divisor.
+struct Divisor {
+  unsigned factor = 1u << 31;
+  int shift = 31;
+
+  Divisor() = default;
+  explicit Divisor(int divisor) {
+    while ((1ll << (shift - 31)) < divisor) ++shift;
+    factor = unsigned(((1ull << shift) + divisor - 1) / divisor);
+  }
+  CAPSULE_KERNELS_BOTH int divide(int x) const {
+    return int((unsigned long long)(x)*factor >> shift);
+  }
+};
 
 // D as the kernels pad it: 8, 16 or 32; 0 where it is too large.
 CAPSULE_KERNELS_BOTH constexpr int padded_dims(int D) {
@@ -91,7 +106,6 @@ struct Padded {
 // The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip.
 struct SweepPlan {
   int blocks = 0;
-  int warps = 0;           // of a block
   int capsule_groups = 0;  // G_i
   int sample_groups = 0;   // G_b
   int tiles_per_pass =
@@ -99,37 +113,45 @@ struct SweepPlan {
   int capsules = 0;      // of a group, at most
   int weight_bytes = 0;  // of the slice of W on chip
   int shared_bytes = 0;
+  // What kernels would otherwise compute, and keep in registers.
+  int tiles = 0;
+  std::size_t state_size = 0;  // of a state [tiles][tile] in float4s
+  Divisor by_capsule_groups, by_tiles_per_pass, by_weight_sharing;
 };
 
-inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& device,
-                            int warps) {
+inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   // The sums of half of the warps, or a fragment of each.
-  const int exchange_bytes = std::max(warps / 2 * padded.fragments, warps) * kFragmentBytes;
+  const int exchange_bytes =
+      std::max(kSweepWarps / 2 * padded.fragments, kSweepWarps) * kFragmentBytes;
   SweepPlan best;
   double best_cost = 0;
   for (int tiles_per_pass : {1, 2, 4}) {
     if (tiles_per_pass > padded.tiles) break;
     const int passes = ceil_div(padded.tiles, tiles_per_pass);
-    const int lanes = warps / tiles_per_pass;
+    const int lanes = kSweepWarps / tiles_per_pass;
     for (int sample_groups = 1; sample_groups <= std::min(passes, device.sm_count);
          ++sample_groups) {
       SweepPlan plan;
-      plan.warps = warps;
+      plan.tiles = padded.tiles;
+      plan.state_size = padded.tiles * padded.tile_floats() / 4;
+      plan.by_weight_sharing = Divisor(shape.weight_sharing);
       plan.sample_groups = sample_groups;
       plan.tiles_per_pass = tiles_per_pass;
       plan.capsules = ceil_div(shape.I, std::min(shape.I, device.sm_count / sample_groups));
       plan.capsule_groups = ceil_div(shape.I, plan.capsules);
       plan.blocks = plan.capsule_groups * sample_groups;
+      plan.by_capsule_groups = Divisor(plan.capsule_groups);
+      plan.by_tiles_per_pass = Divisor(tiles_per_pass);
       // The rows of W that this many consecutive capsules touch, at most.
       const int rows = (plan.capsules + shape.weight_sharing - 2) / shape.weight_sharing + 1;
       const double weight_bytes = double(rows) * padded.weight_elements * scalar_bytes;
       if (weight_bytes + exchange_bytes > device.shared_per_block) continue;
       plan.weight_bytes = round_up(int(weight_bytes), 16);
       plan.shared_bytes = plan.weight_bytes + exchange_bytes;
-      // In cycles, roughly: a capsule of a tile takes a warp 20 a fragment when 4 warps share the
+      // In cycles, roughly: a capsule of a tile takes a warp 40 a fragment when 8 warps share the
       // SM; the exchange is written once and read once at 3000 bytes a cycle.
-      const double sweep = 5.0 * warps * padded.fragments * ceil_div(passes, sample_groups) *
+      const double sweep = 40.0 * padded.fragments * ceil_div(passes, sample_groups) *
                            ceil_div(plan.capsules, lanes);
       const double exchange =
           2.0 * plan.capsule_groups * padded.tiles * padded.fragments * kFragmentBytes / 3000;
@@ -151,7 +173,7 @@ struct ForwardPlan {
 inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   ForwardPlan plan;
-  plan.sweep = plan_sweep(shape, scalar_bytes, device, kForwardWarps);
+  plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.workspace_floats =
       std::size_t(plan.sweep.capsule_groups + 1) * padded.tiles * padded.tile_floats();
   return plan;
@@ -231,7 +253,7 @@ struct BackwardPlan {
 inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   BackwardPlan plan;
-  plan.sweep = plan_sweep(shape, scalar_bytes, device, kStatesWarps);
+  plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.gradients = plan_gradients(shape, scalar_bytes, device);
   plan.workspace_floats =
       std::size_t(plan.sweep.capsule_groups + 2 * shape.R) * padded.tiles * padded.tile_floats();

@@ -8,7 +8,7 @@
 namespace capsule_kernels::cuda {
 
 template <class P, class T, class Tile>
-__global__ void __launch_bounds__(kStatesWarps* kWarpSize, 1)
+__global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_backward_states_kernel(BackwardArguments arguments, BackwardPlan plan) {
   constexpr int kCapsuleLanes = Tile::D / 4;
   const Shape& shape = arguments.shape;
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kStatesWarps* kWarpSize, 1)
 
   // V^1..V^(R-1) and ds^R.
   for (int item = blockIdx.x + gridDim.x * block.share.warp; item < block.tiles * block.fragments;
-       item += gridDim.x * kStatesWarps) {
+       item += gridDim.x * kSweepWarps) {
     const int e = item * kWarpSize + lane.index, capsule = e / kCapsuleLanes;
     const int J = block.fragments * kTileRows / Tile::D;
     const int b = capsule / J, j = capsule % J, d = e % kCapsuleLanes * 4;

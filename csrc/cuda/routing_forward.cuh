@@ -7,7 +7,7 @@
 namespace capsule_kernels::cuda {
 
 template <class P, class T, class Tile>
-__global__ void __launch_bounds__(kForwardWarps* kWarpSize, 1)
+__global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_forward_kernel(ForwardArguments arguments, ForwardPlan plan) {
   const Shape& shape = arguments.shape;
   const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u);
@@ -17,12 +17,12 @@ __global__ void __launch_bounds__(kForwardWarps* kWarpSize, 1)
   const auto bias = static_cast<const T*>(arguments.bias);
   const auto partial = reinterpret_cast<float4*>(arguments.workspace);       // [G_i][B][J][D]
   float4* const V = partial + plan.sweep.capsule_groups * block.state_size;  // [tiles][tile]
+  // Without a prior the first couplings are all the same: one factor for the whole sum.
+  const bool uniform = logits == nullptr && (shape.R > 1 || arguments.coupling == nullptr);
   block.bring_weight(arguments.weight);
 
   for (int t = 1; t <= shape.R; ++t) {
     const auto coupling = static_cast<T*>(t == shape.R ? arguments.coupling : nullptr);
-    // Without a prior the first couplings are all the same: one factor for the whole sum.
-    const bool uniform = t == 1 && logits == nullptr && coupling == nullptr;
     const auto add_all = [](typename Tile::Values& sum, const auto& predict, const auto&, int,
                             int) { predict(sum, true); };
     // `plain`: t > 1 without a prior, and without couplings to write.
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarpSize, 1)
         add_scaled<Tile>(sum, c, u_hat, shape.J);
       };
     };
-    if (uniform) {
+    if (t == 1 && uniform) {
       block.template sweep<0>({V}, partial, add_all);
     } else if (t == 1) {
       block.template sweep<0>({V}, partial, add_weighted(false, true));
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kForwardWarps* kWarpSize, 1)
 
     // s^t, v^t and V^t.
     float* const s_out = arguments.s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
-    const float factor = uniform ? arguments.uniform_coupling : 1.0f;
+    const float factor = uniform && t == 1 ? arguments.uniform_coupling : 1.0f;
     block.add_partial_sums(partial, [&](float (&s)[4], int b, int j, int d) {
       const std::size_t index = (std::size_t(b) * shape.J + j) * shape.D + d;
       for (int e = 0; e < 4; ++e) {

@@ -14,28 +14,28 @@ namespace capsule_kernels::cuda {
 
 // What a block of the grid, and a warp of it, works on.
 struct Share {
-  int capsule_group, sample_group;
+  int sample_group, capsule_group;
   int first_capsule, last_capsule;
   int first_row;  // of W on chip
   int warp;
-  int slot;              // which tile of a pass
   int lane_of_capsules;  // which of the `lanes` interleaved shares of the capsules
+  int slot;              // which tile of a pass
   int lanes;
 
   __device__ __forceinline__ Share(const Shape& shape, const SweepPlan& plan)
-      : capsule_group(blockIdx.x % plan.capsule_groups),
-        sample_group(blockIdx.x / plan.capsule_groups),
+      : sample_group(plan.by_capsule_groups.divide(blockIdx.x)),
+        capsule_group(blockIdx.x - sample_group * plan.capsule_groups),
         first_capsule(capsule_group * plan.capsules),
         last_capsule(min(first_capsule + plan.capsules, shape.I)),
-        first_row(first_capsule / shape.weight_sharing),
+        first_row(plan.by_weight_sharing.divide(first_capsule)),
         warp(threadIdx.x / kWarpSize),
-        slot(warp % plan.tiles_per_pass),
-        lane_of_capsules(warp / plan.tiles_per_pass),
-        lanes(plan.warps / plan.tiles_per_pass) {}
+        lane_of_capsules(plan.by_tiles_per_pass.divide(warp)),
+        slot(warp - lane_of_capsules * plan.tiles_per_pass),
+        lanes(plan.by_tiles_per_pass.divide(kSweepWarps)) {}
 };
 
 // `count` rows of W [.., J, D, K] to chip in the order of the fragments, [K / 8][fragments][32] each,
-// prepared for the products of P and padded with zeros; all of `threads` take part. They are there
+// prepared for the products of P, and 0 past J, D and K; all of `threads` take part. They are there
 // after a barrier.
 template <class P, class Tile, class T>
 __device__ __forceinline__ void load_weight(Quad<T>* to, const T* from, int count,
@@ -54,16 +54,17 @@ __device__ __forceinline__ void load_weight(Quad<T>* to, const T* from, int coun
       j = Tile::first_capsule(group.value) + g / Tile::sharers(group.value);
       d = (g % Tile::sharers(group.value) * kFragments + m) * 2;
     });
-    const std::size_t offset = (std::size_t(j) * shape.D + d) * shape.K + k;
     const bool has_first = j < shape.J && d < shape.D, has_second = has_first && d + 1 < shape.D;
+    const T* source = from + (std::size_t(j) * shape.D + d) * shape.K + k;
     Quad<T>* target = to + e - lane + swizzled(lane);
-#pragma unroll 4
+#pragma unroll 8
     for (int row = 0; row < count; ++row) {
-      const T* source = from + (row * row_size + offset);
       const Pair<T> x = load_pair<Tile>(source, has_first, k, shape.K);
       const Pair<T> y = load_pair<Tile>(source + shape.K, has_second, k, shape.K);
-      target[row * quads] = {{P::prepared(x.first), P::prepared(y.first), P::prepared(x.second),
-                              P::prepared(y.second)}};
+      *target = {{P::prepared(x.first), P::prepared(y.first), P::prepared(x.second),
+                  P::prepared(y.second)}};
+      source += row_size;
+      target += quads;
     }
   }
 }
@@ -83,6 +84,7 @@ struct SweepBlock {
   const int fragments;           // of a tile
   const int tile_size;           // of a state tile [fragments][32], in float4s, as all below
   const std::size_t state_size;  // of a state [tiles][tile], or of partial sums [B][J][D] (padded)
+  const int weight_quads;        // of W_i on chip
   Quad<T>* const weight;         // on chip: W of its capsules
   float4* const exchange;        // on chip
 
@@ -91,20 +93,20 @@ struct SweepBlock {
         plan(plan),
         share(shape, plan),
         u(static_cast<const T*>(u)),
-        tiles(ceil_div(shape.B, kTileSamples)),
+        tiles(plan.tiles),
         fragments(Tile::fragments_of(shape.J)),
         tile_size(fragments * kWarpSize),
-        state_size(std::size_t(tiles) * tile_size),
+        state_size(plan.state_size),
+        weight_quads(tile_size * (Tile::padded_K(shape.K) / kStepDims)),
         weight(static_cast<Quad<T>*>(shared_memory())),
         exchange(
             reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + plan.weight_bytes)) {}
 
-  // W of the block's capsules to chip; it is there for the first sweep.
+  // W of the block's capsules to chip.
   __device__ __forceinline__ void bring_weight(const void* all) const {
-    const int rows = (share.last_capsule - 1) / shape.weight_sharing + 1 - share.first_row;
     const std::size_t row_size = std::size_t(shape.J) * shape.D * shape.K;
-    load_weight<P, Tile>(weight, static_cast<const T*>(all) + share.first_row * row_size, rows,
-                         shape, threadIdx.x, blockDim.x);
+    load_weight<P, Tile>(weight, static_cast<const T*>(all) + share.first_row * row_size,
+                         row_of(share.last_capsule - 1) + 1, shape, threadIdx.x, blockDim.x);
     __syncthreads();
   }
 
@@ -114,7 +116,6 @@ struct SweepBlock {
   template <int kStates, class Add>
   __device__ __forceinline__ void sweep(const float4* const (&from)[kStates > 0 ? kStates : 1],
                                         float4* partial, Add add) const {
-    const int weight_quads = tile_size * (Tile::padded_K(shape.K) / kStepDims);
     for (int first = share.sample_group * plan.tiles_per_pass; first < tiles;
          first += plan.sample_groups * plan.tiles_per_pass) {
       const int tile = first + share.slot;
@@ -135,11 +136,8 @@ struct SweepBlock {
           const float first_u[2] = {next_u[0], next_u[1]};
           // Once too often at the end: a load of what is there is cheaper than a branch.
           row.load(next_u, min(i + share.lanes, shape.I - 1), 0, shape.K, lane);
-          // A division takes longer than a product of tensor cores.
-          const int weight_row =
-              (shape.weight_sharing == 1 ? i : i / shape.weight_sharing) - share.first_row;
           const auto predict_i = [&](Values& x, bool more) {
-            predict<P, T, Tile>(x, weight + weight_row * weight_quads, first_u, row, i, shape, lane,
+            predict<P, T, Tile>(x, weight + row_of(i) * weight_quads, first_u, row, i, shape, lane,
                                 more);
           };
           add(sum, predict_i, states, tile, i);
@@ -157,7 +155,8 @@ struct SweepBlock {
   template <class Finish>
   __device__ __forceinline__ void add_partial_sums(const float4* partial, Finish finish) const {
     // Each half of the block takes 32 float4s at a time; its warps split the groups.
-    const int warps = plan.warps / 2, half = share.warp / warps, warp = share.warp % warps;
+    constexpr int warps = kSweepWarps / 2;
+    const int half = share.warp / warps, warp = share.warp % warps;
     const int items = tiles * fragments;
     for (int first = blockIdx.x; first < items; first += 2 * gridDim.x) {
       const int item = first + half * gridDim.x, e = item * kWarpSize + lane.index;
@@ -181,6 +180,11 @@ struct SweepBlock {
   }
 
  private:
+  // The row of W on chip of input capsule i.
+  __device__ __forceinline__ int row_of(int i) const {
+    return plan.by_weight_sharing.divide(i) - share.first_row;
+  }
+
   // Adds the sums of the warps that share a tile, in a fixed order, into those of its first warp.
   // `exchange` holds a tile for half of the warps.
   __device__ __forceinline__ void add_over_lanes(Values& sum) const {

@@ -95,11 +95,12 @@ const char* backward(const Call* call, const void* grad_v, const void* u, const 
 
 // capsule_groups, sample_groups, tiles_per_pass, gradient warps, splits; 0 where nothing fits.
 void planned(const Call* call, int* figures) {
-  const BackwardPlan plan =
-      plan_backward(call->shape, scalar_bytes(Scalar(call->scalar)), call->device);
-  figures[0] = plan.sweep.capsule_groups;
-  figures[1] = plan.sweep.sample_groups;
-  figures[2] = plan.sweep.tiles_per_pass;
+  const int bytes = scalar_bytes(Scalar(call->scalar));
+  const ForwardPlan forward = plan_forward(call->shape, bytes, call->device);
+  const BackwardPlan plan = plan_backward(call->shape, bytes, call->device);
+  figures[0] = forward.sweep.capsule_groups;
+  figures[1] = forward.sweep.sample_groups;
+  figures[2] = forward.sweep.tiles_per_pass;
   figures[3] = plan.gradients.capsules;
   figures[4] = plan.gradients.splits;
 }
