@@ -9,15 +9,29 @@ reason = aot_cuda.missing()
 pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
 
 
-def test_the_forward_stays_in_registers_and_uses_tensor_cores() -> None:
-    pytest.importorskip("triton", reason="its cuobjdump reads the machine code")
-    forward = next(aot_cuda.rows(MNIST, 128, 3, "TF32", "sm_90"))
-    assert forward.kernel == "routing_forward_kernel"
-    assert forward.spilled_bytes == 0
-    # One for each 8 columns of u_hat [16, 10 * 16], in each of three sweeps: all couplings alike,
-    # none but those of routing, and with a prior or to be written.
-    assert forward.matrix_instructions == 3 * 20
-    assert forward.blocks == 1, "its W and its registers fit on a multiprocessor"
+# Products with the matrix instructions of the MNIST shape, 10 for u_hat [8, 10 * 16]: in the
+# forward's sweeps with all couplings alike, with a prior, with those of routing, and with those of
+# routing and a prior or to be written; in the states' sweep; and in the gradients beside u_hat dW
+# in registers and on chip, and du, 20.
+PRODUCTS = {
+    "routing_forward_kernel": 40,
+    "routing_backward_states_kernel": 10,
+    "routing_backward_gradients_kernel": 50,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", aot_cuda.DEVICES)
+@pytest.mark.parametrize("precision", aot_cuda.PRECISIONS)
+def test_the_mnist_shape_stays_in_registers(precision: str, target: str) -> None:
+    pytest.importorskip("triton", reason="its tools read the machine code")
+    rows = {row.kernel: row for row in aot_cuda.rows(MNIST, 128, 3, precision, target)}
+    assert rows.keys() == PRODUCTS.keys()
+    for name, row in rows.items():
+        assert row.spilled_bytes == 0, name
+        products = 3 if precision == "float32" else 1
+        assert row.matrix_instructions == products * PRODUCTS[name]
+        assert row.blocks == 1, "its W and its registers fit on a multiprocessor"
 
 
 def test_what_does_not_fit_is_not_compiled() -> None:

@@ -119,7 +119,7 @@ def test_tf32_is_as_good_as_products_of_rounded_inputs(emulator: Emulator, case:
 
 @pytest.mark.parametrize(
     ("sm_count", "expected"),
-    [(2, (2, 1, 2)), (5, (5, 1, 1)), (7, (3, 2, 1)), (40, (10, 4, 1))],
+    [(2, (1, 2, 4)), (5, (1, 4, 2)), (7, (1, 7, 1)), (40, (5, 7, 1))],
 )
 def test_layouts_over_devices_of_many_sizes(
     emulator: Emulator, sm_count: int, expected: tuple[int, int, int]

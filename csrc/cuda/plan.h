@@ -150,9 +150,10 @@ inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& 
       plan.weight_bytes = round_up(int(weight_bytes), 16);
       plan.shared_bytes = plan.weight_bytes + exchange_bytes;
       // In cycles, roughly: a capsule of a tile takes a warp 40 a fragment when 8 warps share the
-      // SM; the exchange is written once and read once at 3000 bytes a cycle.
+      // SM, and a pass as much as two of them; the exchange is written once and read once at 3000
+      // bytes a cycle.
       const double sweep = 40.0 * padded.fragments * ceil_div(passes, sample_groups) *
-                           ceil_div(plan.capsules, lanes);
+                           (ceil_div(plan.capsules, lanes) + 2);
       const double exchange =
           2.0 * plan.capsule_groups * padded.tiles * padded.fragments * kFragmentBytes / 3000;
       if (best.blocks == 0 || sweep + exchange < best_cost) {

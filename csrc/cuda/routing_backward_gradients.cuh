@@ -215,13 +215,15 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
   }
 
   // States on chip in the order V^1..V^(R-1), ds^1..ds^R, as in the workspace.
+  const int first_state = arguments.full_gradient ? 0 : max(R - 2, 0);
+  const int state_step = arguments.full_gradient ? 1 : R;  // of V^(R-1) and ds^R only
   const auto stage = [&](int tile, float4* to) {
-    const int first_state = arguments.full_gradient ? 0 : max(R - 2, 0);
-    for (int state = first_state; state < gradient_states(shape); ++state) {
-      if (state >= R - 1 && state < R - 1 + first_t - 1) continue;
-      const float4* from = w.V + state * w.state_size + std::size_t(tile) * tile_size;
-      for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
-        copy_in_background(to + state * tile_size + e, from + e);
+    for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
+      const float4* from =
+          w.V + first_state * w.state_size + (std::size_t(tile) * tile_size + e);
+      for (int state = first_state; state < gradient_states(shape); state += state_step) {
+        copy_in_background(to + state * tile_size + e, from);
+        from += state_step * w.state_size;
       }
     }
   };
