@@ -61,6 +61,9 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 }
 
+// What was loaded before is loaded anew where it is needed again, instead of taking registers.
+__device__ __forceinline__ void forget_loads() { asm volatile("" : : : "memory"); }
+
 // Copies 16 bytes to shared memory in the background; they are there after `wait_for_copies`, for
 // other threads after a barrier behind it.
 __device__ __forceinline__ void copy_in_background(void* shared, const void* global) {

@@ -38,7 +38,8 @@ struct GradientStore {
 // the left side has room for 16 samples.
 template <class P, class T, class Tile>
 __device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
-                                             const Quad<T>* all_weight, int tile, int i,
+                                             const Quad<T>* all_weight,
+                                             const InputRow<T, Tile>& row, int i,
                                              const Shape& shape, const Lane& lane) {
   const int fragments = Tile::fragments_of(shape.J);
   const int first = 2 * swizzled(8 * lane.q + lane.g / 2) + lane.g % 2;
@@ -60,17 +61,16 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
       P::multiply_add(high, rows, P::template prepared_operand<T>(b_high));
     });
     const float du[2] = {low[0] + high[2], low[1] + high[3]};
-    const int b = tile * kTileSamples + lane.g, k = k0 + 2 * lane.q;
-    T* to = grad_u + (std::size_t(b) * shape.I + i) * shape.K + k;
-    if (b < shape.B && (Tile::kKnown || shape.K % 2 == 0)) {
-      if (k < shape.K) {
-        Pair<T> pair;
-        store(&pair.first, du[0]);
-        store(&pair.second, du[1]);
-        *reinterpret_cast<Pair<T>*>(to) = pair;
-      }
-    } else if (b < shape.B) {
-      if (k < shape.K) store(to, du[0]);
+    const int k = k0 + 2 * lane.q;
+    if (!row.inside || k >= shape.K) continue;
+    T* const to = grad_u + row.offset + (i * shape.K + k0);  // as of u
+    if (Tile::kKnown || shape.K % 2 == 0) {
+      Pair<T> pair;
+      store(&pair.first, du[0]);
+      store(&pair.second, du[1]);
+      *reinterpret_cast<Pair<T>*>(to) = pair;
+    } else {
+      store(to, du[0]);
       if (k + 1 < shape.K) store(to + 1, du[1]);
     }
   }
@@ -82,13 +82,13 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
 template <class P, class T, class Tile>
 __device__ __forceinline__ void add_grad_weight(typename Tile::Values& dW, float4* stored,
                                                 const typename Tile::Values& du_hat,
-                                                const float (&first_u)[2],
-                                                const InputRow<T, Tile>& row, int i,
+                                                const float (&first_u)[1][2],
+                                                const InputRow<T, Tile> (&row)[1], int i,
                                                 const Shape& shape, const Lane& lane) {
   const int fragments = Tile::fragments_of(shape.J);
   for (int k0 = 0; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
-    float pair[2] = {first_u[0], first_u[1]}, x[2];
-    if (k0 > 0) row.load(pair, i, k0, shape.K, lane);
+    float pair[2] = {first_u[0][0], first_u[0][1]}, x[2];
+    if (k0 > 0) row[0].load(pair, i, k0, shape.K, lane);
     // From elements 2q and 2q + 1 of sample g to element g of samples 2q and 2q + 1.
     for (int e = 0; e < 2; ++e) {
       const int from = (2 * lane.q + e) * 4 + lane.g / 2;
@@ -215,15 +215,14 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
   }
 
   // States on chip in the order V^1..V^(R-1), ds^1..ds^R, as in the workspace.
-  const int first_state = arguments.full_gradient ? 0 : max(R - 2, 0);
-  const int state_step = arguments.full_gradient ? 1 : R;  // of V^(R-1) and ds^R only
   const auto stage = [&](int tile, float4* to) {
-    for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
-      const float4* from =
-          w.V + first_state * w.state_size + (std::size_t(tile) * tile_size + e);
-      for (int state = first_state; state < gradient_states(shape); state += state_step) {
-        copy_in_background(to + state * tile_size + e, from);
-        from += state_step * w.state_size;
+    // Without the full gradient only V^(R-1) and ds^R.
+    const int step = arguments.full_gradient ? 1 : R;
+    for (int state = arguments.full_gradient ? 0 : max(R - 2, 0); state < gradient_states(shape);
+         state += step) {
+      const float4* from = w.V + state * w.state_size + std::size_t(tile) * tile_size;
+      for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
+        copy_in_background(to + state * tile_size + e, from + e);
       }
     }
   };
@@ -261,17 +260,16 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
       if (capsule >= capsules) continue;
       const int i = first_i + capsule;
       const Quad<T>* const weight = store_of.weight + capsule * store_of.weight_quads;
-      float first_u[2] = {next_u[0], next_u[1]};
+      float first_u[1][2] = {{next_u[0], next_u[1]}};
       if (turn > 0) {
-        load_u(first_u, tile, capsule);
+        load_u(first_u[0], tile, capsule);
       } else if (tile + splits < padded.tiles) {
         load_u(next_u, tile + splits, capsule);
       }
       Values u_hat, du_hat;
-      const InputRow<T, Tile> row(u, tile, shape, lane);
+      const InputRow<T, Tile> row[1] = {{u, tile, shape, lane}};
       predict<P, T, Tile>(u_hat, weight, first_u, row, i, shape, lane);
       set_zero(du_hat);
-      Row dprior = {};
       for (int t = first_t; t <= R; ++t) {
         Values V, ds;
         Row c, dl;  // dl holds dc first
@@ -292,17 +290,18 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
         add_prior<T, Tile>(c, logits, i, shape.J, lane);
         softmax<Tile>(c, shape.J, arguments.leaky, lane);
         softmax_backward<Tile>(dl, c, shape.J);
-        for_each_group<Tile>(shape.J, [&](auto group) {
-          for (int e = 0; e < 2; ++e) dprior[group.value][e] += dl[group.value][e];
-        });
+        if (arguments.grad_logits != nullptr) {
+          for_each_group<Tile>(shape.J, [&](auto group) {
+            store_of.dprior[(capsule * padded.J + group.value) * kWarpSize + lane.index] +=
+                dl[group.value][0] + dl[group.value][1];
+          });
+        }
         add_scaled<Tile>(du_hat, c, ds, shape.J);
-        if (arguments.full_gradient && t > 1) add_scaled<Tile>(du_hat, dl, V, shape.J);
-      }
-      if (arguments.grad_logits != nullptr) {
-        for_each_group<Tile>(shape.J, [&](auto group) {
-          store_of.dprior[(capsule * padded.J + group.value) * kWarpSize + lane.index] +=
-              dprior[group.value][0] + dprior[group.value][1];
-        });
+        if (arguments.full_gradient && t > 1) {
+          forget_loads();  // for all of V there is no room beside what the softmax needs
+          load_state<Tile>(V, states + (t - 2) * tile_size, shape.J, lane, 1);
+          add_scaled<Tile>(du_hat, dl, V, shape.J);
+        }
       }
 
       for_each_fragment<Tile>(shape.J, [&](int, int n) {
@@ -320,8 +319,8 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
               make_float4(du_hat[n][0], du_hat[n][2], du_hat[n][1], du_hat[n][3]);
         });
         __syncwarp();  // du_hat is there for the other lanes
-        write_grad_u<P, T, Tile>(static_cast<T*>(arguments.grad_u), shown, weight, tile, i, shape,
-                                 lane);
+        write_grad_u<P, T, Tile>(static_cast<T*>(arguments.grad_u), shown, weight, row[0], i,
+                                 shape, lane);
       }
     }
   }

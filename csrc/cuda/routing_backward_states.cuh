@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
                             [&](typename Tile::Values& sum, const auto& predict,
                                 const auto& tile_states, int, int i) {
                               typename Tile::Values u_hat;
-                              predict(u_hat, false);
+                              predict(u_hat);
                               typename Tile::Row c, dl;  // dl holds dc first
                               dots<Tile>(c, u_hat, tile_states[0], shape.J);
                               dots<Tile>(dl, u_hat, tile_states[1], shape.J);

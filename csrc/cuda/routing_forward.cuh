@@ -23,14 +23,12 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
   for (int t = 1; t <= shape.R; ++t) {
     const auto coupling = static_cast<T*>(t == shape.R ? arguments.coupling : nullptr);
-    const auto add_all = [](typename Tile::Values& sum, const auto& predict, const auto&, int,
-                            int) { predict(sum, true); };
     // `plain`: t > 1 without a prior, and without couplings to write.
     const auto add_weighted = [&](bool plain, bool first) {
       return [&, plain, first](typename Tile::Values& sum, const auto& predict, const auto& states,
                                int tile, int i) {
         typename Tile::Values u_hat;
-        predict(u_hat, false);
+        predict(u_hat);
         typename Tile::Row c;
         if (first) {
           set_zero(c);
@@ -54,7 +52,11 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
       };
     };
     if (t == 1 && uniform) {
-      block.template sweep<0>({V}, partial, add_all);
+      if (plan.sweep.tiles_per_pass > 1) {
+        block.template sweep_alike<2>(partial);
+      } else {
+        block.template sweep_alike<1>(partial);
+      }
     } else if (t == 1) {
       block.template sweep<0>({V}, partial, add_weighted(false, true));
     } else if (logits == nullptr && coupling == nullptr) {

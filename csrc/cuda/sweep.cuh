@@ -111,13 +111,12 @@ struct SweepBlock {
   }
 
   // One sweep. `add(sum, predict, states, tile, i)` adds u_hat of capsule i, weighted, to the sum;
-  // `predict(x, more)` sets x to it, or adds it to x; `states` are the warp's tile of each of
-  // `from`. `partial` is [G_i][B][J][D], padded.
+  // `predict(x)` sets x to it; `states` are the warp's tile of each of `from`. `partial` is
+  // [G_i][B][J][D], padded.
   template <int kStates, class Add>
   __device__ __forceinline__ void sweep(const float4* const (&from)[kStates > 0 ? kStates : 1],
                                         float4* partial, Add add) const {
-    for (int first = share.sample_group * plan.tiles_per_pass; first < tiles;
-         first += plan.sample_groups * plan.tiles_per_pass) {
+    for_each_pass([&](int first) {
       const int tile = first + share.slot;
       Values sum;
       set_zero(sum);
@@ -127,27 +126,44 @@ struct SweepBlock {
         for (int n = 0; n < kStates; ++n) {
           load_state<Tile>(states[n], from[n] + std::size_t(tile) * tile_size, shape.J, lane);
         }
-        const InputRow<T, Tile> row(u, tile, shape, lane);
-        // u of the next capsule is loaded while this one is worked on.
-        float next_u[2] = {};
-        int i = share.first_capsule + share.lane_of_capsules;
-        if (i < share.last_capsule) row.load(next_u, i, 0, shape.K, lane);
-        for (; i < share.last_capsule; i += share.lanes) {
-          const float first_u[2] = {next_u[0], next_u[1]};
-          // Once too often at the end: a load of what is there is cheaper than a branch.
-          row.load(next_u, min(i + share.lanes, shape.I - 1), 0, shape.K, lane);
-          const auto predict_i = [&](Values& x, bool more) {
-            predict<P, T, Tile>(x, weight + row_of(i) * weight_quads, first_u, row, i, shape, lane,
-                                more);
-          };
-          add(sum, predict_i, states, tile, i);
-        }
+        const InputRow<T, Tile> row[1] = {{u, tile, shape, lane}};
+        for_each_capsule(row, share.lane_of_capsules, share.lanes,
+                         [&](int i, const float(&first_u)[1][2]) {
+                           const auto predict_i = [&](Values& x) {
+                             predict<P, T, Tile>(x, weight_of(i), first_u, row, i, shape, lane);
+                           };
+                           add(sum, predict_i, states, tile, i);
+                         });
       }
-      add_over_lanes(sum);
-      if (share.lane_of_capsules == 0 && tile < tiles) {
-        write_partial(partial + share.capsule_group * state_size, sum, tile);
+      add_over_lanes(sum, share.lane_of_capsules, share.lanes, share.slot);
+      if (share.lane_of_capsules == 0) write_partial(partial, sum, tile);
+    });
+  }
+
+  // The sweep with all coefficients 1, `kTiles` tiles a warp: they share what is read of W.
+  template <int kTiles>
+  __device__ __forceinline__ void sweep_alike(float4* partial) const {
+    const int slots = plan.tiles_per_pass / kTiles, slot = share.warp % slots;
+    const int lane_of_capsules = share.warp / slots, lanes = kSweepWarps / slots;
+    for_each_pass([&](int first) {
+      const int tile = first + slot * kTiles;
+      Values sums[kTiles];
+      InputRow<T, Tile> rows[kTiles];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        set_zero(sums[m]);
+        rows[m] = {u, tile + m, shape, lane};
       }
-    }
+      for_each_capsule(rows, lane_of_capsules, lanes,
+                       [&](int i, const float(&first_u)[kTiles][2]) {
+                         add_predictions<P>(sums, weight_of(i), first_u, rows, i, shape, lane);
+                       });
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        add_over_lanes(sums[m], lane_of_capsules, lanes, slot);
+        if (lane_of_capsules == 0) write_partial(partial, sums[m], tile + m);
+      }
+    });
   }
 
   // Adds the partial sums of all capsule groups, in a fixed order. `finish(sum, b, j, d)` gets each
@@ -185,28 +201,72 @@ struct SweepBlock {
     return plan.by_weight_sharing.divide(i) - share.first_row;
   }
 
+  __device__ __forceinline__ const Quad<T>* weight_of(int i) const {
+    return weight + row_of(i) * weight_quads;
+  }
+
+  // Calls visit(first tile) for each pass over the samples of the block.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_pass(Visit visit) const {
+    for (int first = share.sample_group * plan.tiles_per_pass; first < tiles;
+         first += plan.sample_groups * plan.tiles_per_pass) {
+      visit(first);
+    }
+  }
+
+  // Calls visit(i, the first elements of u_i of each row) for a warp's capsules. u of the next
+  // capsule is loaded while one is worked on, once too often at the end: a load of what is there is
+  // cheaper than a branch.
+  template <int kTiles, class Visit>
+  __device__ __forceinline__ void for_each_capsule(const InputRow<T, Tile> (&rows)[kTiles],
+                                                   int lane_of_capsules, int lanes,
+                                                   Visit visit) const {
+    float next_u[kTiles][2] = {};
+    const auto load = [&](int i) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        rows[m].load(next_u[m], min(i, shape.I - 1), 0, shape.K, lane);
+      }
+    };
+    load(share.first_capsule + lane_of_capsules);
+    for (int i = share.first_capsule + lane_of_capsules; i < share.last_capsule; i += lanes) {
+      float first_u[kTiles][2];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        for (int e = 0; e < 2; ++e) first_u[m][e] = next_u[m][e];
+      }
+      load(i + lanes);
+      visit(i, first_u);
+    }
+  }
+
   // Adds the sums of the warps that share a tile, in a fixed order, into those of its first warp.
   // `exchange` holds a tile for half of the warps.
-  __device__ __forceinline__ void add_over_lanes(Values& sum) const {
-    for (int lanes = share.lanes; lanes > 1; lanes = (lanes + 1) / 2) {
-      const int kept = (lanes + 1) / 2, sender = share.lane_of_capsules - kept;
-      const int place = (sender >= 0 ? sender : share.lane_of_capsules) * plan.tiles_per_pass;
-      float4* tile = exchange + (place + share.slot) * tile_size + lane.index;
+  __device__ __forceinline__ void add_over_lanes(Values& sum, int lane_of_capsules, int lanes,
+                                                 int slot) const {
+    const int slots = kSweepWarps / lanes;
+    for (int half = lanes / 2; half >= 1; half /= 2) {
+      const int sender = lane_of_capsules - half;
+      const int place = (sender >= 0 ? sender : lane_of_capsules) * slots + slot;
+      float4* tile = exchange + place * tile_size + lane.index;
       __syncthreads();  // `exchange` is free
-      if (sender >= 0 && share.lane_of_capsules < lanes) {
+      if (sender >= 0 && sender < half) {
         for_each_fragment<Tile>(shape.J,
                                 [&](int, int n) { tile[n * kWarpSize] = packed(sum[n]); });
       }
       __syncthreads();
-      if (share.lane_of_capsules < lanes - kept) {
+      if (lane_of_capsules < half) {
         for_each_fragment<Tile>(shape.J,
                                 [&](int, int n) { add_to(sum[n], tile[n * kWarpSize]); });
       }
     }
   }
 
-  // The sum of a tile in its place in [B][J][D], padded.
-  __device__ __forceinline__ void write_partial(float4* to, const Values& sum, int tile) const {
+  // The sum of a tile, if there is one, in its place.
+  __device__ __forceinline__ void write_partial(float4* partial, const Values& sum,
+                                                int tile) const {
+    if (tile >= tiles) return;
+    float4* const to = partial + share.capsule_group * state_size;
     const int J = fragments * kTileRows / Tile::D;
     for_each_group<Tile>(shape.J, [&](auto group) {
 #pragma unroll

@@ -186,11 +186,14 @@ __device__ __forceinline__ Pair<T> load_pair(const T* x, bool is_row, int k, int
 // u of sample g of a tile.
 template <class T, class Tile>
 struct InputRow {
-  const T* row;  // [I, K], at the lane's first element
-  bool inside;   // the batch
+  const T* u;
+  std::size_t offset;  // of the lane's first element of the sample
+  bool inside;         // the batch
 
+  InputRow() = default;
   __device__ __forceinline__ InputRow(const T* u, int tile, const Shape& shape, const Lane& lane)
-      : row(u + std::size_t(tile * kTileSamples + lane.g) * shape.I * shape.K + 2 * lane.q),
+      : u(u),
+        offset(std::size_t(tile * kTileSamples + lane.g) * shape.I * shape.K + 2 * lane.q),
         inside(tile * kTileSamples + lane.g < shape.B) {}
 
   // Elements k0 + 2q and k0 + 2q + 1 of input capsule i, as the right side of a product: in its
@@ -198,7 +201,7 @@ struct InputRow {
   // What fits on chip has few enough elements a sample for 32 bits.
   __device__ __forceinline__ void load(float (&x)[2], int i, int k0, int K,
                                        const Lane& lane) const {
-    const auto pair = load_pair<Tile>(row + (i * K + k0), inside, k0 + 2 * lane.q, K);
+    const auto pair = load_pair<Tile>(u + offset + (i * K + k0), inside, k0 + 2 * lane.q, K);
     x[0] = to_float(pair.first);
     x[1] = to_float(pair.second);
   }
@@ -215,32 +218,6 @@ __device__ __forceinline__ typename P::template Operand<4> weight_operand(const 
   return P::template prepared_operand<T>(a);
 }
 
-// u_hat = W_i u_i for 8 samples (`add`: u_hat += W_i u_i). `weight` is W_i on chip
-// [K / 8][fragments][32]; `first_u` are the first elements of u_i, which the caller has loaded
-// ahead of time.
-template <class P, class T, class Tile>
-__device__ __forceinline__ void predict(typename Tile::Values& u_hat, const Quad<T>* weight,
-                                        const float (&first_u)[2], const InputRow<T, Tile>& row,
-                                        int i, const Shape& shape, const Lane& lane,
-                                        bool add = false) {
-  using B = typename P::template Operand<2>;
-  const int fragments = Tile::fragments_of(shape.J), place = swizzled(lane.index);
-  const auto step = [&](const Quad<T>* from, const B& b, bool more) {
-#pragma unroll
-    for (int n = 0; n < Tile::kFragments; ++n) {
-      if (!Tile::kKnown && n >= fragments) continue;
-      const auto a = weight_operand<P>(from + n * kWarpSize, place);
-      more ? P::multiply_add(u_hat[n], a, b) : P::multiply(u_hat[n], a, b);
-    }
-  };
-  step(weight, P::template operand<T>(first_u), add);
-  for (int k0 = kStepDims; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
-    float b[2];
-    row.load(b, i, k0, shape.K, lane);
-    step(weight + k0 / kStepDims * fragments * kWarpSize, P::template operand<T>(b), true);
-  }
-}
-
 // For Values and Row.
 template <int kCount, int kSize>
 __device__ __forceinline__ void set_zero(float (&x)[kCount][kSize]) {
@@ -248,6 +225,64 @@ __device__ __forceinline__ void set_zero(float (&x)[kCount][kSize]) {
   for (int n = 0; n < kCount; ++n) {
     for (int e = 0; e < kSize; ++e) x[n][e] = 0.0f;
   }
+}
+
+// Calls visit(n, operand of fragment n of W_i, operands of u_i) for every fragment and 8 elements of
+// K. `weight` is W_i on chip [K / 8][fragments][32]; `first_u` are the first elements of u_i of some
+// tiles, which the caller has loaded ahead of time.
+template <class P, class T, class Tile, int kTiles, class Visit>
+__device__ __forceinline__ void for_each_product(const Quad<T>* weight,
+                                                 const float (&first_u)[kTiles][2],
+                                                 const InputRow<T, Tile> (&rows)[kTiles], int i,
+                                                 const Shape& shape, const Lane& lane,
+                                                 Visit visit) {
+  const int fragments = Tile::fragments_of(shape.J), place = swizzled(lane.index);
+  for (int k0 = 0; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
+    typename P::template Operand<2> b[kTiles];
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      float x[2] = {first_u[m][0], first_u[m][1]};
+      if (k0 > 0) rows[m].load(x, i, k0, shape.K, lane);
+      b[m] = P::template operand<T>(x);
+    }
+#pragma unroll
+    for (int n = 0; n < Tile::kFragments; ++n) {
+      if (!Tile::kKnown && n >= fragments) continue;
+      visit(n, weight_operand<P>(weight + n * kWarpSize, place), b);
+    }
+    weight += fragments * kWarpSize;
+  }
+}
+
+// u_hat = W_i u_i for 8 samples.
+template <class P, class T, class Tile>
+__device__ __forceinline__ void predict(typename Tile::Values& u_hat, const Quad<T>* weight,
+                                        const float (&first_u)[1][2],
+                                        const InputRow<T, Tile> (&row)[1], int i,
+                                        const Shape& shape, const Lane& lane) {
+  if (!Tile::kKnown) set_zero(u_hat);
+  for_each_product<P>(weight, first_u, row, i, shape, lane,
+                      [&](int n, const auto& a, const auto& b) {
+                        if (Tile::kKnown) {
+                          P::multiply(u_hat[n], a, b[0]);
+                        } else {
+                          P::multiply_add(u_hat[n], a, b[0]);
+                        }
+                      });
+}
+
+// sums += W_i u_i for some tiles at once: W_i is read once for them.
+template <class P, class T, class Tile, int kTiles>
+__device__ __forceinline__ void add_predictions(typename Tile::Values (&sums)[kTiles],
+                                                const Quad<T>* weight,
+                                                const float (&first_u)[kTiles][2],
+                                                const InputRow<T, Tile> (&rows)[kTiles], int i,
+                                                const Shape& shape, const Lane& lane) {
+  for_each_product<P>(weight, first_u, rows, i, shape, lane,
+                      [&](int n, const auto& a, const auto& b) {
+#pragma unroll
+                        for (int m = 0; m < kTiles; ++m) P::multiply_add(sums[m][n], a, b[m]);
+                      });
 }
 
 // A lane's four values of a fragment, as they lie in memory.
@@ -262,11 +297,12 @@ __device__ __forceinline__ float4 packed(const float (&x)[4]) {
   return make_float4(x[0], x[1], x[2], x[3]);
 }
 
-// A state tile to registers.
+// A state tile to registers, from group `first` of the output capsules on.
 template <class Tile>
 __device__ __forceinline__ void load_state(typename Tile::Values& x, const float4* tile, int J,
-                                           const Lane& lane) {
-  for_each_fragment<Tile>(J, [&](int, int n) {
+                                           const Lane& lane, int first = 0) {
+  for_each_fragment<Tile>(J, [&](int group, int n) {
+    if (group < first) return;
     const float4 y = tile[n * kWarpSize + lane.index];
     x[n][0] = y.x;
     x[n][1] = y.y;
