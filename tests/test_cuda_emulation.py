@@ -142,22 +142,29 @@ def test_any_schedule_gives_the_same_bits(emulator: Emulator, seed: int) -> None
         assert torch.equal(first[name], second[name]), name
 
 
-# In these two calls every barrier matters: several tiles, groups of capsules and of samples, and
-# more output capsules than blocks.
-BARRIER_CASES = [Case(B=50, I=8, J=3, D=10, bias=True), Case(B=5, I=20, J=7, K=3, D=8)]
-# The mma before it lets no lane run ahead either, but only a barrier orders memory.
-ORDERS_MEMORY_ONLY = "__syncwarp();  // the previous pair is read"
+# In these calls every barrier matters: several tiles, groups of samples and of capsules, also with
+# more sums than blocks; more input capsules of a block than warps, and no room for the states of
+# two tiles.
+BARRIER_CASES = [
+    (Case(B=50, I=8, J=3, D=10, bias=True), Device(5, 227 * 1024)),
+    (Case(B=5, I=20, J=7, K=3, D=8), Device(5, 227 * 1024)),
+    (Case(B=50, I=12, J=7, K=17, D=8), Device(3, 40 * 1024)),
+    (Case(B=20, I=20, J=3, D=10, logits=True), Device(2, 75 * 1024)),
+]
+# The products before it let no lane run ahead either, but only a barrier orders memory.
+ORDERS_MEMORY_ONLY = "__syncwarp();  // the du_hat of another capsule is read"
 
 
 def test_a_missing_barrier_is_found(emulator: Emulator) -> None:
     """Each barrier of the kernels is left out in turn: some schedule must then give other bits."""
-    inputs = [make_inputs(case, torch.float32) for case in BARRIER_CASES]
+    inputs = [make_inputs(case, torch.float32) for case, _ in BARRIER_CASES]
 
     def results() -> list[dict[str, torch.Tensor]]:
-        return [
-            run(fused_routing, case, x, backend="cuda")
-            for case, x in zip(BARRIER_CASES, inputs, strict=True)
-        ]
+        found = []
+        for (case, device), x in zip(BARRIER_CASES, inputs, strict=True):
+            emulator.device = device
+            found.append(run(fused_routing, case, x, backend="cuda"))
+        return found
 
     def differs(whole: list[dict[str, torch.Tensor]]) -> bool:
         try:

@@ -127,10 +127,11 @@ Shape shape_of(const Tensor& u, const Tensor& weight, int64_t R, int64_t weight_
 }
 
 void check_fits(bool fits) {
-  TORCH_CHECK_VALUE(fits,
-                    "capsule_kernels: weight (and in the backward the states of all iterations) does not "
-                    "fit in the shared memory of this device; "
-                    "use the triton backend");
+  TORCH_CHECK_VALUE(
+      fits,
+      "capsule_kernels: weight (and in the backward the states of all iterations) does not "
+      "fit in the shared memory of this device; "
+      "use the triton backend");
 }
 
 // An optional input of the sizes and dtype the kernels read.
@@ -207,8 +208,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   check_fits(plan.sweep.blocks > 0 && plan.gradients.warps > 0);
   const Tensor workspace = at::empty({int64_t(plan.workspace_floats)}, s.options());
   routing_backward(
-      {shape, leaky, full_gradient, 1.0f / float(shape.J + leaky), data(grad_v), data(u), data(weight), data(logits),
-       s.const_data_ptr<float>(), output_data(grad_u, output_mask[0]),
+      {shape, leaky, full_gradient, 1.0f / float(shape.J + leaky), data(grad_v), data(u),
+       data(weight), data(logits), s.const_data_ptr<float>(), output_data(grad_u, output_mask[0]),
        output_data(grad_weight, output_mask[1]), output_data(grad_logits, output_mask[2]),
        output_data(grad_bias, output_mask[3]), workspace.mutable_data_ptr<float>()},
       plan, scalar, products_of_float32(), c10::cuda::getCurrentCUDAStream().stream());

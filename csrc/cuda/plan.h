@@ -33,16 +33,16 @@ constexpr int kStepDims = 8;       // of K, the contraction of one mma
 constexpr int kMaxFragments = 10;  // mma results of a tile [J * D, 8] that fit in registers
 constexpr int kFragmentBytes = kTileSamples * kTileRows * 4;
 constexpr int kWarpSize = 32;
-// Warps of a block, as the registers of a thread allow: they hold V, ds and the sum, or V, ds, du_hat
-// and dW, beside u_hat.
+// Warps of a block, as the registers of a thread allow: they hold V, ds and the sum, or V, ds,
+// du_hat and dW, beside u_hat.
 constexpr int kSweepWarps = 8;
 constexpr int kGradientWarps = 8;  // at most
 
 CAPSULE_KERNELS_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 CAPSULE_KERNELS_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
-// Division of 0 <= x < 2^31 by a number that is known before a launch, without dividing: exact, with
-// factor = ceil(2^shift / divisor) and 2^(shift - 31) >= divisor.
+// Division of 0 <= x < 2^31 by a number that is known before a launch, without dividing: exact,
+// with factor = ceil(2^shift / divisor) and 2^(shift - 31) >= divisor.
 struct Divisor {
   unsigned factor = 1u << 31;
   int shift = 31;

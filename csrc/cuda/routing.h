@@ -42,12 +42,12 @@ struct BackwardArguments {
   bool leaky;
   bool full_gradient;
   float uniform_coupling;  // as above
-  const void* grad_v;  // [B, J, D]
-  const void* u;       // [B, I, K]
-  const void* weight;  // [I / weight_sharing, J, D, K]
-  const void* logits;  // [I, J] or null
-  const float* s;      // [R, B, J, D], as the forward wrote it
-  void* grad_u;        // each null where it is not wanted
+  const void* grad_v;      // [B, J, D]
+  const void* u;           // [B, I, K]
+  const void* weight;      // [I / weight_sharing, J, D, K]
+  const void* logits;      // [I, J] or null
+  const float* s;          // [R, B, J, D], as the forward wrote it
+  void* grad_u;            // each null where it is not wanted
   void* grad_weight;
   void* grad_logits;
   void* grad_bias;

@@ -1,6 +1,6 @@
 // Backward, second launch: the last sweep, all iterations together. A block owns input capsules and
-// a share of the samples; nothing is exchanged but, where capsules share a weight or the samples are
-// split, partial sums of dW and dprior, which a third small launch adds in a fixed order.
+// a share of the samples; nothing is exchanged but, where capsules share a weight or the samples
+// are split, partial sums of dW and dprior, which a third small launch adds in a fixed order.
 #pragma once
 
 #include "backward_workspace.cuh"
@@ -26,16 +26,16 @@ struct GradientStore {
         states(static_cast<float4*>(shared_memory())),
         du_hat(states + plan.buffers * gradient_states(shape) * tile_size),
         dW(du_hat + plan.warps * tile_size),
-        dprior(reinterpret_cast<float*>(
-            dW + stored_capsules(shape, plan.capsules, plan.warps) * weight_quads)),
+        dprior(reinterpret_cast<float*>(dW + stored_capsules(shape, plan.capsules, plan.warps) *
+                                                 weight_quads)),
         weight(reinterpret_cast<Quad<T>*>(dprior + plan.capsules * padded.J * kWarpSize)) {}
 };
 
 // du_i = sum_jd du_hat W for the 8 samples of a tile. The contraction runs over (j, d), so that
 // du_hat, which lies on chip, is read across lanes: lane (g, q) takes of each fragment what lanes
-// (2q, g / 2) and (2q + 1, g / 2) have of sample g, rows g' and g' + 8 of each, and the same of W for
-// element g of K. There are two products, rows g' and rows g' + 8; half of each is of no use, since
-// the left side has room for 16 samples.
+// (2q, g / 2) and (2q + 1, g / 2) have of sample g, rows g' and g' + 8 of each, and the same of W
+// for element g of K. There are two products, rows g' and rows g' + 8; half of each is of no use,
+// since the left side has room for 16 samples.
 template <class P, class T, class Tile>
 __device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
                                              const Quad<T>* all_weight,
@@ -319,8 +319,8 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
               make_float4(du_hat[n][0], du_hat[n][2], du_hat[n][1], du_hat[n][3]);
         });
         __syncwarp();  // du_hat is there for the other lanes
-        write_grad_u<P, T, Tile>(static_cast<T*>(arguments.grad_u), shown, weight, row[0], i,
-                                 shape, lane);
+        write_grad_u<P, T, Tile>(static_cast<T*>(arguments.grad_u), shown, weight, row[0], i, shape,
+                                 lane);
       }
     }
   }

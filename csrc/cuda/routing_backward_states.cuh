@@ -62,26 +62,26 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
 
   for (int t = R; t > 1; --t) {
     const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
-    block.template sweep<2>(states, w.partial,
-                            [&](typename Tile::Values& sum, const auto& predict,
-                                const auto& tile_states, int, int i) {
-                              typename Tile::Values u_hat;
-                              predict(u_hat);
-                              typename Tile::Row c, dl;  // dl holds dc first
-                              dots<Tile>(c, u_hat, tile_states[0], shape.J);
-                              dots<Tile>(dl, u_hat, tile_states[1], shape.J);
-                              add_prior<T, Tile>(c, logits, i, shape.J, lane);
-                              softmax<Tile>(c, shape.J, arguments.leaky, lane);
-                              softmax_backward<Tile>(dl, c, shape.J);
-                              add_scaled<Tile>(sum, dl, u_hat, shape.J);
-                            });
+    block.template sweep<2>(
+        states, w.partial,
+        [&](typename Tile::Values& sum, const auto& predict, const auto& tile_states, int, int i) {
+          typename Tile::Values u_hat;
+          predict(u_hat);
+          typename Tile::Row c, dl;  // dl holds dc first
+          dots<Tile>(c, u_hat, tile_states[0], shape.J);
+          dots<Tile>(dl, u_hat, tile_states[1], shape.J);
+          add_prior<T, Tile>(c, logits, i, shape.J, lane);
+          softmax<Tile>(c, shape.J, arguments.leaky, lane);
+          softmax_backward<Tile>(dl, c, shape.J);
+          add_scaled<Tile>(sum, dl, u_hat, shape.J);
+        });
     grid_barrier();
 
     // G^(t-1) and ds^(t-1); G is read and written by the same lanes, in the order of the sums.
     block.add_partial_sums(w.partial, [&](float (&sum)[4], int b, int j, int d) {
-      float4& G = w.G[(std::size_t(b) * (block.fragments * kTileRows / Tile::D) + j) *
-                          kCapsuleLanes +
-                      d / 4];
+      float4& G =
+          w.G[(std::size_t(b) * (block.fragments * kTileRows / Tile::D) + j) * kCapsuleLanes +
+              d / 4];
       if (t < R) add_to(sum, G);
       G = packed(sum);
       float s[4];

@@ -85,8 +85,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
             store(static_cast<T*>(arguments.v) + index + e, v[e]);
           }
         } else {
-          float& to =
-              reinterpret_cast<float*>(V)[state_offset<Tile>(b, j, d + e, block.fragments)];
+          float& to = reinterpret_cast<float*>(V)[state_offset<Tile>(b, j, d + e, block.fragments)];
           to = t > 1 ? to + v[e] : v[e];
         }
       }

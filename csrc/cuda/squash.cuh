@@ -1,4 +1,5 @@
-// squash(s) = n / (1 + n^2) s, n = |s|, and its transposed Jacobian, for capsules spread over lanes.
+// squash(s) = n / (1 + n^2) s, n = |s|, and its transposed Jacobian, for capsules spread over
+// lanes.
 //
 // `kLanes` consecutive lanes of a warp hold an output capsule, four dimensions each.
 #pragma once

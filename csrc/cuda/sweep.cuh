@@ -34,9 +34,9 @@ struct Share {
         lanes(plan.by_tiles_per_pass.divide(kSweepWarps)) {}
 };
 
-// `count` rows of W [.., J, D, K] to chip in the order of the fragments, [K / 8][fragments][32] each,
-// prepared for the products of P, and 0 past J, D and K; all of `threads` take part. They are there
-// after a barrier.
+// `count` rows of W [.., J, D, K] to chip in the order of the fragments, [K / 8][fragments][32]
+// each, prepared for the products of P, and 0 past J, D and K; all of `threads` take part. They are
+// there after a barrier.
 template <class P, class Tile, class T>
 __device__ __forceinline__ void load_weight(Quad<T>* to, const T* from, int count,
                                             const Shape& shape, int thread, int threads) {
@@ -73,7 +73,8 @@ __device__ __forceinline__ void load_weight(Quad<T>* to, const T* from, int coun
 template <class P, class T, class Tile>
 struct SweepBlock {
   using Values = typename Tile::Values;
-  static constexpr int kCapsuleLanes = Tile::D / 4;  // that hold an output capsule, where it is whole
+  static constexpr int kCapsuleLanes =
+      Tile::D / 4;  // that hold an output capsule, where it is whole
 
   const Shape& shape;
   const SweepPlan& plan;
@@ -128,7 +129,7 @@ struct SweepBlock {
         }
         const InputRow<T, Tile> row[1] = {{u, tile, shape, lane}};
         for_each_capsule(row, share.lane_of_capsules, share.lanes,
-                         [&](int i, const float(&first_u)[1][2]) {
+                         [&](int i, const float (&first_u)[1][2]) {
                            const auto predict_i = [&](Values& x) {
                              predict<P, T, Tile>(x, weight_of(i), first_u, row, i, shape, lane);
                            };
@@ -155,7 +156,7 @@ struct SweepBlock {
         rows[m] = {u, tile + m, shape, lane};
       }
       for_each_capsule(rows, lane_of_capsules, lanes,
-                       [&](int i, const float(&first_u)[kTiles][2]) {
+                       [&](int i, const float (&first_u)[kTiles][2]) {
                          add_predictions<P>(sums, weight_of(i), first_u, rows, i, shape, lane);
                        });
 #pragma unroll
@@ -251,13 +252,11 @@ struct SweepBlock {
       float4* tile = exchange + place * tile_size + lane.index;
       __syncthreads();  // `exchange` is free
       if (sender >= 0 && sender < half) {
-        for_each_fragment<Tile>(shape.J,
-                                [&](int, int n) { tile[n * kWarpSize] = packed(sum[n]); });
+        for_each_fragment<Tile>(shape.J, [&](int, int n) { tile[n * kWarpSize] = packed(sum[n]); });
       }
       __syncthreads();
       if (lane_of_capsules < half) {
-        for_each_fragment<Tile>(shape.J,
-                                [&](int, int n) { add_to(sum[n], tile[n * kWarpSize]); });
+        for_each_fragment<Tile>(shape.J, [&](int, int n) { add_to(sum[n], tile[n * kWarpSize]); });
       }
     }
   }

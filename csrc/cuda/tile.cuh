@@ -119,8 +119,7 @@ struct Lane {
   int index;  // in the warp
   int g, q;   // index / 4, index % 4
 
-  __device__ __forceinline__ Lane()
-      : index(threadIdx.x % kWarpSize), g(index / 4), q(index % 4) {}
+  __device__ __forceinline__ Lane() : index(threadIdx.x % kWarpSize), g(index / 4), q(index % 4) {}
 
   template <class Tile>
   __device__ __forceinline__ int capsule(int group) const {
@@ -197,8 +196,8 @@ struct InputRow {
         inside(tile * kTileSamples + lane.g < shape.B) {}
 
   // Elements k0 + 2q and k0 + 2q + 1 of input capsule i, as the right side of a product: in its
-  // contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so that a pair is one load.
-  // What fits on chip has few enough elements a sample for 32 bits.
+  // contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so that a pair is one
+  // load. What fits on chip has few enough elements a sample for 32 bits.
   __device__ __forceinline__ void load(float (&x)[2], int i, int k0, int K,
                                        const Lane& lane) const {
     const auto pair = load_pair<Tile>(u + offset + (i * K + k0), inside, k0 + 2 * lane.q, K);
@@ -227,9 +226,9 @@ __device__ __forceinline__ void set_zero(float (&x)[kCount][kSize]) {
   }
 }
 
-// Calls visit(n, operand of fragment n of W_i, operands of u_i) for every fragment and 8 elements of
-// K. `weight` is W_i on chip [K / 8][fragments][32]; `first_u` are the first elements of u_i of some
-// tiles, which the caller has loaded ahead of time.
+// Calls visit(n, operand of fragment n of W_i, operands of u_i) for every fragment and 8 elements
+// of K. `weight` is W_i on chip [K / 8][fragments][32]; `first_u` are the first elements of u_i of
+// some tiles, which the caller has loaded ahead of time.
 template <class P, class T, class Tile, int kTiles, class Visit>
 __device__ __forceinline__ void for_each_product(const Quad<T>* weight,
                                                  const float (&first_u)[kTiles][2],

@@ -86,9 +86,10 @@ const char* backward(const Call* call, const void* grad_v, const void* u, const 
     const BackwardPlan plan = plan_backward(call->shape, scalar_bytes(scalar), call->device);
     Workspace workspace(plan.workspace_floats);
     const float uniform_coupling = 1.0f / float(call->shape.J + (call->leaky != 0));
-    routing_backward({call->shape, call->leaky != 0, call->full_gradient != 0, uniform_coupling,
-                      grad_v, u, weight, logits, s, grad_u, grad_weight, grad_logits, grad_bias, workspace.data()},
-                     plan, scalar, Products(call->products), nullptr);
+    routing_backward(
+        {call->shape, call->leaky != 0, call->full_gradient != 0, uniform_coupling, grad_v, u,
+         weight, logits, s, grad_u, grad_weight, grad_logits, grad_bias, workspace.data()},
+        plan, scalar, Products(call->products), nullptr);
     workspace.check();
   });
 }
