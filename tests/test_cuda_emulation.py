@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: their own sources, run on the host by an emulation of the
 execution model with shuffled schedules, behind the public face and against the oracle."""
 
+import itertools
 import math
 from statistics import median
 
@@ -262,11 +263,11 @@ def test_python_and_the_plan_agree_on_what_fits(
     answers = set()
     for I in (1, 7, 132, 133, 1152, 2048, 4608, 6000, 9216, 20000):
         for J, D in ((1, 1), (1, 32), (5, 16), (10, 16), (10, 8), (20, 8), (5, 32)):
-            for K in (1, 8, 17, 64, 200):
-                plan = built.plan(Shape(64, I, J, K, D, 3, 1), dtype)
+            for K, sharing in itertools.product((1, 8, 17, 64, 200), (1, 4, I)):
+                plan = built.plan(Shape(64, I, J, K, D, 3, sharing), dtype)
                 fits = plan.capsule_groups > 0 and plan.gradient_capsules > 0
-                reason = cuda.does_not_fit(figures, dtype, (I, J, K, D, 3, 1))
-                assert (reason is None) == fits, (I, J, K, D, reason, plan)
+                reason = cuda.does_not_fit(figures, dtype, (I, J, K, D, 3, sharing))
+                assert (reason is None) == fits, (I, J, K, D, sharing, reason, plan)
                 answers.add(fits)
     assert answers == {True, False}
     for J in range(1, 30):
@@ -282,7 +283,9 @@ def test_python_and_the_plan_agree_on_what_fits(
         (H200, torch.float32, (1152, 10, 8, 16, 3, 1), None),
         (H200, torch.float32, (4608, 10, 8, 16, 3, 1), None),
         (H200, torch.float32, (9216, 10, 8, 16, 3, 1), "weight does not fit in shared memory"),
+        (H200, torch.float32, (9216, 10, 8, 16, 3, 8), None),
         (H200, torch.bfloat16, (9216, 10, 8, 16, 3, 1), None),
+        (H200, torch.float32, (1152, 10, 8, 16, 30, 1), "states of 30 iterations"),
         (A100, torch.float32, (4608, 10, 8, 16, 3, 1), "weight does not fit in shared memory"),
         (H200, torch.float32, (3872, 196, 8, 16, 3, 1), "do not fit in registers"),
         (H200, torch.float32, (10, 2, 8, 64, 3, 1), "do not fit in registers"),
