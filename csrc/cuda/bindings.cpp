@@ -119,7 +119,7 @@ Shape shape_of(const Tensor& u, const Tensor& weight, int64_t R, int64_t weight_
                       size, " is too large for the cuda backend");
   }
   const int64_t J = weight.size(1), D = weight.size(2);
-  TORCH_CHECK_VALUE(D <= 32 && J <= kMaxFragments && tile_fits_registers(int(J), int(D)),
+  TORCH_CHECK_VALUE(D <= 32 && J <= 2 * kMaxFragments && tile_fits_registers(int(J), int(D)),
                     "capsule_kernels: the cuda backend does not hold J = ", J, ", D = ", D,
                     " in registers; use the triton backend");
   return {int(u.size(0)), int(u.size(1)),     int(J), int(u.size(2)), int(D),
@@ -127,11 +127,10 @@ Shape shape_of(const Tensor& u, const Tensor& weight, int64_t R, int64_t weight_
 }
 
 void check_fits(bool fits) {
-  TORCH_CHECK_VALUE(
-      fits,
-      "capsule_kernels: weight (and in the backward the states of all iterations) does not "
-      "fit in the shared memory of this device; "
-      "use the triton backend");
+  TORCH_CHECK_VALUE(fits,
+                    "capsule_kernels: weight, or in the backward the states of all iterations "
+                    "beside one, does not "
+                    "fit in the shared memory of this device; use the triton backend");
 }
 
 // An optional input of the sizes and dtype the kernels read.
