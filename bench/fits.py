@@ -1,4 +1,5 @@
-"""Exponents of growth: the p of "cost ~ size^p", fitted to measurements over a decade of a size."""
+"""How a cost grows with a size, fitted to measurements over a decade of it: the p of "cost ~ size^p",
+and a straight line."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,23 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
     covariance = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
     return covariance / sum((a - x_mean) ** 2 for a in x)
+
+
+def straight_line(sizes: Sequence[float], costs: Sequence[float]) -> Record:
+    """The line ``fixed + each * size`` with the least squares of relative differences.
+
+    A cost that grows by the same amount with every further unit lies on it. Its exponent is 1 only
+    where nothing is fixed; below 0, because the first units are cheaper, it is above 1.
+    ``off_line`` is the largest relative difference.
+    """
+    # The line over the cost should be 1 everywhere: fixed * x + each * y = 1 in least squares.
+    rows = [(1 / cost, size / cost) for size, cost in zip(sizes, costs, strict=True)]
+    xx, xy, yy = (sum(row[m] * row[n] for row in rows) for m, n in ((0, 0), (0, 1), (1, 1)))
+    x, y = (sum(row[m] for row in rows) for m in (0, 1))
+    determinant = xx * yy - xy * xy
+    fixed, each = (x * yy - y * xy) / determinant, (y * xx - x * xy) / determinant
+    off_line = max(abs(fixed * x + each * y - 1) for x, y in rows)
+    return {"fixed": fixed, "each": each, "off_line": off_line}
 
 
 def exponents(points: Iterable[Record], cost: str, most: float | None) -> list[Record]:

@@ -33,6 +33,8 @@ TOTAL_MINUTES = {"cpu": 45.0, "cuda": 8.0}
 GRACE_SECONDS = 20
 """What a step gets to write what it has after it was interrupted."""
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TRUST = ("tests/test_determinism.py", "tests/test_range.py", "tests/test_properties.py")
+"""Tests of any values, sizes and repeats: a step of their own, as Triton compiles for many sizes."""
 
 
 @dataclass
@@ -116,6 +118,7 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[S
         train += ["--dataset=mnist", f"--data-dir={data}"]
     training_run = Step("training-run", [*train, f"--save-dir={scratch / 'run'}"], 2)
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    gpu_tests = [*pytest, "-m", "gpu", "--continue-on-collection-errors"]
     plots = ("--plots", str(folder))
     if device == "cpu":
         return [
@@ -131,11 +134,12 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[S
         ]
     return [
         build,
-        Step("tests", [*pytest, "-m", "gpu", "--continue-on-collection-errors", "tests"], 2),
+        Step("tests", [*gpu_tests, *(f"--ignore={file}" for file in TRUST), "tests"], 2),
         bench("goals", 3),
         bench("accuracy", 0.5),
         bench("memory", 1, "--quick", *plots),
         *sanitizer_steps(),
+        Step("trust", [*gpu_tests, *TRUST], 1),
         bench("scaling", 0.75),
         bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots),
         bench("routing-tf32", 1, "--precision", "tf32", "--peers", "none", command="routing"),

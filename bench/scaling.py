@@ -1,20 +1,24 @@
 """How the time of the fused op grows: against B, I, J, R and threads, with fitted exponents.
 
-Sizes start where the fixed cost of a call no longer counts.
+Sizes start where the fixed cost of a call no longer counts. The sizes of an axis are measured in
+turns, several times round: a slow spell of the machine hits all of them.
 """
 
 import argparse
 import os
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from .fits import LINEAR, exponents
+from .fits import LINEAR, exponents, straight_line
 from .peers import Implementation, ours
 from .records import Record, select
 from .routing import Settings, measure_routing
 from .shapes import Shape
+from .tables import groups
+from .timing import Timing
 
 BASE = Shape("scaling", I=1152, J=10)
 BASE_B = {"cpu": 64, "cuda": 512}
@@ -23,9 +27,10 @@ RANGES: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"B": (256, 512, 1024, 2560), "I": (576, 1152, 2304, 5760), "J": (4, 10, 20, 40)},
 }
 """A decade of each size."""
-ITERATIONS = (3, 6, 12, 30)
+ITERATIONS = (1, 3, 6, 12, 30)
+FIRST_OF_DECADE = 3
 """The first iteration has nothing to agree with and is cheaper: from R = 1 on, equal costs of all
-others would still look like an exponent above 1."""
+others would still look like an exponent above 1. It belongs to the straight line alone."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +45,7 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
     fused = ours(settings.device)
     axes = options.axis or ["B", "I", "J", "R", *(["threads"] if settings.device == "cpu" else [])]
     for axis in axes:
-        for size in sizes_of(axis, settings.device):
-            yield from measure_point(axis, size, fused, settings)
+        yield from measure_axis(axis, fused, settings)
 
 
 def sizes_of(axis: str, device: str) -> tuple[int, ...]:
@@ -51,6 +55,31 @@ def sizes_of(axis: str, device: str) -> tuple[int, ...]:
         processors = len(os.sched_getaffinity(0))
         return tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= processors)
     return RANGES[device][axis]
+
+
+def measure_axis(axis: str, fused: list[Implementation], settings: Settings) -> Iterator[Record]:
+    """Every size of the axis, a round of each in turn; interrupted, what has been measured."""
+    turns: list[Record] = []
+    try:
+        for _ in range(settings.rounds):
+            for size in sizes_of(axis, settings.device):
+                turns += measure_point(axis, size, fused, replace(settings, rounds=1))
+    except KeyboardInterrupt:
+        yield from merged(turns)
+        raise
+    yield from merged(turns)
+
+
+def merged(turns: list[Record]) -> Iterator[Record]:
+    """The turns of each point as one record."""
+    for _, group in groups(turns, "size", "pass", "implementation"):
+        timed = [record for record in group if "seconds" in record]
+        if not timed:
+            yield group[0]
+            continue
+        samples, rates = ([r[name] for r in timed] for name in ("seconds", "product_rate"))
+        timing = Timing.of(samples, timed[0]["timed_by"])
+        yield timed[0] | timing.fields() | {"product_rate": statistics.median(rates)}
 
 
 def measure_point(
@@ -68,5 +97,19 @@ def measure_point(
 
 
 def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Record]:
-    """The exponent of each implementation, axis and pass."""
-    return exponents(select(records, table="scaling"), "seconds", LINEAR)
+    """The exponent of each implementation, axis and pass; of all but threads a straight line, and
+    the share of the product's rate at the ends."""
+    points = [point for point in select(records, table="scaling") if "seconds" in point]
+    decade = [p for p in points if p["axis"] != "R" or p["size"] >= FIRST_OF_DECADE]
+    found = exponents(decade, "seconds", LINEAR)
+    for record in found:
+        if record["axis"] == "threads":
+            continue
+        line = select(points, **{key: record[key] for key in ("implementation", "axis", "pass")})
+        record |= straight_line([p["size"] for p in line], [p["seconds"] for p in line])
+        # Where a size of 1 was measured: what the first one costs.
+        record |= {"first": p["seconds"] for p in line if p["size"] == 1}
+        ends = [p for p in line if p["size"] in (record["from"], record["to"])]
+        shares = [p["operations"] / p["seconds"] / p["product_rate"] for p in ends]
+        record |= {"share_from": shares[0], "share_to": shares[1]}
+    return found

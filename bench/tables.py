@@ -210,15 +210,25 @@ def scaling_table(records: list[Record], _ceilings: Record) -> Table:
 
 
 def exponents_table(records: list[Record], _ceilings: Record) -> Table:
+    """Exponents; where a straight line was fitted too, what it says, and the rates at both ends."""
     table = Table(
         "Fitted exponents of growth",
         ["implementation", "over", "of", "exponent", "goal", "met"],
     )
+    if lines := any("each" in record for record in records):
+        table.headers += ["first", "each further", "off a line", "of gemm"]
     for record in records:
         goal = f"<= {record['most']}" if "most" in record else ""
         over = f"{record['axis']} from {record['from']} to {record['to']}"
         row = [record["implementation"], over, record["pass"], f"{record['exponent']:.2f}"]
-        table.rows.append([*row, goal, record.get("verdict", "")])
+        row += [goal, record.get("verdict", "")]
+        if "each" in record:
+            row += [duration(record["first"]) if "first" in record else ""]
+            row += [duration(record["each"]), percent(record["off_line"])]
+            row += [f"{percent(record['share_from'])} to {percent(record['share_to'])}"]
+        elif lines:
+            row += [""] * 4
+        table.rows.append(row)
     return table
 
 

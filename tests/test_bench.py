@@ -176,7 +176,7 @@ def test_exponents():
     assert fits.exponent(sizes, [3e-6 * s**2 for s in sizes]) == pytest.approx(2)
     points = [
         {"table": "scaling", "axis": axis, "size": s, "pass": "forward", "implementation": "x"}
-        | {"seconds": s**power}
+        | {"seconds": s**power, "operations": 50 * s, "product_rate": 100}
         for axis, power in (("B", 0.5), ("I", 1.2), ("threads", -0.9))
         for s in sizes
     ]
@@ -185,8 +185,49 @@ def test_exponents():
     assert [B["exponent"], I["exponent"], threads["exponent"]] == pytest.approx([0.5, 1.2, -0.9])
     assert (B["from"], B["to"], B["verdict"], I["verdict"]) == (10, 100, "yes", "no")
     assert "verdict" not in threads
-    (table,) = tables.tables([I], {})
-    assert table.rows == [["x", "I from 10 to 100", "forward", "1.20", "<= 1.05", "no"]]
+    (table,) = tables.tables([I, threads], {})
+    over = ["x", "I from 10 to 100", "forward", "1.20", "<= 1.05", "no"]
+    assert table.rows[0][:7] == [*over, ""]
+    assert table.rows[0][-1] == "32 % to 20 %", "50 / 10**0.2 and 50 / 100**0.2"
+    assert table.rows[1][5:] == [""] * 5
+
+
+def test_a_cheaper_first_iteration_is_an_exponent_above_1_on_a_straight_line():
+    points = [
+        {"table": "scaling", "axis": "R", "size": R, "pass": "forward", "implementation": "x"}
+        | {"seconds": 2 + 5 * (R - 1), "operations": R, "product_rate": 1}
+        for R in scaling.ITERATIONS
+    ]
+    (found,) = scaling.conclude(points, "cpu", {})
+    assert (found["from"], found["to"], found["first"]) == (3, 30, 2)
+    assert found["exponent"] > 1.05
+    assert (found["fixed"], found["each"]) == pytest.approx((-3, 5))
+    assert found["off_line"] < 1e-12
+    bent = fits.straight_line([1, 2, 3, 4], [1, 4, 9, 16])
+    assert bent["off_line"] > 0.1
+
+
+def test_sizes_of_an_axis_take_turns(monkeypatch):
+    """A slow turn hits every size; interrupted, the turns so far are kept."""
+    calls = []
+
+    def measure_routing(shape, B, implementations, settings):
+        calls.append(B)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        turn = (len(calls) - 1) // 4
+        yield routing_record("ours", B * (1, 10, 2)[turn], timed_by="clock", rounds=settings.rounds)
+
+    monkeypatch.setattr(scaling, "measure_routing", measure_routing)
+    records = []
+    with pytest.raises(KeyboardInterrupt):
+        for record in scaling.measure_axis("B", [], Settings(rounds=3)):
+            records.append(record)
+    sizes = scaling.sizes_of("B", "cpu")
+    assert calls == [*sizes, *sizes, *sizes[:2]]
+    assert [r["size"] for r in records] == list(sizes)
+    assert [r["seconds"] / r["size"] for r in records] == [2, 5.5, 5.5, 5.5]
+    assert {r["rounds"] for r in records} == {1}
 
 
 def test_tables_show_figures_and_put_reasons_below():
