@@ -1,7 +1,7 @@
 """How the time of the fused op grows: against B, I, J, R and threads, with fitted exponents.
 
-Sizes start where the fixed cost of a call no longer counts. The sizes of an axis are measured in
-turns, several times round: a slow spell of the machine hits all of them.
+Sizes start where the fixed cost of a call no longer counts. On a CPU the sizes of an axis are
+measured in turns, several times round: a slow spell of the machine hits all of them.
 """
 
 import argparse
@@ -58,24 +58,27 @@ def sizes_of(axis: str, device: str) -> tuple[int, ...]:
 
 
 def measure_axis(axis: str, fused: list[Implementation], settings: Settings) -> Iterator[Record]:
-    """Every size of the axis, a round of each in turn; interrupted, what has been measured."""
-    turns: list[Record] = []
+    """Every size of the axis; interrupted, what has been measured."""
+    # A GPU is ours alone, and its inputs take seconds to make.
+    turns = settings.rounds if settings.device == "cpu" else 1
+    settings = replace(settings, rounds=settings.rounds // turns)
+    measured: list[Record] = []
     try:
-        for _ in range(settings.rounds):
+        for _ in range(turns):
             for size in sizes_of(axis, settings.device):
-                turns += measure_point(axis, size, fused, replace(settings, rounds=1))
+                measured += measure_point(axis, size, fused, settings)
     except KeyboardInterrupt:
-        yield from merged(turns)
+        yield from merged(measured)
         raise
-    yield from merged(turns)
+    yield from merged(measured)
 
 
 def merged(turns: list[Record]) -> Iterator[Record]:
     """The turns of each point as one record."""
     for _, group in groups(turns, "size", "pass", "implementation"):
         timed = [record for record in group if "seconds" in record]
-        if not timed:
-            yield group[0]
+        if len(timed) < 2:
+            yield (timed or group)[0]
             continue
         samples, rates = ([r[name] for r in timed] for name in ("seconds", "product_rate"))
         timing = Timing.of(samples, timed[0]["timed_by"])
@@ -107,8 +110,8 @@ def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Rec
             continue
         line = select(points, **{key: record[key] for key in ("implementation", "axis", "pass")})
         record |= straight_line([p["size"] for p in line], [p["seconds"] for p in line])
-        # Where a size of 1 was measured: what the first one costs.
-        record |= {"first": p["seconds"] for p in line if p["size"] == 1}
+        if ones := select(line, size=1):
+            record["first"] = ones[0]["seconds"]
         ends = [p for p in line if p["size"] in (record["from"], record["to"])]
         shares = [p["operations"] / p["seconds"] / p["product_rate"] for p in ends]
         record |= {"share_from": shares[0], "share_to": shares[1]}

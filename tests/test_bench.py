@@ -219,11 +219,11 @@ def test_sizes_of_an_axis_take_turns(monkeypatch):
         yield routing_record("ours", B * (1, 10, 2)[turn], timed_by="clock", rounds=settings.rounds)
 
     monkeypatch.setattr(scaling, "measure_routing", measure_routing)
-    records = []
-    with pytest.raises(KeyboardInterrupt):
-        for record in scaling.measure_axis("B", [], Settings(rounds=3)):
-            records.append(record)
     sizes = scaling.sizes_of("B", "cpu")
+    measured = scaling.measure_axis("B", [], Settings(rounds=3))
+    records = [next(measured) for _ in sizes]
+    with pytest.raises(KeyboardInterrupt):
+        next(measured)
     assert calls == [*sizes, *sizes, *sizes[:2]]
     assert [r["size"] for r in records] == list(sizes)
     assert [r["seconds"] / r["size"] for r in records] == [2, 5.5, 5.5, 5.5]
