@@ -100,7 +100,7 @@ def fitted(config: Config, dataset: Dataset) -> Config:
 
 
 def prepare_directory(directory: Path, fresh: bool) -> None:
-    """Make the run's directory and see that it can be written."""
+    """Make the run's directory, tidy it, and see that it can be written."""
     if fresh and (directory / checkpoints.CHECKPOINT).exists():
         raise UserError(
             f"--save-dir {directory} holds a run already: --resume {directory} goes on with it, "
@@ -108,6 +108,7 @@ def prepare_directory(directory: Path, fresh: bool) -> None:
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_unfinished(directory)
         with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"x")
     except OSError as error:

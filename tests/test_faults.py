@@ -74,7 +74,7 @@ def test_killed_at_random_moments(tmp_path: Path, figure: Figure) -> None:
     assert undisturbed.exitcode == 0
     longest = (time.monotonic() - begun) / 2
 
-    reached = []
+    reached, unfinished = [], 0
     while len(reached) < KILLS:
         process = context.Process(target=tiny_run, args=(killed,))
         process.start()
@@ -85,6 +85,7 @@ def test_killed_at_random_moments(tmp_path: Path, figure: Figure) -> None:
         if process.exitcode == 0:  # it was quicker: the whole run once more
             shutil.rmtree(killed)
             continue
+        unfinished += any(killed.glob("*.unfinished"))
         begun_well = (killed / CHECKPOINT).exists()
         reached.append(load(killed).counters["step"] if begun_well else 0)
     last = context.Process(target=tiny_run, args=(killed,))
@@ -96,10 +97,11 @@ def test_killed_at_random_moments(tmp_path: Path, figure: Figure) -> None:
     assert len(set(reached) - {0, EPOCHS * STEPS_PER_EPOCH}) >= 3, reached
     bits = assert_same_tensors(killed, whole)
     assert without_times(killed) == without_times(whole)
+    assert not any(killed.glob("*.unfinished"))
     figure(
         "killed while training",
-        f"{KILLS} times, after steps {reached} of {EPOCHS * STEPS_PER_EPOCH}; {bits} bits equal "
-        "to the undisturbed run's",
+        f"{KILLS} times, after steps {reached} of {EPOCHS * STEPS_PER_EPOCH}, {unfinished} times "
+        f"while it wrote; {bits} bits equal to the undisturbed run's",
     )
 
 

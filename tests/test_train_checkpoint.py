@@ -1,19 +1,28 @@
 """Checkpoint files: whole or not at all, refused when torn or foreign."""
 
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 
 from model import checkpoint as checkpoints
-from model.checkpoint import Checkpoint, load, restore_model, save, write_atomically
+from model.checkpoint import (
+    Checkpoint,
+    load,
+    remove_unfinished,
+    restore_model,
+    save,
+    write_atomically,
+)
 from model.errors import UserError
 
 from .tiny import CONFIG, tiny_capsnet
+
+safetensors = pytest.importorskip("safetensors.torch")
 
 
 def example() -> Checkpoint:
@@ -36,7 +45,7 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
             assert torch.equal(found.tensors[name], tensor)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     # Weights are plain safetensors that any other program reads.
-    assert "model.digits.weight" in safetensors.torch.load_file(path)
+    assert "model.digits.weight" in safetensors.load_file(path)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999])
@@ -52,14 +61,14 @@ def test_torn_file_is_refused(tmp_path: Path, keep: float) -> None:
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    safetensors.torch.save_file({"weight": torch.zeros(3)}, path)
+    safetensors.save_file({"weight": torch.zeros(3)}, path)
     with pytest.raises(UserError, match="not a checkpoint of this program"):
         load(path)
     path.write_bytes(b"PK\x03\x04 some other format, long enough to be read")
     with pytest.raises(UserError, match="not a whole safetensors file"):
         load(path)
     metadata = {"format": checkpoints.FORMAT, "config": '{"unknown": 1}'}
-    safetensors.torch.save_file({"weight": torch.zeros(3)}, path, metadata)
+    safetensors.save_file({"weight": torch.zeros(3)}, path, metadata)
     with pytest.raises(UserError, match="its metadata can't be read"):
         load(path)
     with pytest.raises(UserError, match="nowhere is not there"):
@@ -83,6 +92,33 @@ def test_a_new_file_takes_the_old_ones_place_in_one_go(tmp_path: Path) -> None:
         write_atomically(path, b"after it")
         assert reader.read() == b"before"
     assert path.read_bytes() == b"after it"
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
+    """Only that: not what has a similar name, a directory or a link."""
+    path = tmp_path / "x"
+    write_atomically(path, b"before")
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from model.checkpoint import write_atomically\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_atomically(Path(sys.argv[1]), b'after it')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = (p for p in tmp_path.iterdir() if p != path)
+    assert left.read_bytes() == b"after it"
+    others = [
+        tmp_path / name for name in ("y.unfinished", "x.12345678.part", ".12345678.unfinished")
+    ]
+    for other in others:
+        other.touch()
+    directory, link = tmp_path / "d.12345678.unfinished", tmp_path / "l.12345678.unfinished"
+    directory.mkdir()
+    link.symlink_to(path)
+    remove_unfinished(tmp_path)
+    assert set(tmp_path.iterdir()) == {path, *others, directory, link}
+    assert path.read_bytes() == b"before"
 
 
 def test_a_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
