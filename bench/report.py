@@ -34,7 +34,7 @@ GRACE_SECONDS = 20
 """What a step gets to write what it has after it was interrupted."""
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TRUST = ("tests/test_determinism.py", "tests/test_range.py", "tests/test_properties.py")
-"""Tests of any values, sizes and repeats: a step of their own, as Triton compiles for many sizes."""
+"""Tests of many values and sizes: a step of their own, as Triton compiles for each size."""
 
 
 @dataclass

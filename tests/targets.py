@@ -1,6 +1,6 @@
 """The kernels that can run here: what tests of every backend are parametrized with."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,15 +30,21 @@ class Target(NamedTuple):
         )
 
 
+def parameter(target: Target) -> Any:
+    """The target as a parameter of a test: one on a GPU is part of ``pytest -m gpu``."""
+    return pytest.param(target, marks=[pytest.mark.gpu] * (target.device == "cuda"), id=str(target))
+
+
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = [
+TARGETS = [
     Target(name, "cpu" if name == "cpu" else GPU)
     for name, status in backends().items()
     if name != "reference" and status.usable
 ]
+KERNELS = [parameter(target) for target in TARGETS]
 """Every kernel backend; triton is among them on a GPU or under ``TRITON_INTERPRET=1``."""
 
-EVERY = [Target("reference", "cpu"), *KERNELS]
+EVERY = [parameter(Target("reference", "cpu")), *KERNELS]
 
 DEVICES = [
     "cpu",

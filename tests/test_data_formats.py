@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.io import savemat
 
 from model.data import Source, Split, affnist, cifar10, load_dataset, smallnorb, svhn
 from model.data.idx import FILES as MNIST_FILES
@@ -17,6 +16,7 @@ from model.errors import UserError
 
 from .test_data_idx import idx
 
+savemat = pytest.importorskip("scipy.io").savemat
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -39,10 +39,7 @@ ROOT = Path(__file__).parent.parent
 CASE = Case(B=4, I=2, J=2, K=2, D=3, R=2, logits=True, bias=True, leaky=True)
 
 
-@pytest.fixture(
-    params=[pytest.param(t, marks=[pytest.mark.gpu] * (t.device == "cuda")) for t in KERNELS],
-    ids=str,
-)
+@pytest.fixture(params=KERNELS)
 def target(request: pytest.FixtureRequest) -> Target:
     return request.param
 

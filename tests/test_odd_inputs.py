@@ -16,7 +16,7 @@ from .targets import DTYPES, EVERY, KERNELS
 EVERYTHING = Case(B=3, I=6, J=3, K=4, D=5, logits=True, bias=True, leaky=True, weight_sharing=2)
 
 
-@pytest.mark.parametrize("target", EVERY, ids=str)
+@pytest.mark.parametrize("target", EVERY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("R", [1, 3])
 def test_an_empty_batch(target, dtype, R):
@@ -34,7 +34,7 @@ def test_an_empty_batch(target, dtype, R):
         assert not gradient.any(), name
 
 
-@pytest.mark.parametrize("target", EVERY, ids=str)
+@pytest.mark.parametrize("target", EVERY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", [2, 20])
 def test_capsules_of_zeros(target, dtype, B):
@@ -71,7 +71,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("argument", ["u", "weight", "logits", "bias"])
 @pytest.mark.parametrize("B", [3, 20])
@@ -90,7 +90,7 @@ def test_strides_do_not_change_a_bit(target, layout, argument, B):
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("B", [3, 20])
 def test_gradients_of_any_strides(target, B):
     """``v.sum().backward()`` hands over a gradient of stride 0, a transposed consumer another."""
@@ -115,7 +115,7 @@ def test_gradients_of_any_strides(target, B):
     assert all(map(torch.equal, odd, plain))
 
 
-@pytest.mark.parametrize("target", KERNELS, ids=str)
+@pytest.mark.parametrize("target", KERNELS)
 @pytest.mark.parametrize("gradient", ["full", "last"])
 @pytest.mark.parametrize("B", [3, 20])
 def test_gradients_of_any_subset(target, gradient, B):
@@ -135,7 +135,7 @@ def test_gradients_of_any_subset(target, gradient, B):
             assert torch.equal(found[name], whole[name]), (name, wanted)
 
 
-@pytest.mark.parametrize("target", EVERY, ids=str)
+@pytest.mark.parametrize("target", EVERY)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, nullcontext])
 def test_what_requires_a_gradient(target, mode):
     case = replace(EVERYTHING, logits=False, bias=False, leaky=False)

@@ -16,7 +16,7 @@ EVERYTHING = Case(I=6, J=4, K=3, D=5, logits=True, bias=True, leaky=True)
 INF, NAN = float("inf"), float("nan")
 
 pytestmark = [
-    pytest.mark.parametrize("target", KERNELS, ids=str),
+    pytest.mark.parametrize("target", KERNELS),
     # Lanes are capsules for few samples, samples for many.
     pytest.mark.parametrize("B", [3, 21]),
 ]

@@ -18,7 +18,7 @@ from .targets import EVERY, Target
 CASE = Case(B=3, I=6, J=4, K=3, D=5)
 
 
-@pytest.fixture(params=EVERY, ids=str)
+@pytest.fixture(params=EVERY)
 def target(request) -> Target:
     return request.param
 
