@@ -31,11 +31,15 @@ train: setup
 	$(PY) -m model.train
 
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(JOBS) --dist loadfile
-
-# The tests, and what they cover.
-coverage: setup
+ifdef COVERAGE
 	JOBS=$(JOBS) scripts/coverage.sh
+else
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(JOBS) --dist loadfile
+endif
+
+# The same tests, and what they cover.
+coverage:
+	$(MAKE) test COVERAGE=1
 
 sanitize: setup
 	scripts/sanitize.sh address

@@ -1,4 +1,4 @@
-"""How a cost grows with a size, fitted to measurements: the p of "cost ~ size^p", a straight line."""
+"""How a cost grows with a size, fitted to measurements: an exponent, and a straight line."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -3,7 +3,7 @@
 # code for CPUs. Too little is an error. JOBS: processes for the tests (2).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PY=$PWD/.venv/bin/python
+PY=${PY:-$PWD/.venv/bin/python}
 export OMP_NUM_THREADS=1 COVERAGE_FILE=$PWD/build/coverage/python
 DIRECTORY=$PWD/build/coverage
 rm -rf "$DIRECTORY"

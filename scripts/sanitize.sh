@@ -7,7 +7,7 @@
 # Ends with a line of figures, and an error if there was a finding.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PY=$PWD/.venv/bin/python
+PY=${PY:-$PWD/.venv/bin/python}
 CALLS=${CAPSULE_FUZZ_CALLS:-100000}
 
 # sanitized_build NAME FLAGS: the package and what tests it, in build/sanitize-NAME/lib.
