@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .options import positive
-from .peers import Implementation, oracle, ours, outputs_and_gradients
+from .options import add_peers_arguments, positive
+from .peers import Implementation, chosen_peers, oracle, ours, outputs_and_gradients
 from .records import CannotRunError, Record, reason_of
 from .routing import Settings
 from .shapes import MNIST, Inputs, Shape, make_inputs
@@ -18,16 +18,18 @@ QUANTITIES = ("v", "grad u", "grad weight")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=8, metavar="B", help="samples (8)")
+    add_peers_arguments(parser, default="none")
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
     """Three records (v, grad u, grad weight) for each backend and dtype, at the MNIST shape."""
+    everyone = [*ours(settings.device), *chosen_peers(options)]
     for dtype in DTYPES:
-        yield from compare(MNIST, options.batch, dtype, ours(settings.device), settings)
+        yield from compare(MNIST, options.batch, dtype, everyone, settings)
 
 
 def compare(
-    shape: Shape, B: int, dtype: torch.dtype, fused: list[Implementation], settings: Settings
+    shape: Shape, B: int, dtype: torch.dtype, everyone: list[Implementation], settings: Settings
 ) -> Iterator[Record]:
     inputs = make_inputs(shape, B, settings.device, dtype)
     exact = Inputs(
@@ -37,7 +39,7 @@ def compare(
     )
     expected = outputs_and_gradients(oracle, exact, settings.R)
     own = errors(outputs_and_gradients(oracle, inputs, settings.R), expected)
-    for implementation in fused:
+    for implementation in everyone:
         found, status = [float("nan")] * len(QUANTITIES), "ok"
         try:
             if implementation.missing:

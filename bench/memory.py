@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .fits import CONSTANT, exponents
-from .options import add_peers_argument
-from .peers import Implementation, Routing, ours, outputs_and_gradients, peers
+from .options import add_peers_arguments
+from .peers import Implementation, Routing, chosen_peers, ours, outputs_and_gradients, peers
 from .records import CannotRunError, Record, reason_of, select
 from .routing import Settings
 from .shapes import MANY_CLASSES, MNIST, Inputs, Shape, make_inputs
@@ -144,14 +144,14 @@ TIMES_I = (1, 2, 4, 8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_peers_argument(parser)
+    add_peers_arguments(parser)
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
     """MNIST over the batch; the fused backends over I, and at the shape with many classes."""
     fused = ours(settings.device)
     for B in QUICK_BATCHES if options.quick else BATCHES:
-        yield from measure_memory(MNIST, B, [*fused, *peers(which=options.peers)], settings)
+        yield from measure_memory(MNIST, B, [*fused, *chosen_peers(options)], settings)
     for times in TIMES_I:
         shape = replace(MNIST, name=f"MNIST, I = {times * MNIST.I}", I=times * MNIST.I)
         for record in measure_memory(shape, 32, fused, settings):

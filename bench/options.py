@@ -51,10 +51,16 @@ def common_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def add_peers_argument(parser: argparse.ArgumentParser) -> None:
+def add_peers_arguments(parser: argparse.ArgumentParser, default: str = "all") -> None:
+    """Which peers to measure: see ``peers.chosen_peers``."""
     parser.add_argument(
         "--peers",
         choices=("all", "eager", "none"),
-        default="all",
-        help="which peers to measure beside the fused backends (all; compiling them takes time)",
+        default=default,
+        help=f"which peers to measure beside the fused backends ({default}; compiling takes time)",
+    )
+    parser.add_argument(
+        "--max-autotune",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile(mode='max-autotune') as well (default: on a GPU)",
     )

@@ -4,6 +4,7 @@ Each is written here for the comparison, stores the predictions ``u_hat`` [B, I,
 checked against the oracle before it is measured.
 """
 
+import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -149,6 +150,13 @@ def peers(modes: Iterable[str] = ("default",), which: str = "all") -> list[Imple
         for mode in modes
         for name in COMPILED
     ]
+
+
+def chosen_peers(options: argparse.Namespace) -> list[Implementation]:
+    """What ``options.add_peers_arguments`` asks for."""
+    on_gpu = options.device == "cuda"
+    autotune = on_gpu if options.max_autotune is None else options.max_autotune
+    return peers(("default", "max-autotune") if autotune else ("default",), options.peers)
 
 
 def oracle(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:

@@ -137,7 +137,7 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[S
         Step("tests", [*gpu_tests, *(f"--ignore={file}" for file in TRUST), "tests"], 2),
         bench("goals", 3),
         bench("accuracy", 0.5),
-        bench("memory", 1, "--quick", *plots),
+        bench("memory", 1, "--quick", "--no-max-autotune", *plots),
         *sanitizer_steps(),
         Step("trust", [*gpu_tests, *TRUST], 1),
         bench("scaling", 0.75),

@@ -8,16 +8,16 @@ from functools import partial
 import torch
 
 from .machine import product
-from .options import add_peers_argument, positive
+from .options import add_peers_arguments, positive
 from .peers import (
     ORACLE_STORED,
     Implementation,
     Routing,
     check_equal,
+    chosen_peers,
     oracle,
     ours,
     outputs_and_gradients,
-    peers,
     reason_it_does_not_fit,
 )
 from .records import CannotRunError, Record, reason_of
@@ -185,21 +185,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("float64", "float32", "bfloat16", "float16"), default="float32"
     )
-    parser.add_argument(
-        "--max-autotune",
-        action=argparse.BooleanOptionalAction,
-        help="torch.compile(mode='max-autotune') as well (default: on a GPU)",
-    )
-    add_peers_argument(parser)
+    add_peers_arguments(parser)
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
     """MNIST at every batch, the other shapes at a few; what the options ask for instead."""
     settings = replace(settings, dtype=getattr(torch, options.dtype))
-    on_gpu = settings.device == "cuda"
-    autotune = on_gpu if options.max_autotune is None else options.max_autotune
-    fused = ours(settings.device)
-    others = peers(("default", "max-autotune") if autotune else ("default",), options.peers)
+    fused, others = ours(settings.device), chosen_peers(options)
     if options.shape:
         shapes = [shape for shape in SHAPES if shape.name in options.shape]
     else:

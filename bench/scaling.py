@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from .fits import LINEAR, exponents, straight_line
-from .peers import Implementation, ours
+from .options import add_peers_arguments
+from .peers import Implementation, chosen_peers, ours
 from .records import Record, select
 from .routing import Settings, measure_routing
 from .shapes import Shape
@@ -37,15 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--axis", action="append", choices=("B", "I", "J", "R", "threads"), help="only this axis"
     )
+    add_peers_arguments(parser, default="none")
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
     """A record for each point of each axis, and pass."""
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
-    fused = ours(settings.device)
+    everyone = [*ours(settings.device), *chosen_peers(options)]
     axes = options.axis or ["B", "I", "J", "R", *(["threads"] if settings.device == "cpu" else [])]
     for axis in axes:
-        yield from measure_axis(axis, fused, settings)
+        yield from measure_axis(axis, everyone, settings)
 
 
 def sizes_of(axis: str, device: str) -> tuple[int, ...]:
@@ -57,7 +59,7 @@ def sizes_of(axis: str, device: str) -> tuple[int, ...]:
     return RANGES[device][axis]
 
 
-def measure_axis(axis: str, fused: list[Implementation], settings: Settings) -> Iterator[Record]:
+def measure_axis(axis: str, everyone: list[Implementation], settings: Settings) -> Iterator[Record]:
     """Every size of the axis; interrupted, what has been measured."""
     # A GPU is ours alone, and its inputs take seconds to make.
     turns = settings.rounds if settings.device == "cpu" else 1
@@ -66,7 +68,7 @@ def measure_axis(axis: str, fused: list[Implementation], settings: Settings) -> 
     try:
         for _ in range(turns):
             for size in sizes_of(axis, settings.device):
-                measured += measure_point(axis, size, fused, settings)
+                measured += measure_point(axis, size, everyone, settings)
     except KeyboardInterrupt:
         yield from merged(measured)
         raise
@@ -86,7 +88,7 @@ def merged(turns: list[Record]) -> Iterator[Record]:
 
 
 def measure_point(
-    axis: str, size: int, fused: list[Implementation], settings: Settings
+    axis: str, size: int, everyone: list[Implementation], settings: Settings
 ) -> Iterator[Record]:
     B = size if axis == "B" else BASE_B[settings.device]
     shape = replace(BASE, I=size if axis == "I" else BASE.I, J=size if axis == "J" else BASE.J)
@@ -95,7 +97,7 @@ def measure_point(
         R=size if axis == "R" else settings.R,
         threads=size if axis == "threads" else settings.threads,
     )
-    for record in measure_routing(shape, B, fused, chosen):
+    for record in measure_routing(shape, B, everyone, chosen):
         yield record | {"table": "scaling", "axis": axis, "size": size}
 
 
