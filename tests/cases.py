@@ -111,10 +111,12 @@ def run(function: Any, case: Case, inputs: dict[str, Any], **options: Any) -> di
 
 
 def reordered(seed: int) -> Any:
-    """The oracle over capsules and dimensions in another order (seed 0: as they come).
+    """The oracle over capsules and dimensions in another order, a factor of u moved to the weights.
 
-    The result is put back in order: it differs from the oracle's by rounding alone.
+    The result is put back in order: it differs from the oracle's by rounding alone (seed 0: not at
+    all). The smallest calls have no other order, hence the factor.
     """
+    factor = 1 + seed / 100
 
     def routing(u: Tensor, weight: Tensor, R: int, **options: Any) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -129,14 +131,16 @@ def reordered(seed: int) -> Any:
         rows = slice(None) if shared else i
         j, d, k = order(J), order(D), order(K)
         logits, bias = options.pop("logits"), options.pop("bias")
+        wide = torch.promote_types(u.dtype, torch.float32)  # as the oracle computes
         v, c = reference_routing(
-            u[:, i][:, :, k],
-            weight[rows][:, j][:, :, d][..., k],
+            factor * u.to(wide)[:, i][:, :, k],
+            weight.to(wide)[rows][:, j][:, :, d][..., k] / factor,
             R,
             logits=None if logits is None else logits[i][:, j],
             bias=None if bias is None else bias[j][:, d],
             **options,
         )
+        v, c = v.to(u.dtype), c.to(u.dtype)
         return v[:, j.argsort()][:, :, d.argsort()], c[:, i.argsort()][:, :, j.argsort()]
 
     return routing
@@ -153,10 +157,19 @@ def check_inputs(case: Case, inputs: dict[str, Any], backend: str) -> None:
     """The same for given values, whose sizes and options are those of the case."""
     found = run(fused_routing, case, inputs, backend=backend)
     dtype = reference_dtype(inputs["u"].dtype)
-    references = [run(reordered(seed), case, copies(inputs, dtype)) for seed in range(8)]
     exact = run(reference_routing, case, copies(inputs, torch.float64))
     assert found.keys() == exact.keys()
-    for name in exact:
-        assert_as_good_as_reference(
-            f"{case}: {name}", found[name], [r[name] for r in references], exact[name]
-        )
+    references: list[dict[str, Tensor]] = []
+
+    def check(runs: int) -> None:
+        seeds = range(len(references), runs)
+        references.extend(run(reordered(seed), case, copies(inputs, dtype)) for seed in seeds)
+        for name in exact:
+            assert_as_good_as_reference(
+                f"{case}: {name}", found[name], [r[name] for r in references], exact[name]
+            )
+
+    try:
+        check(8)
+    except AssertionError:  # where there is little to add up, eight runs may all be lucky
+        check(64)

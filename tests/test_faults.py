@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,18 @@ def assert_same_tensors(a: Path, b: Path) -> int:
     return sum(8 * x.element_size() * x.numel() for x in first.values())
 
 
+def wait_for_a_save(directory: Path, process: BaseProcess) -> None:
+    """Until the next checkpoint takes the place of the last, or the process has ended."""
+
+    def which() -> int:
+        path = directory / CHECKPOINT
+        return path.stat().st_ino if path.exists() else 0
+
+    before = which()
+    while which() == before and process.is_alive():
+        time.sleep(0.001)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path, figure: Figure) -> None:
     # Children are forked from a process that has imported everything: moments are spread over the
@@ -72,13 +85,16 @@ def test_killed_at_random_moments(tmp_path: Path, figure: Figure) -> None:
     undisturbed.start()
     undisturbed.join()
     assert undisturbed.exitcode == 0
-    longest = (time.monotonic() - begun) / 2
+    a_step = (time.monotonic() - begun) / (EPOCHS * STEPS_PER_EPOCH)
 
     reached, unfinished = [], 0
     while len(reached) < KILLS:
         process = context.Process(target=tiny_run, args=(killed,))
         process.start()
-        process.join(rng.uniform(0, longest))
+        # Some saves, then up to a step more: spread over the run, however busy the machine is.
+        for _ in range(rng.randrange(5)):
+            wait_for_a_save(killed, process)
+        process.join(rng.uniform(0, a_step))
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)

@@ -128,8 +128,9 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
     script = (
         "import resource, sys; from pathlib import Path\n"
         "from model.checkpoint import write_atomically; from model.errors import run_command\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "run_command(lambda: write_atomically(Path(sys.argv[1]), bytes(100_000)))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))\n"
+        "try: run_command(lambda: write_atomically(Path(sys.argv[1]), bytes(100_000)))\n"
+        "finally: resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))\n"
     )
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     done = subprocess.run(

@@ -6,11 +6,11 @@ dtype, plus one rounding of the largest value:
     max|x - x64| <= 2 * (max|x_ref - x64| + eps * max|x64|)
 
 The factor 2: another order of summation has an independent error of the same size. One run of the
-oracle may be lucky, so its error is the largest of a few runs that differ in nothing but rounding
-(the order of capsules and of dimensions, see ``cases.reordered``). For float64 results there is no
-wider oracle: the error of the oracle in float64 is estimated as that of the oracle in float32,
-scaled by the ratio of the two roundings. Gradients are also compared as vectors (relative L2 and
-cosine), which a few lucky or unlucky elements can't hide.
+oracle may be lucky, so its error is the largest of some runs that differ in nothing but rounding
+(the order of capsules and of dimensions, a factor moved between u and W: ``cases.reordered``).
+For float64 results there is no wider oracle: the error of the oracle in float64 is estimated as
+that of the oracle in float32, scaled by the ratio of the two roundings. Gradients are also compared
+as vectors (relative L2 and cosine), which a few lucky or unlucky elements can't hide.
 """
 
 import torch

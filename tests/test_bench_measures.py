@@ -1,0 +1,160 @@
+"""What each subcommand of ``python -m bench`` measures, on stand-ins for what takes long."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import goals, memory, plots, report, scaling
+from bench.__main__ import main, parse
+from bench.records import load, select
+from bench.routing import PASSES, Settings
+from bench.shapes import Shape
+
+ROOT = Path(__file__).parent.parent
+CEILINGS = {"gemm": 1e11, "copy": 1e10}
+SECONDS = {"ours": 1e-9, "eager": 1.0, "compiled": 1.0}
+
+
+def routing_records(shape, B, implementations, settings, passes=PASSES):
+    """Every implementation at once: ours in no time, a peer in a second."""
+    for direction in passes:
+        for implementation in implementations:
+            yield {
+                "table": "routing", "case": shape.name, "B": B, "pass": direction,
+                "precision": settings.precision, "dtype": "float32",
+                "implementation": implementation.name, "family": implementation.family,
+                "operations": 1e9, "bytes": 1e7, "product_rate": 1e11, "status": "ok",
+                "seconds": SECONDS[implementation.family], "spread": 0.0, "samples": 1,
+                "timed_by": "clock",
+            }  # fmt: skip
+
+
+def memory_records(shape, B, implementations, settings):
+    for implementation in implementations:
+        yield {
+            "table": "memory", "case": shape.name, "B": B, "status": "ok", "saved_bytes": 10,
+            "implementation": implementation.name, "family": implementation.family,
+            "extra_bytes": 1000 * SECONDS[implementation.family] + 1, "prediction_bytes": 1e6,
+        }  # fmt: skip
+
+
+def training_records(B, settings, parts_of=()):
+    for name, seconds in (("fused", 1e-3), ("oracle", 1.0), ("popular", 1.0)):
+        yield {
+            "table": "training", "part": "whole step", "B": B, "implementation": name,
+            "status": "ok", "seconds": seconds, "spread": 0.0,
+        }  # fmt: skip
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    for module in (goals, scaling):
+        monkeypatch.setattr(module, "measure_routing", routing_records)
+    monkeypatch.setattr(memory, "measure_memory", memory_records)
+    monkeypatch.setattr(goals.training, "measure_steps", training_records)
+    monkeypatch.setattr("bench.machine.ceilings", lambda device: CEILINGS)
+
+
+@pytest.mark.parametrize("device", goals.GOALS)
+def test_every_goal_is_judged_by_what_is_measured(device, stand_ins):
+    """With ours in no time all are met; without a measurement none is."""
+    options = argparse.Namespace(only=None, quick=False)
+    records = list(goals.measure(options, Settings(device), CEILINGS))
+    verdicts = goals.conclude(records, device, CEILINGS)
+    assert {verdict["verdict"] for verdict in verdicts} == {"yes"}
+    nothing = goals.conclude([], device, CEILINGS)
+    assert {verdict["verdict"] for verdict in nothing} == {"not measured"}
+
+
+def test_the_memory_of_every_batch_and_multiple_of_I(stand_ins, tmp_path, capsys):
+    file = tmp_path / "memory.json"
+    arguments = ["memory", "--device", "cpu", "--json", str(file), "--plots", str(tmp_path)]
+    assert main(arguments) == 0
+    _, _, records = load(file)
+    measured = select(records, table="memory")
+    assert {r["B"] for r in measured} == {*memory.BATCHES, 32}
+    assert {r["family"] for r in measured} == {"ours", "eager", "compiled"}
+    (growth,) = select(records, table="exponents")
+    assert (growth["axis"], growth["exponent"], growth["verdict"]) == ("I", 0, "yes")
+    assert (tmp_path / "memory.svg").exists()
+    assert "many classes" in capsys.readouterr().out
+
+
+def test_scaling_measures_a_decade_of_every_size(stand_ins, tmp_path, capsys):
+    file = tmp_path / "scaling.json"
+    assert main(["scaling", "--device", "cpu", "--json", str(file), "--peers", "eager"]) == 0
+    _, _, records = load(file)
+    found = select(records, table="exponents", implementation="ours (cpu)", **{"pass": "forward"})
+    ends = {r["axis"]: (r["from"], r["to"]) for r in found}
+    assert all(to == 10 * first for axis, (first, to) in ends.items() if axis != "threads")
+    assert {"B", "I", "J", "R"} <= ends.keys()
+    assert {r["family"] for r in select(records, table="scaling")} == {"ours", "eager"}
+
+
+def test_a_training_step_and_its_parts(tmp_path, monkeypatch, capsys):
+    """Really measured, on two images."""
+    monkeypatch.setattr("bench.machine.ceilings", lambda device: CEILINGS)
+    file = tmp_path / "training.json"
+    arguments = ["training", "--device", "cpu", "--batch-size", "2", "--rounds", "1", "--markdown"]
+    assert main([*arguments, "--json", str(file)]) == 0
+    _, _, records = load(file)
+    assert {r["status"] for r in records} == {"ok"}
+    assert {r["implementation"] for r in records} == {"fused", "oracle", "popular"}
+    assert {r["part"] for r in records} == {"whole step", "convolutions", "routing layer"}
+    assert "| fused | whole step | 2 |" in capsys.readouterr().out
+
+
+def test_plots_are_the_same_for_the_same_records(tmp_path):
+    fused, peer = (argparse.Namespace(name=n, family=n) for n in ("ours", "eager"))
+    shape = Shape("MNIST", 1152, 10)
+    records = [
+        record
+        for B in (1, 16)
+        for precision in ("ieee", "tf32")
+        for record in routing_records(shape, B, [fused, peer], Settings(precision=precision))
+    ]
+    records += [r for B in (1, 16) for r in memory_records(shape, B, [fused, peer], None)]
+    first = plots.draw(records, CEILINGS, tmp_path / "a")
+    second = plots.draw(records, CEILINGS, tmp_path / "b")
+    assert [path.stem for path in first] == ["roofline", "time", "memory"]
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    assert plots.draw([], CEILINGS, tmp_path / "c") == []
+
+
+def test_the_benchmarks_for_comparison_between_commits_run():
+    """``pytest bench``, each once and untimed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider",
+         "--benchmark-disable"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_the_report_as_a_command(tmp_path, monkeypatch, capsys):
+    steps = [report.Step("one", [sys.executable, "-c", ""], 10)]
+    monkeypatch.setattr(report, "steps", lambda *_: steps)
+    assert report.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
+    assert Path(capsys.readouterr().out.splitlines()[-1]).is_dir()
+    with pytest.raises(SystemExit):
+        report.main(["--data-dir", "no/such/folder"])
+    assert "no/such/folder: there is no such folder" in capsys.readouterr().err
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.Step, "run", interrupted)
+    steps[0].outcome = "not run"
+    folder = report.make_report("cpu", 1.0, tmp_path)
+    assert '"outcome": "not run"' in (folder / "report.json").read_text()
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        parse(["routing", "--device", "cuda"])
+    assert "--device cuda: torch sees no GPU here" in capsys.readouterr().err
