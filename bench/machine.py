@@ -103,7 +103,7 @@ def ceilings(device: str) -> dict[str, float]:
         "gemm": operations / seconds(multiply),
         "copy": 2 * source.nbytes / seconds(lambda: target.copy_(source)),
     }
-    if device == "cuda":
+    if device == "cuda":  # needs a GPU
         found["tf32"] = operations / seconds(multiply, "high")
     return found
 

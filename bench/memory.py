@@ -75,7 +75,7 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
-def call_here(function: Callable[..., Result], *arguments: object) -> Result:
+def call_here(function: Callable[..., Result], *arguments: object) -> Result:  # needs a GPU
     torch._dynamo.reset()
     return function(*arguments)
 
@@ -93,7 +93,7 @@ def probe(name: str, shape: Shape, B: int, settings: Settings) -> tuple[int, int
 
 def extra_bytes(call: Callable[[], Iterable[Tensor]], device: str) -> int:
     """Peak memory of a call beyond what was there before and what it returns."""
-    if device == "cuda":
+    if device == "cuda":  # needs a GPU
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -170,7 +170,7 @@ def check_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
     times the rounding of the dtype (TF32's, where that is allowed), relative to the largest value.
     """
     eps = torch.finfo(expected[0].dtype).eps
-    if expected[0].is_cuda and torch.get_float32_matmul_precision() != "highest":
+    if expected[0].is_cuda and torch.get_float32_matmul_precision() != "highest":  # needs a GPU
         eps = max(eps, 2**-11)
     for name, x, reference in zip(("v", "grad_u", "grad_weight"), found, expected, strict=True):
         error = float((x - reference).abs().max() / reference.abs().max())
@@ -187,7 +187,7 @@ def outputs_and_gradients(routing: Routing, inputs: Inputs, R: int) -> tuple[Ten
 
 def free_memory(device: str) -> int:
     """Bytes that can still be allocated on the device."""
-    if device == "cuda":
+    if device == "cuda":  # needs a GPU
         return torch.cuda.mem_get_info()[0]
     try:
         with open("/proc/meminfo") as file:

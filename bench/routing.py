@@ -64,7 +64,7 @@ RUN: dict[str, Callable[[Routing, Inputs, int], object]] = {
 def input_sets(shape: Shape, B: int, settings: Settings) -> list[Inputs]:
     """On a GPU so many that together they exceed twice the L2; one on a CPU."""
     count = 1
-    if settings.device == "cuda":
+    if settings.device == "cuda":  # needs a GPU
         L2 = torch.cuda.get_device_properties(0).L2_cache_size
         count = min(MAX_INPUT_SETS, 1 + 2 * L2 // shape.bytes(B, backward=False))
     return [make_inputs(shape, B, settings.device, settings.dtype, seed) for seed in range(count)]

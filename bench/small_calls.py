@@ -10,7 +10,7 @@ SIZES = ((3, 7, 5, 8, 16), (17, 40, 10, 8, 16), (1, 9, 33, 6, 10))
 """B, I, J, K, D."""
 
 
-def main() -> None:
+def main() -> None:  # needs a GPU
     for backend in BACKENDS["cuda"]:
         usable, reason = backends()[backend]
         if not usable:

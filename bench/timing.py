@@ -58,7 +58,7 @@ class CpuTimer:
         return lambda: seconds_by_clock(next(turns))
 
 
-class EventTimer:
+class EventTimer:  # needs a GPU
     """CUDA events around one call as it is launched from Python; the calls take turns."""
 
     how = "events"
@@ -68,7 +68,7 @@ class EventTimer:
         return lambda: seconds_by_events(next(turns))
 
 
-class ReplayTimer:
+class ReplayTimer:  # needs a GPU
     """CUDA events around the replay of one CUDA graph that holds all calls.
 
     The calls should work on tensors that together exceed the L2. Replay takes Python and launch
@@ -97,7 +97,7 @@ def seconds_by_clock(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def seconds_by_events(call: Call) -> float:
+def seconds_by_events(call: Call) -> float:  # needs a GPU
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -110,7 +110,7 @@ def make_timer(device: str, replay: bool = True) -> Timer:
     """The timer of a device; ``replay``: of CUDA graphs, without the time that launching takes."""
     if device == "cpu":
         return CpuTimer()
-    return ReplayTimer() if replay else EventTimer()
+    return ReplayTimer() if replay else EventTimer()  # needs a GPU
 
 
 def interleave(

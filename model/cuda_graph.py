@@ -10,7 +10,7 @@ WARM_UP = 3
 """Steps that run as usual, on a side stream, before the graph is captured, as torch asks for."""
 
 
-class GraphedStep:
+class GraphedStep:  # needs a GPU
     """Calls ``step`` for a few batches, then captures it and replays the capture.
 
     Every batch must have the shapes of the first. What ``step`` changes (weights, optimizer state,

@@ -69,7 +69,7 @@ def join(device_name: str | None, batch_size: int, accumulate: int) -> tuple[Wor
             f"got {batch_size}"
         )
     device = choose_device(device_name)
-    if device.type == "cuda":
+    if device.type == "cuda":  # needs a GPU
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -27,7 +27,7 @@ def choose_device(name: str | None) -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """What the device calls itself."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # needs a GPU
         return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -31,7 +31,7 @@ class Figures(NamedTuple):
 
 
 @functools.cache
-def device_figures(index: int) -> Figures:
+def device_figures(index: int) -> Figures:  # needs a GPU
     properties = torch.cuda.get_device_properties(index)
     return Figures(
         (properties.major, properties.minor),

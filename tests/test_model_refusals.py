@@ -1,0 +1,175 @@
+"""What a user of ``model/`` can get wrong: one sentence that names it, before anything is done."""
+
+import builtins
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import arguments as command_line
+from model import checkpoint as checkpoints
+from model import environment, errors, evaluate, predict, train
+from model.checkpoint import Checkpoint
+from model.config import Config
+from model.data import Split, digits, files
+from model.errors import UserError
+from model.figures.__main__ import main as draw_figures
+from model.metrics import MetricsLog, read_metrics
+from model.networks import build
+
+from .tiny import CONFIG, add_tiny
+
+CLASSES = tuple("0123456789")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_tiny(monkeypatch)
+
+
+def saved(path: Path, config: Config = CONFIG, classes: tuple[str, ...] = CLASSES) -> Path:
+    """A checkpoint of untrained weights."""
+    tensors = checkpoints.model_tensors(build(config.architecture, "reference"))
+    checkpoints.save(path, Checkpoint(config, classes, tensors))
+    return path
+
+
+def with_architecture(**changes: Any) -> Config:
+    return replace(CONFIG, architecture=replace(CONFIG.architecture, **changes))
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """As if these packages were not installed."""
+    real = builtins.__import__
+
+    def missing(name: str, *rest: Any, **options: Any) -> Any:
+        if name.split(".")[0] in packages or name in packages:
+            raise ImportError(name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+
+
+def test_packages_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without(monkeypatch, "sklearn", "pooch", "scipy", "torch.utils.tensorboard")
+    with pytest.raises(UserError, match="--dataset digits needs scikit-learn"):
+        digits.load()
+    remote = files.Remote("https://example.org/x", "md5:0")
+    with pytest.raises(UserError, match="--download needs two packages: pip install pooch tqdm"):
+        files.fetch(remote, tmp_path / "x")
+    with pytest.raises(UserError, match=r"reading \.mat files needs scipy"):
+        files.read_mat(tmp_path / "x.mat")
+    log = MetricsLog(tmp_path)  # TensorBoard is left out
+    log.write("epoch", 1, {"loss": 0.5})
+    log.image("picture", torch.zeros(2, 2, 3), 1)
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"kind": "epoch", "step": 1, "loss": 0.5}]
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: can't be written: Is a directory"):
+        MetricsLog(tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: can't be read: .*Is a directory"):
+        read_metrics(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match="can't be read: Is a directory"):
+        files.read_bytes(tmp_path)
+    log = MetricsLog(None)
+    log.path = tmp_path  # as if it had become a directory while the run went on
+    with pytest.raises(UserError, match="can't be written: Is a directory"):
+        log.write("epoch", 1, {})
+    log.close()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "tiny-too"], "--dataset tiny-too needs --experiment; --list shows them"),
+        (["--experiment", "tiny", "--cuda-graph"], "--cuda-graph needs one process on one GPU"),
+    ],
+)
+def test_flags_of_a_new_run(flags: list[str], message: str, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(command_line.DATASETS, "tiny-too", None)
+    with pytest.raises(UserError, match=message):
+        train.main([*flags, "--device", "cpu", "--save-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_directory_gets_a_fresh_one() -> None:
+    arguments = command_line.parse(["--experiment", "tiny"])
+    directory = command_line.default_directory(arguments, CONFIG)
+    assert directory.parent == Path("runs")
+    assert directory.name.startswith("tiny-2")
+
+
+def test_resuming_with_what_would_be_another_run(tmp_path: Path) -> None:
+    linear = replace(CONFIG, lr_schedule="linear")
+    arguments = command_line.parse(["--resume", str(tmp_path), "--epochs", "3"])
+    with pytest.raises(UserError, match="learning rate of the run falls to 0 over its 2 epochs"):
+        command_line.resumed_config(arguments, linear)
+    path = saved(tmp_path / "checkpoint.safetensors", classes=("a", "b"))
+    state = checkpoints.load(path)
+    state.tensors["progress.sums"] = torch.zeros(3)
+    checkpoints.save(path, state)
+    with pytest.raises(UserError, match="a run with other classes: a, b there, 0, 1"):
+        train.main(["--resume", str(path), "--device", "cpu"])
+
+
+def test_evaluating_what_does_not_go_together(tmp_path: Path) -> None:
+    run = saved(tmp_path / "a.safetensors")
+    small = saved(tmp_path / "b.safetensors", with_architecture(image_size=32))
+    with pytest.raises(UserError, match="--repeats must be at least 1, got 0"):
+        evaluate.main([str(run), "--repeats", "0"])
+    with pytest.raises(UserError, match=r"sees 32 pixels, .* sees 28"):
+        evaluate.main([str(run), str(small)])
+
+
+def test_pictures_for_a_network_that_cannot_take_them(tmp_path: Path) -> None:
+    two = saved(tmp_path / "two.safetensors", with_architecture(in_channels=2))
+    with pytest.raises(UserError, match="sees images of 2 channels; pictures have 1 or 3"):
+        predict.main(["x.png", "--weights", str(two)])
+
+
+def test_a_plain_network_has_neither_decoder_nor_figures(tmp_path: Path, capsys) -> None:
+    picture = tmp_path / "x.png"
+    pytest.importorskip("PIL.Image").new("L", (28, 28)).save(picture)
+    plain = saved(
+        tmp_path / "cnn.safetensors", with_architecture(network="cnn", reconstruction=False)
+    )
+    with pytest.raises(UserError, match=r"--reconstructions: the network in .* has no decoder"):
+        predict.main([str(picture), "--weights", str(plain), "--reconstructions", "y.png"])
+    with pytest.raises(UserError, match="figures need a capsule network, this is a cnn"):
+        draw_figures([str(plain)])
+    assert predict.main([str(picture), "--weights", str(plain)]) == 0  # probabilities
+    assert "x.png" in capsys.readouterr().out
+
+
+def test_a_split_without_images() -> None:
+    empty = Split(torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(UserError, match="train: no images in it"):
+        empty.check("train", 10)
+
+
+def test_interrupting_a_command_ends_it_with_130(capsys) -> None:
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_info:
+        errors.run_command(main)
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_machine_that_does_not_say_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise OSError
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(subprocess, "run", refused)
+    assert environment.device_name(torch.device("cpu"))
+    assert environment.commit() is None
+    with pytest.raises(UserError, match="--device nonsense can't be used"):
+        environment.choose_device("nonsense")
