@@ -72,9 +72,9 @@ def squash(s):
     """v = |s|^2 / (1 + |s|^2) s / |s|, written s / (n + 1 / n) (Sabour et al. 2017, equation 1)."""
     n, _ = length_and_direction(s)
     v = s / (n + 1 / n)
-    # Where a component is NaN the oracle keeps it and gives 0 for the others.
+    # The maximum may pass over a NaN; the length, and with it every component, is NaN all the same.
     poisoned = tl.max((s != s).to(tl.int32), axis=2, keep_dims=True) > 0
-    return tl.where(poisoned, 0.0 * s, v)
+    return tl.where(poisoned, float("nan"), v)
 
 
 @triton.jit
