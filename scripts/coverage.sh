@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs all tests and says what they cover: lines and branches of the Python code, lines of the C++
-# code for CPUs. Too little is an error. JOBS: processes for the tests (2).
+# code for CPUs. Ends with a line of figures for each; too little is an error.
+# JOBS: processes for the tests (2).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-$PWD/.venv/bin/python}
@@ -21,6 +22,10 @@ CFLAGS=--coverage CXXFLAGS=--coverage LDFLAGS=--coverage CAPSULE_KERNELS_CUDA=0 
 cp -r tests pyproject.toml "$DIRECTORY/lib/"
 (cd "$DIRECTORY/lib" && "$PY" -m pytest -q -p no:cacheprovider tests/test_cpu.py \
   tests/test_odd_inputs.py tests/test_gradients_needed.py tests/test_operator_fuzz.py)
-"$PY" -m gcovr --root . --object-directory "$DIRECTORY/temp" --filter csrc/ "$DIRECTORY/temp" \
-  --print-summary --fail-under-line 90 || status=1
+lines=$("$PY" -m gcovr --root . --object-directory "$DIRECTORY/temp" --filter csrc/ \
+  "$DIRECTORY/temp" --txt "$DIRECTORY/cpp.txt" --print-summary --fail-under-line 90 | grep ^lines) ||
+  status=1
+cat "$DIRECTORY/cpp.txt"
+echo "coverage of the Python code, lines and branches: $("$PY" -m coverage report --format total --precision 1) %"
+echo "coverage of the C++ code for CPUs, $lines"
 exit $status

@@ -163,7 +163,7 @@ def _namespaces() -> None:
 
 
 @pytest.mark.usefixtures("_namespaces")
-def test_a_full_disk_while_training(saved: Path, tmp_path: Path) -> None:
+def test_a_full_disk_while_training(saved: Path, tmp_path: Path, figure: Figure) -> None:
     """The checkpoint before stays, whole, and the run goes on from it where there is room."""
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()
@@ -180,10 +180,11 @@ def test_a_full_disk_while_training(saved: Path, tmp_path: Path) -> None:
     assert "can't be written: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
     assert (kept / CHECKPOINT).read_bytes() == (saved / CHECKPOINT).read_bytes()
+    figure("a full disk", f"one line of error, {size} bytes of the checkpoint before are whole")
 
 
 @pytest.mark.usefixtures("_namespaces")
-def test_a_read_only_disk(tmp_path: Path) -> None:
+def test_a_read_only_disk(tmp_path: Path, figure: Figure) -> None:
     done = with_mounts(
         'mount -t tmpfs -o ro tmpfs "$1";'
         '"$2" -m tests.tiny --experiment tiny --save-dir "$1/run" --max-minutes 0',
@@ -193,6 +194,7 @@ def test_a_read_only_disk(tmp_path: Path) -> None:
     assert done.stderr == (
         f"error: --save-dir {tmp_path}/run can't be written: Read-only file system\n"
     )
+    figure("a read-only disk", "refused before the first step, in one line")
 
 
 @pytest.mark.parametrize("victim", [0, 1])

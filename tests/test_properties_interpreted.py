@@ -40,5 +40,5 @@ def test_in_the_interpreter(file, chosen, figure):
     assert "skipped" not in done.stdout
     for line in done.stdout.splitlines():
         what, separator, amount = line.rpartition(": ")
-        if separator and what.startswith("properties, triton-cpu"):
+        if separator and what.startswith(("properties, triton-cpu", "ranges, triton-cpu")):
             figure(what, amount)

@@ -1,5 +1,7 @@
 """Zeros, denormals, huge and non-finite values: as in the oracle, sample by sample."""
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,14 @@ pytestmark = [
     # Lanes are capsules for few samples, samples for many.
     pytest.mark.parametrize("B", [3, 21]),
 ]
+tried: Counter[Target] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def _counted(target, figure) -> Iterator[None]:
+    yield
+    tried[target] += 1
+    figure(f"ranges, {target}", f"{tried[target]} cases tried")
 
 
 def prepared(target: Target, case: Case, dtype: torch.dtype) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 Every test runs the kernels against the mistake itself, written out, or a consequence of it.
 """
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,9 +20,14 @@ from .targets import EVERY, Target
 CASE = Case(B=3, I=6, J=4, K=3, D=5)
 
 
+tried: Counter[Target] = Counter()
+
+
 @pytest.fixture(params=EVERY)
-def target(request) -> Target:
-    return request.param
+def target(request, figure) -> Iterator[Target]:
+    yield request.param
+    tried[request.param] += 1
+    figure(f"mistakes of others, {request.param}", f"{tried[request.param]} cases tried")
 
 
 @pytest.fixture(params=[1, 3, 20], ids=lambda B: f"B{B}")
