@@ -3,6 +3,7 @@ execution model with shuffled schedules, behind the public face and against the 
 
 import itertools
 import math
+from collections import Counter
 from statistics import median
 
 import pytest
@@ -41,8 +42,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     return Emulator(build(tmp_path_factory.mktemp("cuda_emulation")))
 
 
+launched: Counter[str] = Counter()
+
+
 @pytest.fixture
-def emulator(built: Emulator, monkeypatch: pytest.MonkeyPatch):
+def emulator(built: Emulator, monkeypatch: pytest.MonkeyPatch, figure):
     """The emulated kernels as backend "cuda" for CPU tensors."""
     monkeypatch.setattr(cuda, "unavailable", lambda: None)
     monkeypatch.setattr(
@@ -52,6 +56,9 @@ def emulator(built: Emulator, monkeypatch: pytest.MonkeyPatch):
     registered = built.install()
     yield built
     registered._destroy()
+    launched.update(built.launches)
+    counts = ", ".join(f"{count} {name}" for name, count in launched.items())
+    figure("launches of the emulated CUDA kernels", counts)
 
 
 @pytest.mark.parametrize("case", [*SHAPES, *OPTIONS], ids=str)
