@@ -13,7 +13,7 @@ if [ $# = 0 ]; then
     python3.11:2.13.0:no:no python3.13:2.14.1:own:yes)
 fi
 # Tests of the package that need no more than pytest, and not the source tree.
-TESTS="autocast conv cpu determinism double_backward gradients_needed layouts module odd_inputs
+TESTS="autocast conv_kernels cpu determinism double_backward gradients_needed layouts module odd_inputs
   opcheck operator_fuzz range reference threads transforms triton validation"
 DIRECTORY=$PWD/build/install
 unset PYTHONPATH

@@ -44,6 +44,8 @@ TARGETS = [
 KERNELS = [parameter(target) for target in TARGETS]
 """Every kernel backend; triton is among them on a GPU or under ``TRITON_INTERPRET=1``."""
 
+NEEDS_KERNELS = pytest.mark.skipif(not TARGETS, reason="the oracle alone is usable here")
+
 EVERY = [parameter(Target("reference", "cpu")), *KERNELS]
 
 DEVICES = [

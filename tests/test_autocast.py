@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from capsule_kernels import CapsuleLinear, fused_routing
 
 from .cases import Case, make_inputs
-from .targets import DEVICES
+from .targets import DEVICES, NEEDS_KERNELS
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -91,6 +91,7 @@ def test_overflow_is_seen_by_the_scaler(device: str) -> None:
     assert scaler.get_scale() == 2.0**39
 
 
+@NEEDS_KERNELS
 @pytest.mark.parametrize("device", DEVICES)
 def test_under_compile(device: str) -> None:
     inputs = make_inputs(Case(), torch.float32, device)

@@ -16,6 +16,8 @@ from capsule_kernels import (
     reference_routing,
 )
 
+from .targets import NEEDS_KERNELS
+
 Pair = int | tuple[int, int]
 
 B, C, K, H, W, J, D = 2, 3, 4, 6, 7, 5, 2
@@ -82,6 +84,7 @@ def test_a_window_as_large_as_the_grid_is_a_fully_connected_layer() -> None:
     assert torch.equal(v[..., 0, 0], flat)
 
 
+@NEEDS_KERNELS
 def test_neither_predictions_nor_windows_are_kept() -> None:
     """What the graph holds for the backward: the grid, the kernel and s."""
     leaves = inputs()
@@ -125,6 +128,7 @@ def test_windows_are_not_stored(figure: Any) -> None:
     figure("extra memory of windows 5 x 5, of the grid", f"{extra / grid:.2f}")
 
 
+@NEEDS_KERNELS
 def test_a_grid_changed_in_place_is_noticed() -> None:
     leaves = inputs()
     u = leaves["u"].detach().clone()

@@ -12,7 +12,9 @@ from capsule_kernels import autograd, fused_routing
 from capsule_kernels.ops import Operators
 
 from .cases import Case, make_inputs
+from .targets import NEEDS_KERNELS
 
+pytestmark = NEEDS_KERNELS
 CASE = Case(B=3, I=6, logits=True, bias=True)
 
 

@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from capsule_kernels import CapsuleLinear, autograd, fused_routing, reference_routing
 
 from .cases import Case, make_inputs
+from .targets import NEEDS_KERNELS
 
 Function = Callable[..., Tensor]
 
@@ -123,6 +124,7 @@ def test_an_ensemble_of_seven() -> None:
         assert torch.equal(parameters["bias"].grad[n], layer.bias.grad)
 
 
+@NEEDS_KERNELS
 def test_the_costlier_form_only_under_a_transform(monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
 
@@ -149,6 +151,7 @@ def gradient() -> Function:
     return grad(lambda u: fused_routing(u, weight).sum())
 
 
+@NEEDS_KERNELS
 def test_under_compile_a_sentence(gradient: Function) -> None:
     u = make_inputs(CASES[0], torch.float64)["u"].detach()
     whole = torch.compile(gradient, fullgraph=True, backend="eager")
