@@ -23,9 +23,10 @@ cp -r tests pyproject.toml "$DIRECTORY/lib/"
 (cd "$DIRECTORY/lib" && "$PY" -m pytest -q -p no:cacheprovider tests/test_cpu.py \
   tests/test_odd_inputs.py tests/test_gradients_needed.py tests/test_conv_kernels.py \
   tests/test_operator_fuzz.py)
+# Counts of several threads may be lost, some so that a branch's becomes negative: lines stay right.
 lines=$("$PY" -m gcovr --root . --object-directory "$DIRECTORY/temp" --filter csrc/ \
-  "$DIRECTORY/temp" --txt "$DIRECTORY/cpp.txt" --print-summary --fail-under-line 90 | grep ^lines) ||
-  status=1
+  --gcov-ignore-parse-errors negative_hits.warn_once_per_file "$DIRECTORY/temp" \
+  --txt "$DIRECTORY/cpp.txt" --print-summary --fail-under-line 90 | grep ^lines) || status=1
 cat "$DIRECTORY/cpp.txt"
 echo "coverage of the Python code, lines and branches: $("$PY" -m coverage report --format total --precision 1) %"
 echo "coverage of the C++ code for CPUs, $lines"
