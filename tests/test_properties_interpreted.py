@@ -12,7 +12,7 @@ import pytest
 
 from capsule_kernels.backends import triton
 
-# A known shortfall: with one iteration the gradients' sweep spreads what is not finite in one output
+# A known shortfall: with one iteration the gradients spread what is not finite in one output
 # capsule's weight or bias over the dW of the others.
 SPREADS = "is_not_finite and R1 and (weight or bias)"
 
