@@ -307,6 +307,8 @@ def routing_gradients_kernel(
                         P += (P_n,)
                         uP = over_rows(u * P_n, STEP_I, BLOCK_K)
                         b_n = one_array(uP, 1)
+                        # V^0 is 0: what is not finite in W or dl does not count in iteration 1.
+                        b_n = b_n if UNIFORM else tl.where(t > 1, b_n, 0.0)
                         if (logits_ptr is not None) or ((n + 1) * WARPS_J > (J - 1) % TILE_J + 1):
                             b_n += prior[n]
                         b += (b_n,)
@@ -335,6 +337,7 @@ def routing_gradients_kernel(
                             dprior_new += (dprior[n],)
                         else:
                             dprior_new += (dprior[n] + dl,)
+                        dl = dl if UNIFORM else tl.where(t > 1, dl, 0.0)
                         y = both_arrays(c, dl if FULL else tl.zeros_like(c))
                         y = for_every_row(y, STEP_I, BLOCK_K)
                         du += y * P[n]
