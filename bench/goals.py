@@ -157,7 +157,7 @@ def step_memory_ratio(model: str, B: int) -> Measure:
         both = [found(records, implementation=name, **where) for name in (model, training.FUSED)]
         for record in both:
             if "extra_bytes" not in record:
-                raise NotMeasuredError(record["status"])
+                raise NotMeasuredError(record.get("memory_status", record["status"]))
         return both[0]["extra_bytes"] / both[1]["extra_bytes"]
 
     return measure

@@ -184,6 +184,11 @@ def training_table(records: list[Record], _ceilings: Record) -> Table:
             table.rows.append([*where, table.note(record["status"]), "", "", "", ""])
             continue
         step = steps.get(record["implementation"])
+        memory = ""
+        if "extra_bytes" in record:
+            memory = size(record["extra_bytes"])
+        elif "memory_status" in record:
+            memory = table.note(record["memory_status"])
         table.rows.append(
             [
                 *where,
@@ -191,7 +196,7 @@ def training_table(records: list[Record], _ceilings: Record) -> Table:
                 percent(record["spread"] / record["seconds"]),
                 f"{record['B'] / record['seconds']:.0f}",
                 percent(record["seconds"] / step["seconds"]) if step else "-",
-                size(record["extra_bytes"]) if "extra_bytes" in record else "",
+                memory,
             ]
         )
     return table

@@ -144,7 +144,7 @@ def measure_steps(
                     where = measured_in(settings.device)
                     record["extra_bytes"] = where(step_memory, name, B, settings)
                 except Exception as error:
-                    record["status"] = reason_of(error)
+                    record["memory_status"] = reason_of(error)
             yield record
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bench import goals, memory, plots, report, scaling
+from bench import goals, memory, plots, report, scaling, training
 from bench.__main__ import main, parse
 from bench.records import load, select
 from bench.routing import PASSES, Settings
 from bench.shapes import Shape
+from bench.tables import training_table
 
 ROOT = Path(__file__).parent.parent
 CEILINGS = {"gemm": 1e11, "copy": 1e10}
@@ -105,6 +106,20 @@ def test_a_training_step_and_its_parts(tmp_path, monkeypatch, capsys):
     assert {r["implementation"] for r in records} == {"fused", "oracle", "popular"}
     assert {r["part"] for r in records} == {"whole step", "convolutions", "routing layer"}
     assert "| fused | whole step | 2 |" in capsys.readouterr().out
+
+
+def test_a_step_whose_memory_is_not_measured_keeps_its_time(monkeypatch):
+    def fails(*_arguments):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(training, "measured_in", lambda _device: fails)
+    settings = Settings("cpu", rounds=1)
+    records = list(training.measure_steps(2, settings, parts_of=()))
+    assert {record["status"] for record in records} == {"ok"}
+    text = str(training_table(records, CEILINGS))
+    assert "MemoryError: no room" in text
+    with pytest.raises(goals.NotMeasuredError, match="no room"):
+        goals.step_memory_ratio(training.ORACLE, 2)(records, CEILINGS)
 
 
 def test_plots_are_the_same_for_the_same_records(tmp_path):
