@@ -76,14 +76,15 @@ index final_tasks(const Problem<T>& p, const Partition& part) {
                               : ceil_div(p.I, part.final_share);
 }
 
-// Where element n of sample b lies in a blocked array.
-struct BlockedIndex {
-  index block, padded, N;
-  BlockedIndex(const Partition& part, index N) : block(part.block), padded(part.padded), N(N) {}
-  index operator()(index b, index n) const {
-    const index first = b / block * block, width = std::min(block, padded - first);
-    return first * N + n * width + b - first;
+// Where the elements n of sample b lie in a blocked array.
+struct BlockedRow {
+  index first, stride;
+  BlockedRow(const Partition& part, index N, index b) {
+    const index block = b / part.block * part.block;
+    first = block * N + b - block;
+    stride = std::min(part.block, part.padded - block);
   }
+  index operator()(index n) const { return first + n * stride; }
 };
 
 template <typename T, typename Parallel, typename Allocate>
@@ -140,9 +141,10 @@ class Driver {
     T* G = allocate_(blocked_);
     T* partial = allocate_(full && R > 1 ? part_.slots * blocked_ : 0);
     std::fill(G, G + blocked_, T(0));
-    const BlockedIndex at(part_, N);
-    for (index b = 0; b < p_.B; ++b)
-      for (index n = 0; n < N; ++n) G[at(b, n)] = grad_v[b * N + n];
+    for (index b = 0; b < p_.B; ++b) {
+      const BlockedRow row(part_, N, b);
+      for (index n = 0; n < N; ++n) G[row(n)] = grad_v[b * N + n];
+    }
 
     for (index t = 1; t <= R; ++t) {
       Squash<T> squash{};
@@ -181,7 +183,7 @@ class Driver {
       for (index n = 0; n < N; ++n) {
         double sum = 0;
         for (index t = full ? 1 : R; t <= R; ++t)
-          for (index b = 0; b < p_.B; ++b) sum += ds[(t - 1) * blocked_ + at(b, n)];
+          for (index b = 0; b < p_.B; ++b) sum += ds[(t - 1) * blocked_ + BlockedRow(part_, N, b)(n)];
         grad_bias[n] = T(sum);
       }
     if (grad_u || grad_weight || grad_logits) {

@@ -69,21 +69,21 @@ struct SampleFinal : SampleBlock<T, vectors> {
   static CAPSULE_INLINE void dots(const T* const (&sources)[n], const T* u_hat, index u_hat_stride,
                                   index D, T* const (&out)[n], index out_stride) {
     // As many sums at once as there are accumulators.
-    constexpr int together = n * capsules * vectors <= 8 ? vectors : 1;
+    constexpr int at_once = n * capsules * vectors <= 8 ? vectors : 1;
 #pragma GCC unroll 2
-    for (int q0 = 0; q0 < vectors; q0 += together) {
-      V acc[n][capsules][together]{};
+    for (int q0 = 0; q0 < vectors; q0 += at_once) {
+      V acc[n][capsules][at_once]{};
       for (index o = q0 * lanes; o < D * width; o += width) {
-        V x[capsules][together];
+        V x[capsules][at_once];
 #pragma GCC unroll 16
         for (int c = 0; c < capsules; ++c)
 #pragma GCC unroll 16
-          for (int q = 0; q < together; ++q)
+          for (int q = 0; q < at_once; ++q)
             x[c][q] = load(u_hat + c * u_hat_stride + o + q * lanes);
 #pragma GCC unroll 16
         for (int m = 0; m < n; ++m)
 #pragma GCC unroll 16
-          for (int q = 0; q < together; ++q) {
+          for (int q = 0; q < at_once; ++q) {
             const V y = load(sources[m] + o + q * lanes);
 #pragma GCC unroll 16
             for (int c = 0; c < capsules; ++c) acc[m][c][q] += x[c][q] * y;
@@ -94,7 +94,7 @@ struct SampleFinal : SampleBlock<T, vectors> {
 #pragma GCC unroll 16
         for (int c = 0; c < capsules; ++c)
 #pragma GCC unroll 16
-          for (int q = 0; q < together; ++q)
+          for (int q = 0; q < at_once; ++q)
             store(out[m] + c * out_stride + (q0 + q) * lanes, acc[m][c][q]);
     }
   }
