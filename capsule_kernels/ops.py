@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .windows import capsules, grid_gradient, sizes
+from .backends import triton
+from .windows import sizes
 
 FORWARD_SCHEMA = (
     "(Tensor u, Tensor weight, Tensor? logits, Tensor? bias, int num_iterations, bool leaky, "
@@ -94,43 +95,6 @@ def backward_shapes(
     return grad_u, grad_weight, grad_logits, grad_bias
 
 
-def _triton_forward(
-    u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling, window=None
-):
-    from .backends import triton
-
-    return triton.routing_forward(
-        capsules(u, window),
-        weight,
-        logits,
-        bias,
-        num_iterations,
-        leaky,
-        weight_sharing,
-        return_coupling,
-    )
-
-
-def _triton_backward(
-    grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask, window=None
-):
-    from .backends import triton
-
-    # Its kernels index s as the forward made it; torch.func.vmap hands on slices.
-    grad_u, *others = triton.routing_backward(
-        grad_v,
-        capsules(u, window),
-        weight,
-        logits,
-        s.contiguous(),
-        leaky,
-        weight_sharing,
-        full_gradient,
-        output_mask,
-    )
-    return grid_gradient(grad_u, u, window), *others
-
-
 def one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
     """``shapes`` as a fake implementation.
 
@@ -159,8 +123,8 @@ for _backend in KERNEL_BACKENDS:
     )
 
 for _key in ("CPU", "CUDA"):  # CPU tensors run under Triton's interpreter
-    library.impl("routing_forward.triton", _triton_forward, _key)
-    library.impl("routing_backward.triton", _triton_backward, _key)
+    library.impl("routing_forward.triton", triton.routing_forward, _key)
+    library.impl("routing_backward.triton", triton.routing_backward, _key)
 
 
 class Operators(NamedTuple):

@@ -5,28 +5,12 @@ A ``window`` as in :data:`capsule_kernels.ops.FORWARD_SCHEMA`; without one u sta
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 
 def capsules(u: Tensor, window: Sequence[int] | None) -> Tensor:
     """Input capsules [B, I, K]: u itself, or a copy of its windows."""
     return view(u, window).flatten(0, 2).flatten(1, 3) if window else u
-
-
-def grid_gradient(gradient: Tensor, u: Tensor, window: Sequence[int] | None) -> Tensor:
-    """The gradient of u, from that of ``capsules(u, window)``; [0] stays."""
-    if not window or gradient.dim() == 1:
-        return gradient
-    grid = u.new_zeros(u.shape, dtype=torch.promote_types(u.dtype, torch.float32))
-    windows = view(grid, window)
-    gradient = gradient.view(windows.shape)
-    kh, kw = window[:2]
-    # Place by place, each of which meets a cell once: always in the same order.
-    for dy in range(kh):
-        for dx in range(kw):
-            windows[:, :, :, :, dy, dx] += gradient[:, :, :, :, dy, dx]
-    return grid.to(u.dtype)
 
 
 def sizes(u: Tensor, window: Sequence[int] | None) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def total_gradients(
 
 @triton.jit(do_not_specialize=["t"])
 def routing_backward_kernel(
-    u_ptr,  # [B, I, K]
+    u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     logits_ptr,  # [I, J] or None
     s_ptr,  # [R, B, J, D]
@@ -74,6 +74,7 @@ def routing_backward_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
+    WINDOW: tl.constexpr,
     LEAKY: tl.constexpr,
     SUM_INPUT: tl.constexpr,
     WARPS_I: tl.constexpr,
@@ -128,7 +129,7 @@ def routing_backward_kernel(
     for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
         start = wide(index, OFFSET)
         u, W = step_inputs(
-            u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D,
+            u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
             WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ACC,
         )  # fmt: skip
         b = ()

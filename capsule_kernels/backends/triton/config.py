@@ -44,6 +44,9 @@ MAX_STEP = 10240
 STATISTICS_CAPSULES = 16
 """Input capsules of a program that tables softmax statistics."""
 
+GRID_BLOCK = 1024
+"""Elements of a grid of a program that sums the gradients of windows."""
+
 
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""

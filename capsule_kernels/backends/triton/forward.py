@@ -42,7 +42,7 @@ def store_coupling(
 
 @triton.jit(do_not_specialize=["t", "input_groups"])
 def routing_forward_kernel(
-    u_ptr,  # [B, I, K]
+    u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     logits_ptr,  # [I, J] or None
     bias_ptr,  # [J, D] or None
@@ -60,6 +60,7 @@ def routing_forward_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
+    WINDOW: tl.constexpr,
     LEAKY: tl.constexpr,
     FIRST: tl.constexpr,
     WARPS_I: tl.constexpr,
@@ -103,7 +104,7 @@ def routing_forward_kernel(
     for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
         start = wide(index, OFFSET)
         u, W = step_inputs(
-            u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D,
+            u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
             WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ACC,
         )  # fmt: skip
         c = ()

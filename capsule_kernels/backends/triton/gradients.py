@@ -24,6 +24,7 @@ import triton.language as tl
 
 from .blocks import product, wide
 from .sweeps import mean_gradient, softmax_parts
+from .windows import capsule_offset, sample_offset
 
 
 @triton.jit
@@ -135,7 +136,7 @@ def both_arrays(c, dl):
 
 @triton.jit
 def input_columns_twice(
-    u_ptr, b_start, start, end, B, I, K: tl.constexpr, WARPS_J: tl.constexpr,
+    u_ptr, b_start, start, end, B, I, K: tl.constexpr, WINDOW: tl.constexpr, WARPS_J: tl.constexpr,
     STEP_I: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """u of 8 samples, once for each array and warp, [WARPS_J, N, 16]; 0 from ``end`` on.
@@ -148,7 +149,12 @@ def input_columns_twice(
     i = start + lane // 8
     k = lane // 4 % 2 * (BLOCK_K // 2) + part
     b = (b_start + lane % 4 * 2 + pair).to(OFFSET)
-    u = tl.load(u_ptr + (b * I + i) * K + k, mask=(b < B) & (i < end) & (k < K), other=0.0).to(ACC)
+    mask = (b < B) & (i < end) & (k < K)
+    if WINDOW is None:
+        capsule = (b * I + i) * K
+    else:
+        capsule = sample_offset(b, K, WINDOW) + capsule_offset(i, K, WINDOW)
+    u = tl.load(u_ptr + capsule + k, mask=mask, other=0.0).to(ACC)
     u = tl.permute(tl.reshape(u, [2 * STEP_I, 4, WARPS_J, 2, BLOCK_K // 2]), (2, 4, 0, 1, 3))
     u = tl.reshape(u, [WARPS_J, STEP_I * BLOCK_K, 1, 8])
     u = tl.broadcast_to(u, [WARPS_J, STEP_I * BLOCK_K, 2, 8])
@@ -191,7 +197,7 @@ def prior_logits(
 
 @triton.jit(do_not_specialize=["first"])
 def routing_gradients_kernel(
-    u_ptr,  # [B, I, K]
+    u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     logits_ptr,  # [I, J] or None
     table_ptr,  # [R, tiles of 8 samples, 2, J padded to whole tiles, 16 BLOCK_D] (table_offsets)
@@ -212,6 +218,7 @@ def routing_gradients_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
+    WINDOW: tl.constexpr,
     LEAKY: tl.constexpr,
     UNROLL_T: tl.constexpr,  # above 1: there are so many iterations from FIRST_T on, all at once
     FIRST_T: tl.constexpr,
@@ -276,8 +283,9 @@ def routing_gradients_kernel(
                 dprior += (tl.zeros([WARPS_J, STEP_I, 8], ACC),)
             for tile in range(b_first, b_end):
                 u = input_columns_twice(
-                    u_ptr, tile * 8, start, i_end, B, I, K, WARPS_J, STEP_I, BLOCK_K, ACC, OFFSET
-                )
+                    u_ptr, tile * 8, start, i_end, B, I, K, WINDOW,
+                    WARPS_J, STEP_I, BLOCK_K, ACC, OFFSET,
+                )  # fmt: skip
                 du = tl.zeros([WARPS_J, N, 16], ACC)
                 p_over_d = table_ptr + wide(tile, OFFSET) * (2 * PADDED_J * CELL) + i_j * CELL
                 p_over_b = p_over_d + PADDED_J * CELL

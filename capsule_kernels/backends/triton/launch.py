@@ -1,6 +1,6 @@
 """The host side: which kernels run in which order, on which workspaces."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ def routing_forward(
     leaky: bool,
     weight_sharing: int,
     return_coupling: bool,
+    window: Sequence[int] | None = None,
     *,
     launch: Callable[..., None] = run,
     gpu: Gpu | None = None,
@@ -30,12 +31,12 @@ def routing_forward(
     """v, s and coupling: R sweeps and the output, R + 1 launches where J fits into one tile."""
     R = num_iterations
     v, s, coupling = forward_shapes(
-        u, weight, logits, bias, R, leaky, weight_sharing, return_coupling
+        u, weight, logits, bias, R, leaky, weight_sharing, return_coupling, window
     )
     if u.shape[0] == 0:
         return v, s, coupling
     bias = None if bias is None else bias.contiguous()
-    routing = Routing.of(launch, gpu, False, u, weight, logits, s, leaky, weight_sharing)
+    routing = Routing.of(launch, gpu, False, u, weight, logits, s, leaky, weight_sharing, window)
     B, I, J, K, D, _ = routing.sizes
     if config.is_wide(J, K, D):
         launch_wide.forward(routing, bias, v, coupling if return_coupling else None)
@@ -79,24 +80,26 @@ def routing_backward(
     weight_sharing: int,
     full_gradient: bool,
     output_mask: list[bool],
+    window: Sequence[int] | None = None,
     *,
     launch: Callable[..., None] = run,
     gpu: Gpu | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients asked for: R - 1 sweeps, the state, the gradients; R + 1 launches.
 
-    One more each for sums over parts of the work, and for the bias; J in several tiles takes two
-    more an iteration.
+    One more each for sums over parts of the work, for the bias, and for windows summed in a grid;
+    J in several tiles takes two more an iteration.
     """
     gradients = backward_shapes(
-        grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask
+        grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask, window
     )
     if u.shape[0] == 0 or not any(output_mask):
         return tuple(g.zero_() for g in gradients)  # type: ignore[return-value]
     grad_u, grad_weight, grad_logits, grad_bias = (
         g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)
     )
-    routing = Routing.of(launch, gpu, True, u, weight, logits, s, leaky, weight_sharing)
+    s = s.contiguous()  # torch.func.vmap hands on slices
+    routing = Routing.of(launch, gpu, True, u, weight, logits, s, leaky, weight_sharing, window)
     B, I, J, K, D, R = routing.sizes
     grad_v = grad_v.contiguous()
     if config.is_wide(J, K, D):
@@ -161,7 +164,10 @@ def routing_backward(
 
         weight_parts = parts_of(grad_weight, split.splits * split.parts)
         logits_parts = parts_of(grad_logits, split.splits)
-        du = grad_u if tiles_J == 1 or u.dtype == s.dtype else torch.empty_like(u, dtype=s.dtype)
+        grad_capsules = routing.capsule_gradients(grad_u)
+        du = grad_capsules
+        if du is not None and tiles_J > 1 and du.dtype != s.dtype:
+            du = torch.empty_like(du, dtype=s.dtype)
         first = 2 if uniform else earliest
         # Two iterations at once keep W in registers, which only plain TF32 has enough of.
         unrolled = R - first == 1 and routing.precision == "tf32" and not routing.paired
@@ -170,13 +176,14 @@ def routing_backward(
                 routing_gradients_kernel, (rows * split.parts, split.splits),
                 last_sweep.number, 1, last_sweep,
                 table_ptr=table, statistics_ptr=statistics,
-                grad_u_ptr=grad_u, du_ptr=du,
+                grad_u_ptr=grad_capsules, du_ptr=du,
                 grad_weight_ptr=weight_parts, grad_logits_ptr=logits_parts,
                 first=first, iterations=R, table_size=routing.table_size,
                 parts=split.parts, capsules=split.capsules, batch_tiles=split.batch_tiles,
                 UNROLL_T=2 if unrolled else 1, FIRST_T=first if unrolled else 0,
                 UNIFORM=uniform, FULL=full_gradient, PAIRED=routing.paired,
             )  # fmt: skip
+        routing.sum_windows(grad_capsules, grad_u)
         sums = [(weight_parts, grad_weight), (logits_parts, grad_logits)]
         sums.append((ds[earliest - 1 :].flatten(0, 1), grad_bias))
         for parts, gradient in sums:

@@ -21,7 +21,7 @@ def over_blocks(routing: Routing, kernel: Any, programs: int, **arguments: Any) 
     known = {
         "u_ptr": routing.u, "weight_ptr": routing.weight, "logits_ptr": routing.logits,
         "B": B, "I": I, "J": J, "K": K, "D": D, "WEIGHT_SHARING": routing.weight_sharing,
-        "LEAKY": routing.leaky, "PRECISION": routing.precision,
+        "WINDOW": routing.window_constants, "LEAKY": routing.leaky, "PRECISION": routing.precision,
         **vars(config.blocks_of(K, D)), **routing.types, **arguments,
     }  # fmt: skip
     taken = {name: known[name] for name in kernel.arg_names}
@@ -119,7 +119,9 @@ def backward(
         tiles_K = config.ceil_div(K, blocks.BLOCK_K)
         if grad_u is not None:
             programs = I * tiles_K * config.ceil_div(B, blocks.BLOCK_B)
-            over_blocks(routing, wide_input_gradient_kernel, programs, grad_u_ptr=grad_u, **tables)
+            du = routing.capsule_gradients(grad_u)
+            over_blocks(routing, wide_input_gradient_kernel, programs, grad_u_ptr=du, **tables)
+            routing.sum_windows(du, grad_u)
         if grad_weight is not None:
             rows = I // routing.weight_sharing
             programs = rows * J * config.ceil_div(D, blocks.BLOCK_D) * tiles_K

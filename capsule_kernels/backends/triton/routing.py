@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import windows
 from . import config
 from .row_sum import row_sum_kernel
 from .statistics import routing_statistics_kernel
+from .windows import grid_gradient_kernel
 
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options of every launch; this one's default differs between versions of Triton."""
@@ -91,6 +93,7 @@ class Routing:
     s: Tensor
     leaky: bool
     weight_sharing: int
+    window: Sequence[int] | None
 
     @classmethod
     def of(
@@ -112,9 +115,14 @@ class Routing:
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """B, I, J, K, D, R."""
-        B, I, K = self.u.shape
-        _, J, D, _ = self.weight.shape
+        B, I = windows.sizes(self.u, self.window)
+        _, J, D, K = self.weight.shape
         return B, I, J, K, D, self.s.shape[0]
+
+    @property
+    def window_constants(self) -> tuple[int, ...] | None:
+        """What kernels know of a window and its grid (``windows.py``)."""
+        return (*self.u.shape[1:4], *self.window) if self.window else None
 
     @cached_property
     def sweep(self) -> config.Sweep:
@@ -165,6 +173,8 @@ class Routing:
         """The kernels' arithmetic and the width of their offsets."""
         B, I, J, K, D, R = self.sizes
         counts = [self.u.numel(), self.weight.numel(), B * I * J, self.s.numel()]
+        if self.backward:
+            counts.append(B * I * K)  # du of windows
         if config.is_wide(J, K, D):
             counts.append(R * B * I * J)
         else:
@@ -194,7 +204,7 @@ class Routing:
         self.launch(
             kernel, grid, num_warps, num_stages,
             u_ptr=self.u, weight_ptr=self.weight, logits_ptr=self.logits, B=B, I=I, J=J, K=K, D=D,
-            WEIGHT_SHARING=self.weight_sharing, LEAKY=self.leaky,
+            WEIGHT_SHARING=self.weight_sharing, WINDOW=self.window_constants, LEAKY=self.leaky,
             PRECISION=self.precision,
             **vars(blocks), **self.types, **arguments,
         )  # fmt: skip
@@ -223,7 +233,7 @@ class Routing:
 
     def tabulate(self, statistics: Tensor, t: int, ds: Tensor | None = None) -> None:
         """The softmax statistics of iteration t."""
-        I = self.u.shape[1]
+        I = self.sizes[1]
         self.over_tiles(
             routing_statistics_kernel,
             (self.tiles.tiles_B, config.ceil_div(I, config.STATISTICS_CAPSULES)),
@@ -239,4 +249,26 @@ class Routing:
             x_ptr=x, sum_ptr=total, rows=x.shape[0], columns=columns,
             BLOCK_ROWS=config.power_of_two(min(x.shape[0], 32)), BLOCK_COLUMNS=64,
             **self.types,
+        )  # fmt: skip
+
+    def capsule_gradients(self, grad_u: Tensor | None) -> Tensor | None:
+        """Where the gradients of input capsules [B, I, K] go: grad_u, or a workspace for windows.
+
+        Capsules of several windows are one cell of the grid, and programs must not add to it in
+        turns that differ from call to call.
+        """
+        if grad_u is None or not self.window:
+            return grad_u
+        B, I, _, K, _, _ = self.sizes
+        return self.s.new_empty(B, I, K)
+
+    def sum_windows(self, du: Tensor | None, grad_u: Tensor | None) -> None:
+        """grad_u of the grid from the workspace, where there is one."""
+        if grad_u is None or du is grad_u:
+            return
+        size = grad_u.numel()
+        self.launch(
+            grid_gradient_kernel, (config.ceil_div(size, config.GRID_BLOCK),), 4, 1,
+            du_ptr=du, grad_u_ptr=grad_u, size=size, K=self.sizes[3],
+            WINDOW=self.window_constants, BLOCK=config.GRID_BLOCK, **self.types,
         )  # fmt: skip

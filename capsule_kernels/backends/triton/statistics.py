@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .blocks import agreement_vectors, product, state_offsets, wide
+from .windows import capsule_offset, sample_offset
 
 
 @triton.jit
@@ -32,12 +33,17 @@ def columns_to_capsules(x, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def input_capsule(
-    u_ptr, i_b, i, B, I, K: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr
+    u_ptr, i_b, i, B, I, K: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Input capsule i of the samples i_b, [BLOCK_B, BLOCK_K]."""
     i_k = tl.arange(0, BLOCK_K)
     mask = (i_b < B)[:, None] & (i_k < K)[None, :]
-    return tl.load(u_ptr + (i_b * I + i)[:, None] * K + i_k[None, :], mask=mask, other=0.0).to(ACC)
+    if WINDOW is None:
+        rows = (i_b * I + i)[:, None] * K
+    else:
+        rows = sample_offset(i_b, K, WINDOW)[:, None] + capsule_offset(i, K, WINDOW)
+    return tl.load(u_ptr + rows + i_k[None, :], mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -85,7 +91,7 @@ def agreement(u_hat, x):
 
 @triton.jit(do_not_specialize=["t"])
 def routing_statistics_kernel(
-    u_ptr,  # [B, I, K]
+    u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     logits_ptr,  # [I, J] or None
     s_ptr,  # [R, B, J, D]
@@ -98,6 +104,7 @@ def routing_statistics_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
+    WINDOW: tl.constexpr,
     LEAKY: tl.constexpr,
     FIRST: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -132,7 +139,7 @@ def routing_statistics_kernel(
             i = wide(i_first + index, OFFSET)
             b = prior_logits(logits_ptr, i, i_j, J, BLOCK_B, BLOCK_J, ACC)
             if (not FIRST) or (ds_ptr is not None):
-                u = input_capsule(u_ptr, i_b, i, B, I, K, BLOCK_K, ACC)
+                u = input_capsule(u_ptr, i_b, i, B, I, K, WINDOW, BLOCK_K, ACC)
                 W = weight_tile(
                     weight_ptr, i // WEIGHT_SHARING, i_j, J, K, D, BLOCK_J, BLOCK_D, BLOCK_K, ACC
                 )

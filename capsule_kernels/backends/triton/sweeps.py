@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .blocks import product, squash, squash_vjp, wide
+from .windows import capsule_offset, sample_offset
 
 
 @triton.jit
@@ -199,15 +200,22 @@ def input_columns(STEP_I: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def input_capsules(
-    u_ptr, i_b, start, B, I, K: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr,
-    STEP_I: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    u_ptr, i_b, start, B, I, K: tl.constexpr, WINDOW: tl.constexpr, WARPS_I: tl.constexpr,
+    WARPS_J: tl.constexpr, STEP_I: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """The input capsules of every warp, [WARPS, BLOCK_B, N]; 0 from I on."""
     i, k = input_columns(STEP_I, BLOCK_K)
     i = (tl.arange(0, WARPS_I) * STEP_I)[:, None] + i[None, :]
-    offsets = i_b[None, :, None] * (I * K) + (i * K + k[None, :])[:, None, :]
+    if WINDOW is None:
+        offsets = i_b[None, :, None] * (I * K) + (i * K + k[None, :])[:, None, :]
+    else:
+        columns = capsule_offset(start + i, K, WINDOW) + k[None, :]
+        offsets = sample_offset(i_b, K, WINDOW)[None, :, None] + columns[:, None, :]
     mask = (i_b < B)[None, :, None] & ((start + i < I) & (k < K)[None, :])[:, None, :]
-    u = tl.load(u_ptr + start * K + offsets, mask=mask, other=0.0).to(ACC)
+    if WINDOW is None:
+        u_ptr += start * K
+    u = tl.load(u_ptr + offsets, mask=mask, other=0.0).to(ACC)
     u = tl.broadcast_to(u[:, None, :, :], [WARPS_I, WARPS_J, BLOCK_B, STEP_I * BLOCK_K])
     return tl.reshape(u, [WARPS_I * WARPS_J, BLOCK_B, STEP_I * BLOCK_K])
 
@@ -242,12 +250,14 @@ def weights(
 @triton.jit
 def step_inputs(
     u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING: tl.constexpr, J: tl.constexpr,
-    K: tl.constexpr, D: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr,
-    UNROLL_J: tl.constexpr, STEP_I: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, WARPS_I: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """u of a step, and W as a tuple of UNROLL_J tiles."""
-    u = input_capsules(u_ptr, i_b, start, B, I, K, WARPS_I, WARPS_J, STEP_I, BLOCK_B, BLOCK_K, ACC)
+    u = input_capsules(
+        u_ptr, i_b, start, B, I, K, WINDOW, WARPS_I, WARPS_J, STEP_I, BLOCK_B, BLOCK_K, ACC
+    )
     W = ()
     for n in tl.static_range(UNROLL_J):
         W += (weights(

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .blocks import product, squash, squash_vjp, wide
+from .windows import capsule_offset, sample_offset
 
 
 @triton.jit
@@ -28,15 +29,27 @@ def block(
 
 
 @triton.jit
+def inputs(u_ptr, i_b, i, i_k, B, I, K: tl.constexpr, WINDOW: tl.constexpr, ACC: tl.constexpr):
+    """A block of input capsule i, [BLOCK_B, BLOCK_K]."""
+    if WINDOW is None:
+        u = block(u_ptr + i * K, i_b, I * K, B, i_k, K, ACC)
+    else:
+        rows = sample_offset(i_b, K, WINDOW)[:, None] + capsule_offset(i, K, WINDOW)
+        mask = (i_b < B)[:, None] & (i_k < K)[None, :]
+        u = tl.load(u_ptr + rows + i_k[None, :], mask=mask, other=0.0).to(ACC)
+    return u
+
+
+@triton.jit
 def predictions(
-    u_ptr, weight_ptr, i_b, i, i_d, B, I, K: tl.constexpr, D: tl.constexpr,
+    u_ptr, weight_ptr, i_b, i, i_d, B, I, K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A block of u_hat, [BLOCK_B, BLOCK_D]; ``weight_ptr`` points to W_ij."""
     u_hat = tl.zeros([i_b.shape[0], i_d.shape[0]], ACC)
     for k in range(0, K, BLOCK_K):
         i_k = k + tl.arange(0, BLOCK_K)
-        u = block(u_ptr + i * K, i_b, I * K, B, i_k, K, ACC)
+        u = inputs(u_ptr, i_b, i, i_k, B, I, K, WINDOW, ACC)
         W = block(weight_ptr, i_d, K, D, i_k, K, ACC)
         u_hat = plus_product(u_hat, u, tl.trans(W), ACC, PRECISION)
     return u_hat
@@ -64,7 +77,7 @@ def prediction_gradients(
 
 @triton.jit
 def wide_coupling_kernel(
-    u_ptr,  # [B, I, K]
+    u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     logits_ptr,  # [I, J] or None
     V_ptr,  # [B, J, D]: V^(t-1); None for t = 1, where it is 0
@@ -78,6 +91,7 @@ def wide_coupling_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
+    WINDOW: tl.constexpr,
     LEAKY: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -109,7 +123,7 @@ def wide_coupling_kernel(
             for d in range(0, D, BLOCK_D):
                 i_d = d + tl.arange(0, BLOCK_D)
                 u_hat = predictions(
-                    u_ptr, p_weight, i_b, i, i_d, B, I, K, D, BLOCK_K, ACC, PRECISION
+                    u_ptr, p_weight, i_b, i, i_d, B, I, K, D, WINDOW, BLOCK_K, ACC, PRECISION
                 )
                 if V_ptr is not None:
                     V = block(V_ptr + j * D, i_b, J * D, B, i_d, D, ACC)
@@ -146,7 +160,7 @@ def wide_coupling_kernel(
 
 @triton.jit
 def wide_sum_kernel(
-    u_ptr,  # [B, I, K]
+    u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     y_ptr,  # [B, I, J]
     bias_ptr,  # [J, D] or None: added
@@ -158,6 +172,7 @@ def wide_sum_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -178,7 +193,7 @@ def wide_sum_kernel(
         p_weight = weight_ptr + (i // WEIGHT_SHARING * J + j) * (D * K)
         for k in range(0, K, BLOCK_K):
             i_k = k + tl.arange(0, BLOCK_K)
-            u = block(u_ptr + i * K, i_b, I * K, B, i_k, K, ACC)
+            u = inputs(u_ptr, i_b, i, i_k, B, I, K, WINDOW, ACC)
             W = block(p_weight, i_d, K, D, i_k, K, ACC)
             total = plus_product(total, y * u, tl.trans(W), ACC, PRECISION)
     if bias_ptr is not None:
@@ -266,7 +281,7 @@ def wide_input_gradient_kernel(
 
 @triton.jit
 def wide_weight_gradient_kernel(
-    u_ptr,  # [B, I, K]
+    u_ptr,  # [B, I, K], or a grid (windows.py)
     c_ptr,  # [R, B, I, J]
     dl_ptr,  # [R, B, I, J], or None with routing_gradient="last"
     V_ptr,  # [R, B, J, D]: V^(t-1)
@@ -280,6 +295,7 @@ def wide_weight_gradient_kernel(
     K: tl.constexpr,
     D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -301,7 +317,7 @@ def wide_weight_gradient_kernel(
             du_hat = prediction_gradients(
                 c_ptr, dl_ptr, V_ptr, ds_ptr, i_b, i, j, i_d, first, iterations, B, I, J, D, ACC
             )
-            u = block(u_ptr + i * K, i_b, I * K, B, i_k, K, ACC)
+            u = inputs(u_ptr, i_b, i, i_k, B, I, K, WINDOW, ACC)
             dW = plus_product(dW, tl.trans(du_hat), u, ACC, PRECISION)
     mask = (i_d < D)[:, None] & (i_k < K)[None, :]
     p_weight = grad_weight_ptr + (row * J + j) * (D * K) + i_d[:, None] * K + i_k[None, :]
