@@ -35,7 +35,7 @@ SIZES = [
 def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/test_triton_interpreter.py"],
+        [*command, "tests/test_triton_interpreter.py", "tests/test_window_memory.py"],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -143,13 +143,27 @@ def test_number_of_launches(R, routing_gradient):
 
 
 @needs_triton
+@pytest.mark.parametrize(("K", "D"), [(8, 16), (72, 64)])
+def test_the_gradient_of_a_grid_takes_one_launch_more(K, D):
+    """And no kernel is given anything as large as the windows but the gradients of them."""
+    B, C = 8, 16
+    sizes: dict[str, int] = {}
+    names = launches(B, C * 9, 2, K, D, 3, sizes=sizes, grid=(12, 12, C), window=(3, 3, 1, 1))
+    names.remove("grid_gradient_kernel")
+    assert names == launches(B * 10 * 10, C * 9, 2, K, D, 3)
+    windows = B * 10 * 10 * C * 9 * K
+    assert {name for name, size in sizes.items() if size >= windows} == {"du_ptr", "grad_u_ptr"}
+    assert sizes["u_ptr"] == B * 12 * 12 * C * K
+
+
+@needs_triton
 def test_every_launch_has_all_arguments_and_no_workspace_grows_with_u_hat():
     """J in several tiles: also the statistics; the largest workspace stays far below u_hat."""
     B, I, J, K, D = 128, 3872, 196, 8, 16
-    seen: list[int] = []
-    names = launches(B, I, J, K, D, 3, sizes=seen)
+    sizes: dict[str, int] = {}
+    names = launches(B, I, J, K, D, 3, sizes=sizes)
     assert names.count("routing_statistics_kernel") == 2 + 3
-    assert max(seen) <= B * I * J * D / 15
+    assert max(sizes.values()) <= B * I * J * D / 15
 
 
 @needs_triton
@@ -159,8 +173,12 @@ def test_blocks_of_large_weights_need_three_launches_an_iteration():
     assert all(name.startswith("wide_") for name in names)
 
 
-def launches(B, I, J, K, D, R, full_gradient=True, sizes=None):
-    """Names of the kernels that a forward and backward launch, in order."""
+def launches(B, I, J, K, D, R, full_gradient=True, sizes=None, grid=None, window=None):
+    """Names of the kernels that a forward and backward launch, in order.
+
+    ``sizes``: a dict, filled with the elements of the largest tensor given under each name.
+    ``grid``: (H, W, C) of u [B, H, W, C, K] under a ``window``.
+    """
     from capsule_kernels.backends.triton import launch
     from capsule_kernels.backends.triton.routing import Gpu
 
@@ -171,15 +189,18 @@ def launches(B, I, J, K, D, R, full_gradient=True, sizes=None):
         assert all(0 < size < 2**31 for size in grid)
         names.append(kernel.__name__)
         if sizes is not None:
-            sizes.extend(x.numel() for x in arguments.values() if isinstance(x, torch.Tensor))
+            for name, x in arguments.items():
+                if isinstance(x, torch.Tensor):
+                    sizes[name] = max(sizes.get(name, 0), x.numel())
 
     gpu = Gpu(processors=132, hip=False)
-    u, weight = torch.empty(B, I, K, device="meta"), torch.empty(I, J, D, K, device="meta")
+    u = torch.empty((B, *grid, K) if grid else (B, I, K), device="meta")
+    weight = torch.empty(I, J, D, K, device="meta")
     v, s, _ = launch.routing_forward(
-        u, weight, None, None, R, False, 1, False, launch=record, gpu=gpu
+        u, weight, None, None, R, False, 1, False, window, launch=record, gpu=gpu
     )
     launch.routing_backward(
-        v, u, weight, None, s, False, 1, full_gradient, [True, True, False, False],
+        v, u, weight, None, s, False, 1, full_gradient, [True, True, False, False], window,
         launch=record, gpu=gpu,
     )  # fmt: skip
     return names

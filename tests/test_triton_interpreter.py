@@ -16,7 +16,9 @@ import torch
 from capsule_kernels import backends, fused_routing, reference_routing
 from capsule_kernels.backends import triton as backend
 
+from . import conv_cases
 from .cases import Case, check_case, copies, make_inputs, run
+from .conv_cases import Conv
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -48,6 +50,20 @@ CASES = [
     Case(B=1, I=2, J=3, K=72, D=64, routing_gradient="last"), Case(B=1, I=1, J=3, K=72, D=64, R=1),
 ]  # fmt: skip
 """The awkward sizes of SPEC section 4 and every option, as small as shows them."""
+
+
+CONVOLUTIONS = [
+    Conv(B=1, C=2, K=3, H=3, W=3, J=2, D=4, window=(2, 2)),
+    Conv(B=3, C=3, K=3, H=4, W=3, J=2, D=4, window=(3, 2), stride=(2, 1), padding=(1, 0)),
+    Conv(B=1, C=3, K=3, H=4, W=5, J=3, D=4, window=(3, 3), padding=(0, 1), routing_gradient="last"),
+    # Steps as large as the window, and larger, so that a cell is in one window or in none.
+    Conv(B=1, C=2, K=3, H=4, W=4, J=2, D=4, window=(2, 2), stride=(2, 2)),
+    Conv(B=2, C=5, K=3, H=5, W=4, J=2, D=4, window=(1, 2), stride=(3, 3)),
+    # J in several tiles, and W_ij in several blocks.
+    Conv(B=1, C=2, K=3, H=2, W=3, J=20, D=16, window=(2, 2)),
+    Conv(B=1, C=1, K=72, H=2, W=3, J=2, D=64, window=(1, 2)),
+]
+"""Convolutional capsules: windows that overlap in one direction, in both, and in none."""
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +98,17 @@ def test_backend_is_usable():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_oracle(case):
     check_case(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutional_capsules_match_oracle(case):
+    conv_cases.check(case, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS[::5], ids=str)
+def test_convolutional_capsules_in_other_dtypes(case, dtype, matrix_unit):
+    conv_cases.check(case, dtype, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -141,10 +168,22 @@ def test_wide_offsets_give_the_same_bits(monkeypatch):
     from capsule_kernels.backends.triton import config
 
     cases = [Case(B=2, I=2, R=2, logits=True), Case(B=1, I=1, J=20, R=2)]
-    for case in (*cases, Case(B=1, I=1, J=2, K=72, D=64, R=2)):
-        narrow = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
+    calls = [
+        lambda case=case: run(
+            fused_routing, case, make_inputs(case, torch.float32), backend="triton"
+        )
+        for case in (*cases, Case(B=1, I=1, J=2, K=72, D=64, R=2))
+    ]
+    calls += [
+        lambda case=case: conv_cases.run(
+            case, conv_cases.make_inputs(case, torch.float32), "triton"
+        )
+        for case in CONVOLUTIONS[::3]
+    ]
+    for call in calls:
+        narrow = call()
         monkeypatch.setattr(config, "needs_int64", lambda *counts: True)
-        wide = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
+        wide = call()
         monkeypatch.undo()
         for name in narrow:
             assert torch.equal(narrow[name], wide[name]), name
