@@ -49,8 +49,19 @@ def missing() -> str | None:
     return None
 
 
-def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[Row]:
-    """Every kernel of a forward and backward with the default options."""
+def rows(
+    shape: Shape,
+    B: int,
+    R: int,
+    precision: str,
+    target: str,
+    grid: tuple[int, int, int] | None = None,
+    window: tuple[int, int, int, int] | None = None,
+) -> Iterator[Row]:
+    """Every kernel of a forward and backward with the default options.
+
+    With a ``window`` B grids (H, W, C), and I = C kh kw (``capsule_kernels.ops.FORWARD_SCHEMA``).
+    """
     from capsule_kernels.backends.triton import launch
     from capsule_kernels.backends.triton.routing import Gpu
 
@@ -69,19 +80,19 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
             )
             compiled[key] = Row(
                 "triton", kernel.__name__, shape.name, precision, target, num_warps,
-                useful=useful(shape, B, arguments), **facts,
+                useful=useful(shape, arguments), **facts,
             )  # fmt: skip
 
-    u = torch.empty(B, shape.I, shape.K, dtype=dtype, device="meta")
+    u = torch.empty(B, *(grid or (shape.I,)), shape.K, dtype=dtype, device="meta")
     weight = torch.empty(shape.I, shape.J, shape.D, shape.K, dtype=dtype, device="meta")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul_precision)
     try:
         v, s, _ = launch.routing_forward(
-            u, weight, None, None, R, False, 1, False, launch=record, gpu=gpu
+            u, weight, None, None, R, False, 1, False, window, launch=record, gpu=gpu
         )
         launch.routing_backward(
-            v, u, weight, None, s, False, 1, True, [True, True, False, False],
+            v, u, weight, None, s, False, 1, True, [True, True, False, False], window,
             launch=record, gpu=gpu,
         )  # fmt: skip
     finally:
@@ -89,7 +100,7 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
     yield from compiled.values()
 
 
-def useful(shape: Shape, B: int, arguments: dict[str, Any]) -> float:
+def useful(shape: Shape, arguments: dict[str, Any]) -> float:
     """The share of a kernel's tiles, samples times columns (j, d), that is not padding."""
     if "UNROLL_J" in arguments:
         BLOCK_J = arguments["WARPS_J"] * arguments["UNROLL_J"]
@@ -97,7 +108,8 @@ def useful(shape: Shape, B: int, arguments: dict[str, Any]) -> float:
         BLOCK_J = arguments["BLOCK_J"]
     else:
         return 1.0
-    blocks = ((B, arguments["BLOCK_B"]), (shape.J, BLOCK_J), (shape.D, arguments["BLOCK_D"]))
+    B, BLOCK_B, BLOCK_D = (arguments[name] for name in ("B", "BLOCK_B", "BLOCK_D"))
+    blocks = ((B, BLOCK_B), (shape.J, BLOCK_J), (shape.D, BLOCK_D))
     return math.prod(size / (-(-size // block) * block) for size, block in blocks)
 
 

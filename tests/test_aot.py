@@ -10,6 +10,7 @@ import pytest
 from bench import aot, aot_triton
 from bench.__main__ import main
 from bench.aot_rows import Row
+from bench.shapes import Shape
 from capsule_kernels.backends import triton as backend
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,23 @@ def test_shipped_configurations_of_mnist_do_not_spill():
             assert found, (name, target)
             assert all(int(k["matrix"]) > 0 for k in found), (name, target)
     assert {k["spilled"] for k in kernels} == {"0 B"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not backend.INSTALLED, reason="Triton is not installed")
+@pytest.mark.skipif(backend.INTERPRETED, reason="Triton interprets here")
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_that_read_windows_compile(target):
+    """Windows of 3 x 3 on 12 x 12 grids of 32 types, with the capsules of MNIST."""
+    shape = Shape("windows", 32 * 9, 10)
+    window = (3, 3, 2, 2)
+    rows = list(aot_triton.rows(shape, 16, 3, "TF32", target, (12, 12, 32), window))
+    names = [row.kernel for row in rows]
+    assert names.count("grid_gradient_kernel") == 1
+    assert names.count("routing_forward_kernel") > 1
+    assert {row.spilled_bytes for row in rows} == {0}
+    reading = ("routing_forward_kernel", "routing_backward_kernel", "routing_gradients_kernel")
+    assert all(row.matrix_instructions for row in rows if row.kernel in reading)
 
 
 @pytest.mark.parametrize(
