@@ -6,12 +6,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .autograd import FusedRouting, TransformableRouting, transformed
+from .autograd import (
+    FusedRouting,
+    Options,
+    TransformableRouting,
+    by_oracle,
+    forward_operator,
+    transformed,
+)
 from .dispatch import select_backend
-from .ops import OPERATORS
-from .reference import reference_routing
 from .validation import check_arguments
-from .windows import capsules
 
 
 @overload
@@ -123,6 +127,7 @@ def fused_routing(
                 return_coupling=return_coupling,
                 backend=backend,
             )
+    caller = "fused_routing"
     check_arguments(
         u,
         weight,
@@ -134,66 +139,33 @@ def fused_routing(
         routing_gradient,
         return_coupling,
     )
-    v, coupling = route(
-        u,
-        weight,
-        logits,
-        bias,
-        backend,
-        num_iterations,
-        leaky,
-        weight_sharing,
-        routing_gradient,
-        return_coupling,
+    backend = select_backend(caller, backend, u, weight, num_iterations, weight_sharing)
+    options = Options(
+        backend, num_iterations, leaky, weight_sharing, routing_gradient, return_coupling
     )
+    v, coupling = route(caller, u, weight, logits, bias, options)
     return (v, coupling) if return_coupling else v
 
 
 def route(
+    caller: str,
     u: Tensor,
     weight: Tensor,
     logits: Tensor | None,
     bias: Tensor | None,
-    backend: str,
-    num_iterations: int,
-    leaky: bool,
-    weight_sharing: int,
-    routing_gradient: str,
-    return_coupling: bool,
-    window: tuple[int, ...] = (),
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Checked arguments on their way to a backend: v and, where asked for, the coupling.
-
-    u and ``window`` as in :data:`capsule_kernels.ops.FORWARD_SCHEMA`, the rest as in
-    :func:`fused_routing`.
-    """
-    chosen = select_backend(backend, u, weight, num_iterations, weight_sharing)
-    if chosen == "reference":
-        return reference_routing(  # type: ignore[return-value]
-            capsules(u, window),
-            weight,
-            num_iterations,
-            logits=logits,
-            bias=bias,
-            leaky=leaky,
-            weight_sharing=weight_sharing,
-            routing_gradient=routing_gradient,
-            return_coupling=True,
-        )
-    tensors = (weight, logits, bias)
-    options = (num_iterations, leaky, weight_sharing)
-    if transformed():
-        v, coupling, _ = TransformableRouting.apply(
-            u, *tensors, chosen, *options, routing_gradient, return_coupling, *window
-        )
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, *tensors)):
-        v, coupling = FusedRouting.apply(
-            u, *tensors, chosen, *options, routing_gradient, return_coupling, *window
-        )
+    """Checked arguments on their way to a backend: v and, where asked for, the coupling."""
+    inputs = (u, weight, logits, bias, options)
+    if options.backend == "reference":
+        return by_oracle(*inputs)
+    if transformed(caller):
+        function = TransformableRouting.apply
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
+        function = FusedRouting.apply
     else:
-        v, _, coupling = OPERATORS[chosen].forward(
-            u, *tensors, *options, return_coupling, window or None
-        )
+        function = forward_operator
+    v, coupling, *_ = function(*inputs)
     return v, coupling
 
 

@@ -5,6 +5,7 @@ stores ``u_hat``.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,25 +18,38 @@ from .reference import reference_routing
 from .windows import capsules
 
 
-def forward_operator(
-    u: Tensor,
-    weight: Tensor,
-    logits: Tensor | None,
-    bias: Tensor | None,
-    backend: str,
-    num_iterations: int,
-    leaky: bool,
-    weight_sharing: int,
-    routing_gradient: str,
-    return_coupling: bool,
-    *window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(v, coupling, s) by the fused operator: what both forms of the function start with.
+@dataclass(frozen=True)
+class Options:
+    """What is no tensor of a call: as in :func:`capsule_kernels.fused_routing`.
 
-    u and ``window`` as in :data:`capsule_kernels.ops.FORWARD_SCHEMA`.
+    ``backend`` is the one that runs; u and ``window`` as in
+    :data:`capsule_kernels.ops.FORWARD_SCHEMA`.
     """
-    options = (num_iterations, leaky, weight_sharing, return_coupling, window or None)
-    v, s, coupling = OPERATORS[backend].forward(u, weight, logits, bias, *options)
+
+    backend: str
+    num_iterations: int
+    leaky: bool
+    weight_sharing: int
+    routing_gradient: str
+    return_coupling: bool
+    window: tuple[int, ...] | None = None
+
+
+def forward_operator(
+    u: Tensor, weight: Tensor, logits: Tensor | None, bias: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(v, coupling, s) by the fused operator: what both forms of the function start with."""
+    v, s, coupling = OPERATORS[options.backend].forward(
+        u,
+        weight,
+        logits,
+        bias,
+        options.num_iterations,
+        options.leaky,
+        options.weight_sharing,
+        options.return_coupling,
+        options.window,
+    )
     return v, coupling, s
 
 
@@ -60,9 +74,8 @@ class FusedRouting(torch.autograd.Function):
 
 def remember(ctx: Any, inputs: tuple[Any, ...], s: Tensor) -> None:
     """Save what :func:`gradients` needs of the inputs of :func:`forward_operator`."""
-    *tensors, backend, _, leaky, weight_sharing, routing_gradient, _ = inputs[:10]
+    *tensors, ctx.options = inputs
     ctx.save_for_backward(*tensors, s)
-    ctx.options = (backend, leaky, weight_sharing, routing_gradient, inputs[10:])
 
 
 def asked_for(ctx: Any) -> tuple[bool, ...]:
@@ -88,15 +101,14 @@ def will_run(node: Any) -> bool:
 
 def gradients(ctx: Any, grad_v: Tensor, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
     """A backward's result: the gradients that are ``wanted``, None for all other arguments."""
-    *options, window = ctx.options
-    arguments = (grad_v, *ctx.saved_tensors, *options, *wanted, *window)
+    arguments = (grad_v, *ctx.saved_tensors, ctx.options, *wanted)
     # Grad mode is on only where this backward is itself differentiated (create_graph=True,
     # torch.func.grad).
     if torch.is_grad_enabled():
         found = FusedRoutingBackward.apply(*arguments)
     else:
         found = backward_operator(*arguments)
-    return *(g if want else None for g, want in zip(found, wanted, strict=True)), *[None] * 10
+    return *(g if want else None for g, want in zip(found, wanted, strict=True)), None
 
 
 class TransformableRouting(torch.autograd.Function):
@@ -114,7 +126,7 @@ class TransformableRouting(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, coupling, s = output
         remember(ctx, inputs, s)
-        ctx.save_for_forward(*inputs[:4], s)
+        ctx.save_for_forward(*inputs[:-1], s)
         ctx.mark_non_differentiable(coupling, s)
 
     @staticmethod
@@ -124,20 +136,20 @@ class TransformableRouting(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:
         *inputs, s = ctx.saved_tensors
-        oracle = oracle_of(s.shape[0], *ctx.options[1:])
         v_like = inputs[0].new_zeros(s.shape[1:])
-        return jacobian_vector(oracle, inputs, tangents[:4], v_like), None, None
+        return jacobian_vector(oracle_of(ctx.options), inputs, tangents[:-1], v_like), None, None
 
 
-def transformed() -> bool:
+def transformed(caller: str) -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation surrounds this call.
 
-    Raises ``RuntimeError`` under ``torch.compile``, whose traces of such transforms lose gradients.
+    Raises ``RuntimeError`` in the name of ``caller`` under ``torch.compile``, whose traces of such
+    transforms lose gradients.
     """
     found = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if found and torch.compiler.is_compiling():
         raise RuntimeError(
-            "fused_routing: torch.func transforms and forward-mode differentiation inside "
+            f"{caller}: torch.func transforms and forward-mode differentiation inside "
             "torch.compile are not supported; call them outside of the compiled function, or "
             "compile without fullgraph=True"
         )
@@ -151,17 +163,21 @@ def backward_operator(
     logits: Tensor | None,
     bias: Tensor | None,
     s: Tensor,
-    backend: str,
-    leaky: bool,
-    weight_sharing: int,
-    routing_gradient: str,
-    *wanted_and_window: int,
+    options: Options,
+    *wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, weight, logits and bias by the fused operator; [0] where not wanted."""
-    wanted, window = list(wanted_and_window[:4]), wanted_and_window[4:]
-    full = routing_gradient == "full"
-    return OPERATORS[backend].backward(
-        grad_v, u, weight, logits, s, leaky, weight_sharing, full, wanted, window or None
+    return OPERATORS[options.backend].backward(
+        grad_v,
+        u,
+        weight,
+        logits,
+        s,
+        options.leaky,
+        options.weight_sharing,
+        options.routing_gradient == "full",
+        list(wanted),
+        options.window,
     )
 
 
@@ -174,11 +190,10 @@ class FusedRoutingBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, s, _, leaky, weight_sharing, routing_gradient = inputs[:10]
+        *tensors, _, ctx.options = inputs[:7]
+        ctx.wanted = inputs[7:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.options = (s.shape[0], leaky, weight_sharing, routing_gradient, inputs[14:])
-        ctx.wanted = inputs[10:14]
 
     @staticmethod
     def backward(ctx: Any, *second_gradients: Tensor) -> tuple[Any, ...]:
@@ -186,7 +201,7 @@ class FusedRoutingBackward(torch.autograd.Function):
         cotangents = tuple(h for h, w in zip(second_gradients, ctx.wanted, strict=True) if w)
         function = FusedRoutingBackward.by_oracle(ctx)
         found = iter(vector_jacobian(function, ctx.saved_tensors, needed, cotangents))
-        return *(next(found) if need else None for need in needed), *[None] * 13
+        return *(next(found) if need else None for need in needed), *[None] * 6
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
@@ -200,33 +215,30 @@ class FusedRoutingBackward(torch.autograd.Function):
     @staticmethod
     def by_oracle(ctx: Any) -> Callable[..., tuple[Tensor, ...]]:
         """The gradients that are wanted, as a function of grad_v, u, weight, logits and bias."""
-        oracle = oracle_of(*ctx.options)
-        wanted = ctx.wanted
+        oracle, wanted = oracle_of(ctx.options), ctx.wanted
         return lambda grad_v, *inputs: vector_jacobian(oracle, inputs, wanted, grad_v)
 
 
-def oracle_of(
-    num_iterations: int,
-    leaky: bool,
-    weight_sharing: int,
-    routing_gradient: str,
-    window: tuple[int, ...],
-) -> Callable[..., Tensor]:
-    """The oracle as a function of u, weight, logits and bias."""
+def by_oracle(
+    u: Tensor, weight: Tensor, logits: Tensor | None, bias: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(v, coupling) by the oracle."""
+    return reference_routing(  # type: ignore[return-value]
+        capsules(u, options.window),
+        weight,
+        options.num_iterations,
+        logits=logits,
+        bias=bias,
+        leaky=options.leaky,
+        weight_sharing=options.weight_sharing,
+        routing_gradient=options.routing_gradient,
+        return_coupling=True,
+    )
 
-    def routing(u: Tensor, weight: Tensor, logits: Tensor | None, bias: Tensor | None) -> Tensor:
-        return reference_routing(  # type: ignore[return-value]
-            capsules(u, window),
-            weight,
-            num_iterations,
-            logits=logits,
-            bias=bias,
-            leaky=leaky,
-            weight_sharing=weight_sharing,
-            routing_gradient=routing_gradient,
-        )
 
-    return routing
+def oracle_of(options: Options) -> Callable[..., Tensor]:
+    """v by the oracle, as a function of u, weight, logits and bias."""
+    return lambda u, weight, logits, bias: by_oracle(u, weight, logits, bias, options)[0]
 
 
 def vector_jacobian(

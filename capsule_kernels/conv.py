@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .api import cast_of, route, under_autocast
+from .autograd import Options
+from .dispatch import select_backend
 from .validation import (
     check_beside_u,
     check_like_u,
@@ -148,22 +150,14 @@ def fused_routing_conv(
         logits = logits.flatten(0, 2)
     if bias is not None:
         check_beside_u("bias", bias, "[J, D]", (J, D), u, caller)
+    weight = weight.flatten(0, 2)
+    backend = select_backend(caller, backend, u, weight, num_iterations, 1)
     grid = u.permute(0, 3, 4, 1, 2)  # [B, H, W, C, K]
     if pad_rows or pad_columns:
         grid = F.pad(grid, (0, 0, 0, 0, pad_columns, pad_columns, pad_rows, pad_rows))
-    v, coupling = route(
-        grid,
-        weight.flatten(0, 2),
-        logits,
-        bias,
-        backend,
-        num_iterations,
-        leaky,
-        1,
-        routing_gradient,
-        return_coupling,
-        (kh, kw, down, right),
-    )
+    window = (kh, kw, down, right)
+    options = Options(backend, num_iterations, leaky, 1, routing_gradient, return_coupling, window)
+    v, coupling = route(caller, grid, weight, logits, bias, options)
     rows = (grid.shape[1] - kh) // down + 1
     columns = (grid.shape[2] - kw) // right + 1
     v = v.unflatten(0, (B, rows, columns)).permute(0, 3, 4, 1, 2)

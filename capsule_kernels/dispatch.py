@@ -49,14 +49,14 @@ def backends() -> dict[str, BackendStatus]:
 
 
 def select_backend(
-    backend: str, u: Tensor, weight: Tensor, num_iterations: int, weight_sharing: int
+    caller: str, backend: str, u: Tensor, weight: Tensor, num_iterations: int, weight_sharing: int
 ) -> str:
     """The backend that will run this call; a backend asked for by name runs or raises.
 
     Raises ``ValueError`` for an unknown name, ``RuntimeError`` with the reason for a backend
-    that is not usable here or can't run this call.
+    that is not usable here or can't run this call, both in the name of ``caller``.
     """
-    check_choice("backend", backend, CHOICES)
+    check_choice("backend", backend, CHOICES, caller)
     if backend == "reference":
         return backend
     rows, J, D, K = weight.shape
@@ -68,7 +68,7 @@ def select_backend(
         return "reference"
     reason = reason_against(backend, u.device, u.dtype, shape)
     if reason is not None:
-        raise RuntimeError(f"fused_routing: backend '{backend}' can't be used: {reason}")
+        raise RuntimeError(f"{caller}: backend '{backend}' can't be used: {reason}")
     return backend
 
 
