@@ -5,8 +5,8 @@ Two operators, one overload for each backend: ``capsule_kernels::routing_forward
 was chosen is the one that runs, in eager mode and in a captured graph alike.
 
 The kernels of ``cpu`` and ``cuda`` are registered by the C++ extension (``TORCH_LIBRARY_IMPL`` in
-``csrc/``); those of ``triton`` here, imported when first called. All operators accept any strides
-and return new contiguous tensors.
+``csrc/``), those of ``triton`` here: Triton is imported when they are first called. All operators
+accept any strides and return new contiguous tensors.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import triton
+from .backends import extension, triton
 from .windows import sizes
 
 FORWARD_SCHEMA = (
@@ -112,9 +112,27 @@ def one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
     return fake
 
 
+def define(operator: str) -> None:
+    """Define an operator, behind which the compiled extension may have registered a kernel.
+
+    It has been loaded before: here a kernel that does not fit raises. Loaded afterwards, it would
+    end the process.
+    """
+    try:
+        library.define(operator)
+    except RuntimeError as error:
+        if extension.module is None:
+            raise
+        raise ImportError(
+            f"capsule_kernels: the compiled extension {extension.module.__file__} was built for "
+            "other operators than this version has; build it anew, as by "
+            "`pip install --no-build-isolation .`"
+        ) from error
+
+
 for _backend in KERNEL_BACKENDS:
-    library.define(f"routing_forward.{_backend}{FORWARD_SCHEMA}")
-    library.define(f"routing_backward.{_backend}{BACKWARD_SCHEMA}")
+    define(f"routing_forward.{_backend}{FORWARD_SCHEMA}")
+    define(f"routing_backward.{_backend}{BACKWARD_SCHEMA}")
     torch.library.register_fake(
         f"capsule_kernels::routing_forward.{_backend}", one_device(forward_shapes)
     )

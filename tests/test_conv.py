@@ -1,5 +1,6 @@
 """Convolutional capsules against loops over positions, and at the size of the window itself."""
 
+import re
 from itertools import product
 from typing import Any
 
@@ -193,9 +194,29 @@ def test_layer(options: dict[str, Any]) -> None:
         ({"stride": (1, 2, 3)}, ValueError, r"stride must be an int >= 1 or two of them, got \(1"),
         ({"padding": -1}, ValueError, "padding must be >= 0, got -1"),
         ({"padding": "same"}, TypeError, "padding must be an int >= 0, got str 'same'"),
+        ({"backend": "tpu"}, ValueError, "backend must be one of 'auto', .*, got 'tpu'"),
     ],
 )
 def test_bad_input(change: dict[str, object], error: type[Exception], message: str) -> None:
     arguments = {name: x.detach().float() for name, x in inputs().items()} | change
     with pytest.raises(error, match=f"^fused_routing_conv: .*{message}"):
         fused_routing_conv(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name, s in backends().items() if not s.usable])
+def test_an_unusable_backend_says_why(name: str) -> None:
+    arguments = {name: x.detach() for name, x in inputs().items()}
+    reason = re.escape(f"backend '{name}' can't be used: {backends()[name].reason}")
+    with pytest.raises(RuntimeError, match=f"^fused_routing_conv: {reason}$"):
+        fused_routing_conv(**arguments, backend=name)
+
+
+@NEEDS_KERNELS
+def test_a_transform_under_compile_is_refused_by_name() -> None:
+    def gradient(u: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.grad(lambda u: fused_routing_conv(u, weight).sum())(u)
+
+    u, weight = (inputs()[name].detach() for name in ("u", "weight"))
+    whole = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"fused_routing_conv: torch\.func transforms"):
+        whole(u, weight)

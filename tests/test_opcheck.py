@@ -1,5 +1,7 @@
 """``torch.library.opcheck``: schemas, fakes and tracing of the operators, for every option."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -106,3 +108,25 @@ def test_tensors_on_two_devices() -> None:
     u, weight = torch.randn(2, 4, 2), torch.empty(4, 3, 3, 2, device="meta")
     with pytest.raises(ValueError, match="on one device, got cpu, meta"):
         OPERATORS["cpu"].forward(u, weight, None, None, 3, False, 1, False)
+
+
+OTHER_OPERATORS = """
+from torch.library import Library
+
+define = Library.define
+Library.define = lambda self, schema, *rest: define(
+    self, schema.replace("window=None", "window=None, bool more=False"), *rest
+)
+import capsule_kernels
+"""
+
+
+def test_an_extension_of_other_operators_is_told_from_one_that_fits() -> None:
+    """As after an update of the sources alone; torch would end the process without a word of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_OPERATORS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("ImportError: capsule_kernels: the compiled extension ")
+    assert "was built for other operators than this version has; build it anew" in message

@@ -7,7 +7,7 @@ module: ModuleType | None = None
 missing: str | None = None
 
 try:
-    # Loading it registers its kernels behind the operators of capsule_kernels.ops.
+    # Loading it registers its kernels behind the operators that capsule_kernels.ops then defines.
     module = importlib.import_module("capsule_kernels._C")
 except ImportError as error:
     missing = (
