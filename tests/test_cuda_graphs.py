@@ -1,9 +1,11 @@
 """A whole training step captured as one CUDA graph and replayed on new data."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from capsule_kernels import CapsuleLinear, backends
+from capsule_kernels import CapsuleConv2d, CapsuleLinear, backends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -11,23 +13,32 @@ pytestmark = [
 ]
 
 
+LAYERS = {
+    "linear": (partial(CapsuleLinear, 64, 8, 10, 16), (64, 8)),
+    "conv": (partial(CapsuleConv2d, 4, 8, 10, 16, 3, stride=2, padding=1), (4, 8, 7, 6)),
+}
+"""Layers, and the shape of a sample of their input."""
+
+
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_replayed_step_is_the_step(backend: str) -> None:
+def test_a_replayed_step_is_the_step(backend: str, name: str) -> None:
+    make, shape = LAYERS[name]
     status = backends()[backend]
     if not status.usable:
         pytest.skip(f"{backend}: {status.reason}")
     generator = torch.Generator("cuda").manual_seed(0)
-    data = torch.randn(8, 16, 64, 8, generator=generator, device="cuda")  # [steps, B, I, K]
+    data = torch.randn(8, 16, *shape, generator=generator, device="cuda")  # [steps, B, ...]
 
     def train(captured: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        layer = CapsuleLinear(64, 8, 10, 16, bias=True, backend=backend, device="cuda")
+        layer = make(bias=True, backend=backend, device="cuda")
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         u = data[0].clone()
 
         def step() -> None:
             optimizer.zero_grad(set_to_none=False)
-            layer(u).square().sum(-1).mean().backward()
+            layer(u).square().sum(2).mean().backward()
             optimizer.step()
 
         side = torch.cuda.Stream()

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 around a capsule layer: two processes step as one does on the joint batch."""
+"""DDP and FSDP2 around capsule layers: two processes step as one does on the joint batch."""
 
 from pathlib import Path
 
@@ -9,16 +9,25 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from capsule_kernels import CapsuleLinear
+from capsule_kernels import CapsuleConv2d, CapsuleLinear
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
 
 
+class Flattened(nn.Module):
+    """Capsules [B, C, K, H, W] of a grid as [B, C H W, K]."""
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        return grid.movedim(2, -1).flatten(1, 3)
+
+
 def network() -> nn.Module:
+    """Two types of capsules on a grid 4 x 3, convolved with overlapping windows, then routed."""
     torch.manual_seed(0)
     return nn.Sequential(
-        CapsuleLinear(6, 4, 4, 5, bias=True, learn_logits=True), CapsuleLinear(4, 5, 3, 2)
-    )
+        CapsuleConv2d(2, 4, 3, 4, 2, bias=True, learn_logits=True), Flattened(),
+        CapsuleLinear(18, 4, 4, 5, bias=True, learn_logits=True), CapsuleLinear(4, 5, 3, 2),
+    )  # fmt: skip
 
 
 def step(model: nn.Module, u: torch.Tensor) -> None:
@@ -39,7 +48,7 @@ def work(rank: int, rendezvous: str, device: str, processes: int) -> None:
         rank=rank,
         world_size=processes,
     )
-    joint = torch.randn(8, 6, 4, generator=torch.Generator().manual_seed(1)).to(device)
+    joint = torch.randn(8, 2, 4, 4, 3, generator=torch.Generator().manual_seed(1)).to(device)
     alone = network().to(device)
     step(alone, joint)
     own = joint.chunk(processes)[rank]
@@ -54,7 +63,7 @@ def work(rank: int, rendezvous: str, device: str, processes: int) -> None:
     for layer in sharded:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    assert sharded[0].weight.to_local().shape[0] == 6 // processes
+    assert sharded[2].weight.to_local().shape[0] == 18 // processes
     step(sharded, own)
     for (name, p), q in zip(alone.named_parameters(), sharded.parameters(), strict=True):
         torch.testing.assert_close(

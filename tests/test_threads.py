@@ -7,19 +7,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from capsule_kernels import fused_routing
+from capsule_kernels import fused_routing, fused_routing_conv
 
+from . import conv_cases
 from .cases import Case, make_inputs
+from .conv_cases import Conv
 
 THREADS = 12
 CALLS = 8
-CASES = [Case(), Case(B=20, I=36, J=10, leaky=True), Case(B=1, I=64), Case(K=3, D=7, logits=True)]
+CASES = [
+    Case(), Case(B=20, I=36, J=10, leaky=True), Case(B=1, I=64), Case(K=3, D=7, logits=True),
+    Conv(), Conv(B=1, H=3, W=3, stride=(2, 1)),
+]  # fmt: skip
 
 
-def forward_and_backward(case: Case, seed: int, dtype: torch.dtype) -> list[Tensor]:
-    inputs = make_inputs(case, dtype, seed=seed)
-    u, weight = inputs["u"], inputs["weight"]
-    v = fused_routing(u, weight, case.R, logits=inputs["logits"], leaky=case.leaky)
+def forward_and_backward(case: Case | Conv, seed: int, dtype: torch.dtype) -> list[Tensor]:
+    if isinstance(case, Conv):
+        inputs = conv_cases.make_inputs(case, dtype)
+        u, weight = (seed * inputs[name].requires_grad_() for name in ("u", "weight"))
+        v = fused_routing_conv(u, weight, stride=case.stride)
+    else:
+        inputs = make_inputs(case, dtype, seed=seed)
+        u, weight = inputs["u"], inputs["weight"]
+        v = fused_routing(u, weight, case.R, logits=inputs["logits"], leaky=case.leaky)
     return [v.detach(), *torch.autograd.grad(v.square().sum(), [u, weight])]
 
 
