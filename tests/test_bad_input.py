@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from capsule_kernels import fused_routing, fused_routing_conv
 
+from .targets import DEVICES
+
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -29,7 +31,7 @@ def export(function: Function, u: Tensor, weight: Tensor) -> object:
 
 
 def autocast(function: Function, u: Tensor, weight: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(u.device.type, torch.bfloat16):
         return function(u, weight)
 
 
@@ -73,10 +75,12 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
 @pytest.mark.parametrize("name", CALLS)
-def test_the_same_sentence(name: str, surrounding: str) -> None:
-    function, u, weight, sentence = CALLS[name]
+def test_the_same_sentence(name: str, surrounding: str, device: str) -> None:
+    function, *sizes, sentence = CALLS[name]
+    u, weight = (torch.randn(size, device=device) for size in sizes)
     with pytest.raises(ValueError) as raised:  # noqa: PT011 (the whole message is compared)
-        SURROUNDINGS[surrounding](function, torch.randn(u), torch.randn(weight))
+        SURROUNDINGS[surrounding](function, u, weight)
     assert str(raised.value).startswith(sentence)

@@ -14,6 +14,7 @@ from model.losses import total_loss
 from model.views import Batch
 
 from .cases import OPTIONS, Case, make_inputs, run
+from .targets import DEVICES
 from .tiny import ARCHITECTURE, tiny_capsnet
 
 
@@ -63,20 +64,22 @@ def test_a_new_batch_size_compiles_nothing_anew() -> None:
         assert_same(found, run(fused_routing, case, inputs))
 
 
-def network_and_batch(B: int) -> tuple[nn.Module, Callable[[Batch], Tensor], Batch]:
+def network_and_batch(B: int, device: str) -> tuple[nn.Module, Callable[[Batch], Tensor], Batch]:
     torch.manual_seed(0)
-    network = tiny_capsnet()
+    network = tiny_capsnet().to(device)
     config = Config("tiny", ARCHITECTURE)
 
     def loss(batch: Batch) -> Tensor:
         return total_loss(network(batch.images, batch.labels), batch, config)
 
-    images = torch.rand(B, 1, 28, 28)
-    return network, loss, Batch(images, torch.randint(10, (B, 1)), images.unsqueeze(1).clone())
+    images = torch.rand(B, 1, 28, 28).to(device)
+    labels = torch.randint(10, (B, 1)).to(device)
+    return network, loss, Batch(images, labels, images.unsqueeze(1).clone())
 
 
-def test_the_whole_network_with_its_loss() -> None:
-    network, loss, batch = network_and_batch(6)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_whole_network_with_its_loss(device: str) -> None:
+    network, loss, batch = network_and_batch(6, device)
     expected = loss(batch)
     expected.backward()
     gradients = {name: p.grad for name, p in network.named_parameters()}
