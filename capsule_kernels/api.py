@@ -75,6 +75,8 @@ def fused_routing(
             v_j = |s_j|^2 / (1 + |s_j|^2) * s_j / |s_j|  (equation 1)
             b_ij += u_hat_ij . v_j
 
+    for every one of B samples; I input capsules of dimension K, J output capsules of dimension D.
+
     Args:
         u: input capsules, [B, I, K]; float64, float32, bfloat16 or float16, any strides.
             B may be 0.
@@ -93,11 +95,12 @@ def fused_routing(
 
     Returns:
         Output capsules v, [B, J, D], in the dtype of u; with ``return_coupling`` the pair (v, c).
-        Accumulation is in float32, or float64 for float64 inputs.
+        Accumulation is in float32, or float64 for float64 inputs. Products of float32 on a GPU
+        follow ``torch.get_float32_matmul_precision()``.
 
     Under ``torch.autocast`` the inputs are cast as for a matrix product.
 
-    First derivatives are fused. Second and higher ones and forward mode (``torch.func.jvp``) are
+    v is differentiable in u, weight, logits and bias. First derivatives are fused. Second and higher ones and forward mode (``torch.func.jvp``) are
     exact too, but store u_hat. ``torch.func.vmap`` takes mapped u as one larger batch; where other
     arguments are mapped it makes one call for each index. Inside ``torch.compile`` plain gradients
     work, transforms of ``torch.func`` do not.

@@ -74,10 +74,12 @@ def fused_routing_conv(
     I = C kh kw, for each of the B H' W' positions. Beyond the edges capsules are zero: they vote
     for nothing.
 
-    Neither the predictions nor the windows, nor gradients of them, are kept; the CPU kernels do not
-    even make them while they run. What is copied is u, where its capsules do not lie last in memory
-    or are padded; the output of one layer is the input of the next as it lies. The GPU kernels and
-    the oracle copy the windows, [B H' W', C kh kw, K], while they run: kh kw / stride^2 times u.
+    Neither the predictions nor the windows are kept for the backward. The backends "cpu" and
+    "triton" do not even make them: they read capsules where they lie in the grid. What is copied is
+    u, where its capsules do not lie last in memory or are padded; the output of one layer is the
+    input of the next as it lies. The backward of "triton" has the gradients of the windows,
+    [B H' W', C kh kw, K], in float32 while it runs, before it adds those of a cell. "cuda" and
+    "reference" copy the windows, too, while they run: kh kw / stride^2 times u.
 
     Args:
         u: capsules of C types on a grid, [B, C, K, H, W]; float64, float32, bfloat16 or float16,
