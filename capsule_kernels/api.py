@@ -100,10 +100,11 @@ def fused_routing(
 
     Under ``torch.autocast`` the inputs are cast as for a matrix product.
 
-    v is differentiable in u, weight, logits and bias. First derivatives are fused. Second and higher ones and forward mode (``torch.func.jvp``) are
-    exact too, but store u_hat. ``torch.func.vmap`` takes mapped u as one larger batch; where other
-    arguments are mapped it makes one call for each index. Inside ``torch.compile`` plain gradients
-    work, transforms of ``torch.func`` do not.
+    v is differentiable in u, weight, logits and bias. First derivatives are fused. Second and
+    higher ones and forward mode (``torch.func.jvp``) are exact too, but store u_hat.
+    ``torch.func.vmap`` takes mapped u as one larger batch; where other arguments are mapped it
+    makes one call for each index. Inside ``torch.compile`` plain gradients work, transforms of
+    ``torch.func`` do not.
 
     Example::
 

@@ -72,6 +72,12 @@ def test_matches_oracle_at_full_size(case, dtype, backend):
     check_case(case, dtype, backend, "cuda")
 
 
+def routing_of(conv: conv_cases.Conv) -> Case:
+    """What is routed in each window."""
+    kh, kw = conv.window
+    return Case(I=conv.C * kh * kw, J=conv.J, K=conv.K, D=conv.D)
+
+
 CONVOLUTIONS = [
     *conv_cases.CASES,
     conv_cases.Conv(B=16, C=32, H=14, W=14, J=16, D=8, window=(3, 3), stride=(2, 2)),
@@ -81,9 +87,24 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_convolutional_capsules_match_oracle(case, dtype, backend):
-    kh, kw = case.window
-    skip_unsupported(backend, Case(I=case.C * kh * kw, J=case.J, K=case.K, D=case.D), dtype)
+    skip_unsupported(backend, routing_of(case), dtype)
     conv_cases.check(case, dtype, backend, "cuda")
+
+
+def test_convolutional_capsules_give_the_same_bits(backend):
+    """Windows overlap: each cell of the grid's gradient is a sum. Workspaces start as NaN once."""
+    case = CONVOLUTIONS[-1]
+    skip_unsupported(backend, routing_of(case), torch.float32)
+    inputs = conv_cases.make_inputs(case, torch.float32, "cuda")
+    first = conv_cases.run(case, inputs, backend)
+    for poisoned in (False, True):
+        torch.use_deterministic_algorithms(poisoned)
+        try:
+            again = conv_cases.run(case, inputs, backend)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        for name in first:
+            assert torch.equal(first[name], again[name]), name
 
 
 def test_tf32_is_taken_where_allowed(backend):
