@@ -116,8 +116,8 @@ class Routing:
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """B, I, J, K, D, R."""
         B, I = windows.sizes(self.u, self.window)
-        _, J, D, K = self.weight.shape
-        return B, I, J, K, D, self.s.shape[0]
+        _, J, D, _ = self.weight.shape
+        return B, I, J, self.u.shape[-1], D, self.s.shape[0]
 
     @property
     def window_constants(self) -> tuple[int, ...] | None:
