@@ -78,8 +78,8 @@ def fused_routing_conv(
     "triton" do not even make them: they read capsules where they lie in the grid. What is copied is
     u, where its capsules do not lie last in memory or are padded; the output of one layer is the
     input of the next as it lies. The backward of "triton" has the gradients of the windows,
-    [B H' W', C kh kw, K], in float32 while it runs, before it adds those of a cell. "cuda" and
-    "reference" copy the windows, too, while they run: kh kw / stride^2 times u.
+    [B H' W', C kh kw, K], in float32 or wider while it runs, and then adds those of a cell. While
+    "cuda" and "reference" run, they copy the windows: kh kw / stride^2 times u.
 
     Args:
         u: capsules of C types on a grid, [B, C, K, H, W]; float64, float32, bfloat16 or float16,
