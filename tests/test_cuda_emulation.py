@@ -139,9 +139,32 @@ def test_layouts_over_devices_of_many_sizes(
     check_case(case, torch.float32, "cuda")
 
 
+# Two clusters that share samples, in two passes over them and with two groups of samples; and one.
+CLUSTERED = [
+    (Case(B=50, I=128, J=3, D=10, logits=True, bias=True), Device(16, 36 * 1024, 2), (16, 1, 4)),
+    (Case(B=20, I=96, J=5, leaky=True), Device(32, 26 * 1024, 4), (16, 2, 2)),
+    (Case(B=5, I=24, J=10, D=8, R=2, weight_sharing=3), Device(8, 227 * 1024, 1), (8, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("case", "device", "expected"), CLUSTERED, ids=str)
+def test_clusters_agree_with_the_oracle(
+    emulator: Emulator, case: Case, device: Device, expected: tuple[int, int, int]
+) -> None:
+    emulator.device = device
+    sizes = (case.B, case.I, case.J, case.K, case.D, case.R, case.weight_sharing)
+    plan = emulator.plan(Shape(*sizes), torch.float32)
+    assert plan[:3] == expected
+    assert plan.cluster == 8
+    check_case(case, torch.float32, "cuda")
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_any_schedule_gives_the_same_bits(emulator: Emulator, seed: int) -> None:
+@pytest.mark.parametrize("clustered", [False, True])
+def test_any_schedule_gives_the_same_bits(emulator: Emulator, clustered: bool, seed: int) -> None:
     case = Case(B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=9)
+    if clustered:
+        case, emulator.device, _ = CLUSTERED[0]
     inputs = make_inputs(case, torch.float32)
     first = run(fused_routing, case, inputs, backend="cuda")
     emulator.configure(seed=seed + 1)
@@ -152,12 +175,13 @@ def test_any_schedule_gives_the_same_bits(emulator: Emulator, seed: int) -> None
 
 # In these calls every barrier matters: several tiles, groups of samples and of capsules, also with
 # more sums than blocks; more input capsules of a block than warps, and no room for the states of
-# two tiles.
+# two tiles; several clusters and passes.
 BARRIER_CASES = [
     (Case(B=50, I=8, J=3, D=10, bias=True), Device(5, 227 * 1024)),
     (Case(B=5, I=20, J=7, K=3, D=8), Device(5, 227 * 1024)),
     (Case(B=50, I=12, J=7, K=17, D=8), Device(3, 40 * 1024)),
     (Case(B=20, I=20, J=3, D=10, logits=True), Device(2, 75 * 1024)),
+    (Case(B=50, I=128, J=1, D=8), Device(16, 18 * 1024, 2)),
 ]
 # The products before it let no lane run ahead either, but only a barrier orders memory.
 ORDERS_MEMORY_ONLY = "__syncwarp();  // the du_hat of another capsule is read"

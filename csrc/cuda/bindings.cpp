@@ -57,7 +57,7 @@ Products products_of_float32() {
              : Products::kTf32;
 }
 
-// The figures of a device, asked for once.
+// The figures of the current device, asked for once.
 Device figures_of(int index) {
   static std::mutex mutex;
   static std::map<int, Device> known;
@@ -68,6 +68,7 @@ Device figures_of(int index) {
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.shared_per_block,
                                         cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  device.clusters = resident_clusters_of_sweeps(device.shared_per_block);
   return known[index] = device;
 }
 

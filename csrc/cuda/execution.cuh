@@ -64,13 +64,42 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 // What was loaded before is loaded anew where it is needed again, instead of taking registers.
 __device__ __forceinline__ void forget_loads() { asm volatile("" : : : "memory"); }
 
-// Copies 16 bytes to shared memory in the background; they are there after `wait_for_copies`, for
-// other threads after a barrier behind it.
-__device__ __forceinline__ void copy_in_background(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
-               :
-               : "r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global)
-               : "memory");
+// x; what is derived of it is computed where it is needed, instead of ahead of a loop and kept in
+// registers through it.
+__device__ __forceinline__ int here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Copies 4, 8 or 16 bytes to shared memory in the background, or zeros where there is nothing to
+// copy; they are there after `wait_for_copies`, for other threads after a
+// barrier behind it.
+template <int kBytes>
+__device__ __forceinline__ void copy_in_background(void* shared, const void* global,
+                                                   bool is_there = true) {
+  const unsigned to = unsigned(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(to), "l"(global), "r"(is_there ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                 :
+                 : "r"(to), "l"(global), "n"(kBytes), "r"(is_there ? kBytes : 0)
+                 : "memory");
+  }
+}
+
+// The copies that this thread has begun since the last call are a group, empty or not.
+__device__ __forceinline__ void end_group_of_copies() {
+  asm volatile("cp.async.commit_group;" : : : "memory");
+}
+
+// Waits for this thread's copies but those of the last `kGroups` groups.
+template <int kGroups>
+__device__ __forceinline__ void wait_for_all_but() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
 }
 
 __device__ __forceinline__ void wait_for_copies() {
@@ -79,6 +108,48 @@ __device__ __forceinline__ void wait_for_copies() {
 
 // All blocks of a cooperative launch; what was written before is seen after by everybody.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasClusters = false;
+#else
+constexpr bool kHasClusters = true;
+#endif
+
+// The blocks of a cluster. All threads of all of them arrive, and then wait; what was written
+// before one arrives, to memory or on chip, is seen by those that have waited.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" : : : "memory");
+#else
+  __trap();
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" : : : "memory");
+#else
+  __trap();
+#endif
+}
+
+// What lies at the same place of the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ float4 load_from_block(const float4* shared, int rank) {
+  float4 x = {};
+#if __CUDA_ARCH__ >= 900
+  unsigned there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(there)
+               : "r"(unsigned(__cvta_generic_to_shared(shared))), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(there)
+               : "memory");
+#else
+  __trap();
+#endif
+  return x;
+}
 
 // To the nearest TF32 value, ties away from zero; infinities and NaN stay. Volatile: the compiler
 // must not hoist it out of a loop, where the rounded copies would take registers.
@@ -107,52 +178,106 @@ inline void check(cudaError_t status, const char* call) {
   }
 }
 
+// What a kernel is launched with. A cooperative grid may be in clusters of blocks.
+struct Grid {
+  int blocks, threads, shared_bytes;
+  bool cooperative;
+  int cluster = 1;
+};
+
+// Launches as cudaLaunchKernelExC has it; `attributes` must live as long as the result.
+inline cudaLaunchConfig_t in_clusters(const Grid& grid, void* stream,
+                                      cudaLaunchAttribute (&attributes)[2]) {
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {unsigned(grid.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return config;
+}
+
+// Lets a kernel have as much shared memory as a block of the device may have.
+inline void allow_shared_memory(const void* kernel, int device) {
+  int most = 0;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+        "cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize)");
+}
+
+// How many clusters of a cooperative grid the current device holds at a time; 0 where it has no
+// clusters, or does not launch such grids.
+inline int resident_clusters(const void* kernel, const Grid& grid) {
+  int device = 0, has_clusters = 0, clusters = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device),
+        "cudaDeviceGetAttribute(cudaDevAttrClusterLaunch)");
+  if (!has_clusters) return 0;
+  allow_shared_memory(kernel, device);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = in_clusters(grid, nullptr, attributes);
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return clusters;
+}
+
 // How many blocks of a kernel the current device holds at a time. The device is asked once: its
 // answers would cost as much as a launch.
-inline int resident_blocks(const void* kernel, int threads, int shared_bytes) {
+inline int resident_blocks(const void* kernel, const Grid& grid) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, int, int>, int> known;
+  static std::map<std::tuple<int, const void*, int, int, int>, int> known;
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(device, kernel, threads, shared_bytes);
+  const auto key = std::make_tuple(device, kernel, grid.threads, grid.shared_bytes, grid.cluster);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
+  if (grid.cluster > 1) return known[key] = resident_clusters(kernel, grid) * grid.cluster;
 
-  int sm_count = 0, most_shared = 0, blocks_per_sm = 0;
+  int sm_count = 0, blocks_per_sm = 0;
   check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute(cudaDevAttrMultiProcessorCount)");
-  check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)");
-  // As much as there may be, for later calls with more.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared),
-        "cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize)");
-  check(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, threads, shared_bytes),
-      "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  allow_shared_memory(kernel, device);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, grid.threads,
+                                                      grid.shared_bytes),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   return known[key] = blocks_per_sm * sm_count;
 }
 
 // Launches on the current device; a cooperative grid has to be resident as a whole.
 template <class Arguments, class Plan>
-void launch(void (*kernel)(Arguments, Plan), int blocks, int threads, int shared_bytes,
-            bool cooperative, void* stream, Arguments arguments, Plan plan) {
+void launch(void (*kernel)(Arguments, Plan), const Grid& grid, void* stream, Arguments arguments,
+            Plan plan) {
   void* parameters[] = {&arguments, &plan};
   const auto function = reinterpret_cast<const void*>(kernel);
-  const int resident = resident_blocks(function, threads, shared_bytes);
-  if (!cooperative) {
-    check(cudaLaunchKernel(function, dim3(blocks), dim3(threads), parameters, shared_bytes,
-                           static_cast<cudaStream_t>(stream)),
+  const int resident = resident_blocks(function, grid);
+  if (!grid.cooperative) {
+    check(cudaLaunchKernel(function, dim3(grid.blocks), dim3(grid.threads), parameters,
+                           grid.shared_bytes, static_cast<cudaStream_t>(stream)),
           "cudaLaunchKernel");
     return;
   }
-  if (blocks > resident) {
-    throw std::runtime_error("capsule_kernels: a cooperative grid of " + std::to_string(blocks) +
-                             " blocks does not fit on this device, which holds " +
-                             std::to_string(resident));
+  if (grid.blocks > resident) {
+    throw std::runtime_error(
+        "capsule_kernels: a cooperative grid of " + std::to_string(grid.blocks) +
+        " blocks does not fit on this device, which holds " + std::to_string(resident));
   }
-  check(cudaLaunchCooperativeKernel(function, dim3(blocks), dim3(threads), parameters, shared_bytes,
-                                    static_cast<cudaStream_t>(stream)),
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config = in_clusters(grid, stream, attributes);
+    check(cudaLaunchKernelExC(&config, function, parameters), "cudaLaunchKernelExC");
+    return;
+  }
+  check(cudaLaunchCooperativeKernel(function, dim3(grid.blocks), dim3(grid.threads), parameters,
+                                    grid.shared_bytes, static_cast<cudaStream_t>(stream)),
         "cudaLaunchCooperativeKernel");
 }
 

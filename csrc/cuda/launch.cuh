@@ -8,25 +8,31 @@
 
 namespace capsule_kernels::cuda {
 
+inline Grid sweep_grid(const SweepPlan& plan) {
+  return {plan.blocks, kSweepWarps * kWarpSize, plan.shared_bytes, /*cooperative=*/true,
+          plan.cluster};
+}
+
 template <class P, class T, class Tile>
 void launch_forward(const ForwardArguments& arguments, const ForwardPlan& plan, void* stream) {
-  launch(routing_forward_kernel<P, T, Tile>, plan.sweep.blocks, kSweepWarps * kWarpSize,
-         plan.sweep.shared_bytes, /*cooperative=*/true, stream, arguments, plan);
+  launch(routing_forward_kernel<P, T, Tile>, sweep_grid(plan.sweep), stream, arguments, plan);
 }
 
 template <class P, class T, class Tile>
 void launch_backward(const BackwardArguments& arguments, const BackwardPlan& plan, void* stream) {
-  launch(routing_backward_states_kernel<P, T, Tile>, plan.sweep.blocks, kSweepWarps * kWarpSize,
-         plan.sweep.shared_bytes, /*cooperative=*/true, stream, arguments, plan);
+  launch(routing_backward_states_kernel<P, T, Tile>, sweep_grid(plan.sweep), stream, arguments,
+         plan);
   const Shape& shape = arguments.shape;
   const GradientPlan& gradients = plan.gradients;
   launch(routing_backward_gradients_kernel<P, T, Tile>,
-         ceil_div(shape.I, gradients.capsules) * gradients.splits, gradients.warps * kWarpSize,
-         gradients.shared_bytes, /*cooperative=*/false, stream, arguments, plan);
+         Grid{ceil_div(shape.I, gradients.capsules) * gradients.splits, gradients.warps * kWarpSize,
+              gradients.shared_bytes, /*cooperative=*/false},
+         stream, arguments, plan);
   if (gradients.partial_sums &&
       (arguments.grad_weight != nullptr || arguments.grad_logits != nullptr)) {
-    launch(routing_backward_sums_kernel<T>, plan.sweep.blocks, kSweepWarps * kWarpSize, 0,
-           /*cooperative=*/false, stream, arguments, plan);
+    launch(routing_backward_sums_kernel<T>,
+           Grid{plan.sweep.blocks, kSweepWarps * kWarpSize, 0, /*cooperative=*/false}, stream,
+           arguments, plan);
   }
 }
 

@@ -25,6 +25,7 @@ struct Shape {
 struct Device {
   int sm_count;
   int shared_per_block;  // bytes, what a block may opt in to
+  int clusters;          // of kClusterBlocks blocks of the sweeps that it holds at a time; or 0
 };
 
 constexpr int kTileSamples = 8;    // samples of a tile: the columns of one mma
@@ -33,6 +34,7 @@ constexpr int kStepDims = 8;       // of K, the contraction of one mma
 constexpr int kMaxFragments = 10;  // mma results of a tile [J * D, 8] that fit in registers
 constexpr int kFragmentBytes = kTileSamples * kTileRows * 4;
 constexpr int kWarpSize = 32;
+constexpr int kClusterBlocks = 8;  // the most that every device with clusters has
 // Warps of a block, as the registers of a thread allow: they hold V, ds and the sum, or V, ds,
 // du_hat and dW, beside u_hat.
 constexpr int kSweepWarps = 8;
@@ -113,52 +115,84 @@ struct SweepPlan {
   int capsules = 0;      // of a group, at most
   int weight_bytes = 0;  // of the slice of W on chip
   int shared_bytes = 0;
+  // Blocks of a cluster, consecutive capsule groups, or 1. A cluster adds the sums of its blocks on
+  // chip and keeps states of its own, so that only clusters have to wait for each other, once an
+  // iteration; then the partial sums of one iteration are read while those of the next are written.
+  int cluster = 1;
+  int sums = 0;      // partial sums of a tile that are added through memory
+  int partials = 0;  // of which there is room
+  int copies = 1;    // of the states
   // What kernels would otherwise compute, and keep in registers.
   int tiles = 0;
   std::size_t state_size = 0;  // of a state [tiles][tile] in float4s
   Divisor by_capsule_groups, by_tiles_per_pass, by_weight_sharing;
 };
 
+// A plan for blocks in clusters or not; `blocks == 0` where it does not fit.
+inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& device, int cluster,
+                           int tiles_per_pass, int sample_groups) {
+  const Padded padded(shape);
+  const int blocks = cluster > 1 ? device.clusters * cluster : device.sm_count;
+  const int most_groups = blocks / sample_groups / cluster * cluster;
+  SweepPlan plan;
+  if (most_groups == 0) return plan;
+  plan.cluster = cluster;
+  plan.tiles = padded.tiles;
+  plan.state_size = padded.tiles * padded.tile_floats() / 4;
+  plan.by_weight_sharing = Divisor(shape.weight_sharing);
+  plan.sample_groups = sample_groups;
+  plan.tiles_per_pass = tiles_per_pass;
+  plan.capsules = ceil_div(shape.I, std::min(shape.I, most_groups));
+  plan.capsule_groups = ceil_div(shape.I, plan.capsules);
+  if (plan.capsule_groups % cluster != 0) return plan;
+  plan.sums = plan.capsule_groups / cluster;
+  plan.partials = cluster > 1 ? 2 * plan.sums : plan.sums;
+  plan.copies = cluster > 1 ? plan.sums : 1;
+  plan.by_capsule_groups = Divisor(plan.capsule_groups);
+  plan.by_tiles_per_pass = Divisor(tiles_per_pass);
+  // The sums of half of the warps, or a fragment of each; where a cluster reads those of one pass
+  // while the next is worked on, twice.
+  const bool twice = cluster > 1 && sample_groups * tiles_per_pass < padded.tiles;
+  const int exchange_bytes =
+      std::max((twice ? 2 : 1) * kSweepWarps / 2 * padded.fragments, kSweepWarps) * kFragmentBytes;
+  // The rows of W that this many consecutive capsules touch, at most.
+  const int rows = (plan.capsules + shape.weight_sharing - 2) / shape.weight_sharing + 1;
+  const double weight_bytes = double(rows) * padded.weight_elements * scalar_bytes;
+  if (weight_bytes + exchange_bytes > device.shared_per_block) return plan;
+  plan.weight_bytes = round_up(int(weight_bytes), 16);
+  plan.shared_bytes = plan.weight_bytes + exchange_bytes;
+  plan.blocks = plan.capsule_groups * sample_groups;
+  return plan;
+}
+
 inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
-  // The sums of half of the warps, or a fragment of each.
-  const int exchange_bytes =
-      std::max(kSweepWarps / 2 * padded.fragments, kSweepWarps) * kFragmentBytes;
   SweepPlan best;
   double best_cost = 0;
-  for (int tiles_per_pass : {1, 2, 4}) {
-    if (tiles_per_pass > padded.tiles) break;
-    const int passes = ceil_div(padded.tiles, tiles_per_pass);
-    const int lanes = kSweepWarps / tiles_per_pass;
-    for (int sample_groups = 1; sample_groups <= std::min(passes, device.sm_count);
-         ++sample_groups) {
-      SweepPlan plan;
-      plan.tiles = padded.tiles;
-      plan.state_size = padded.tiles * padded.tile_floats() / 4;
-      plan.by_weight_sharing = Divisor(shape.weight_sharing);
-      plan.sample_groups = sample_groups;
-      plan.tiles_per_pass = tiles_per_pass;
-      plan.capsules = ceil_div(shape.I, std::min(shape.I, device.sm_count / sample_groups));
-      plan.capsule_groups = ceil_div(shape.I, plan.capsules);
-      plan.blocks = plan.capsule_groups * sample_groups;
-      plan.by_capsule_groups = Divisor(plan.capsule_groups);
-      plan.by_tiles_per_pass = Divisor(tiles_per_pass);
-      // The rows of W that this many consecutive capsules touch, at most.
-      const int rows = (plan.capsules + shape.weight_sharing - 2) / shape.weight_sharing + 1;
-      const double weight_bytes = double(rows) * padded.weight_elements * scalar_bytes;
-      if (weight_bytes + exchange_bytes > device.shared_per_block) continue;
-      plan.weight_bytes = round_up(int(weight_bytes), 16);
-      plan.shared_bytes = plan.weight_bytes + exchange_bytes;
-      // In cycles, roughly: a capsule of a tile takes a warp 40 a fragment when 8 warps share the
-      // SM, and a pass as much as two of them; the exchange is written once and read once at 3000
-      // bytes a cycle.
-      const double sweep = 40.0 * padded.fragments * ceil_div(passes, sample_groups) *
-                           (ceil_div(plan.capsules, lanes) + 2);
-      const double exchange =
-          2.0 * plan.capsule_groups * padded.tiles * padded.fragments * kFragmentBytes / 3000;
-      if (best.blocks == 0 || sweep + exchange < best_cost) {
-        best = plan;
-        best_cost = sweep + exchange;
+  for (const int cluster : {1, kClusterBlocks}) {
+    for (const int tiles_per_pass : {1, 2, 4}) {
+      if (tiles_per_pass > padded.tiles) break;
+      const int passes = ceil_div(padded.tiles, tiles_per_pass);
+      const int lanes = kSweepWarps / tiles_per_pass;
+      for (int sample_groups = 1; sample_groups <= std::min(passes, device.sm_count);
+           ++sample_groups) {
+        const SweepPlan plan =
+            try_sweep(shape, scalar_bytes, device, cluster, tiles_per_pass, sample_groups);
+        if (plan.blocks == 0) continue;
+        // In cycles, roughly: a capsule of a tile takes a warp 40 a fragment when 8 warps share the
+        // SM, and a pass as much as two of them; partial sums are written once and read once at
+        // 3000 bytes a cycle; a second barrier of the grid takes 2000, the sums of a pass over a
+        // cluster 500.
+        const int block_passes = ceil_div(passes, sample_groups);
+        const double sweep =
+            40.0 * padded.fragments * block_passes * (ceil_div(plan.capsules, lanes) + 2);
+        const double exchange =
+            2.0 * plan.sums * padded.tiles * padded.fragments * kFragmentBytes / 3000;
+        const double cost = sweep + exchange + (cluster > 1 ? 500.0 * block_passes : 2000.0);
+        if (best.blocks == 0 || cost < best_cost) {
+          best = plan;
+          best_cost = cost;
+        }
       }
     }
   }
@@ -170,13 +204,13 @@ struct ForwardPlan {
   std::size_t workspace_floats = 0;
 };
 
-// Workspace: partial sums [G_i][tiles][tile], then V [tiles][tile].
+// Workspace: partial sums [partials][tiles][tile], then V [copies][tiles][tile].
 inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   ForwardPlan plan;
   plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.workspace_floats =
-      std::size_t(plan.sweep.capsule_groups + 1) * padded.tiles * padded.tile_floats();
+      std::size_t(plan.sweep.partials + plan.sweep.copies) * padded.tiles * padded.tile_floats();
   return plan;
 }
 
@@ -249,15 +283,16 @@ struct BackwardPlan {
   std::size_t workspace_floats = 0;
 };
 
-// Workspace: partial sums of G [G_i][tiles][tile], G [tiles][tile], V^1..V^(R-1) and ds^1..ds^R
-// [tiles][tile] each, then partial sums of dW [splits, I, J, D, K] and of dprior [splits, I, J].
+// Workspace: partial sums of G [partials][tiles][tile]; for each copy of the states G, V^1..V^(R-1)
+// and ds^1..ds^R [tiles][tile] each; then partial sums of dW [splits, I, J, D, K] and of dprior
+// [splits, I, J].
 inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   BackwardPlan plan;
   plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.gradients = plan_gradients(shape, scalar_bytes, device);
-  plan.workspace_floats =
-      std::size_t(plan.sweep.capsule_groups + 2 * shape.R) * padded.tiles * padded.tile_floats();
+  plan.workspace_floats = std::size_t(plan.sweep.partials + plan.sweep.copies * 2 * shape.R) *
+                          padded.tiles * padded.tile_floats();
   if (plan.gradients.partial_sums) {
     plan.workspace_floats += std::size_t(plan.gradients.splits) * shape.I * shape.J *
                              (std::size_t(shape.D) * shape.K + 1);

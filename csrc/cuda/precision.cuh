@@ -45,8 +45,11 @@ struct Tf32 {
 
   // What W is stored as on chip, and an operand of such values: rounded once, not at every use.
   template <class T>
+  static constexpr bool kPrepares = sizeof(T) > 2;
+
+  template <class T>
   static __device__ __forceinline__ T prepared(T x) {
-    if constexpr (sizeof(T) > 2) return float_of(round_to_tf32(x));
+    if constexpr (kPrepares<T>) return float_of(round_to_tf32(x));
     return x;
   }
 
@@ -94,6 +97,9 @@ struct SplitTf32 {
     }
     return result;
   }
+
+  template <class T>
+  static constexpr bool kPrepares = false;
 
   template <class T>
   static __device__ __forceinline__ T prepared(T x) {

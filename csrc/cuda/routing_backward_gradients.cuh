@@ -11,13 +11,13 @@ namespace capsule_kernels::cuda {
 // What a block keeps on chip, `gradient_bytes` in all.
 template <class T>
 struct GradientStore {
-  const int tile_size;     // of a state tile [fragments][32], in float4s
-  const int weight_quads;  // of W_i [K / 8][fragments][32]
-  float4* const states;    // [buffers][V^1..V^(R-1), ds^1..ds^R][tile]
-  float4* const du_hat;    // [warps][tile]
-  float4* const dW;        // [stored capsules][W_i]
-  float* const dprior;     // [capsules][J][32], each lane's sum over its samples
-  Quad<T>* const weight;   // [capsules][W_i]
+  const int tile_size;       // of a state tile [fragments][32], in float4s
+  const int weight_quads;    // of W_i [K / 8][fragments][32]
+  float4* const states;      // [buffers][V^1..V^(R-1), ds^1..ds^R][tile]
+  float4* const du_hat;      // [warps][tile]
+  float4* const dW;          // [stored capsules][W_i]
+  float* const dprior;       // [capsules][J][32], each lane's sum over its samples
+  Columns<T>* const weight;  // [capsules][W_i]
 
   __device__ __forceinline__ GradientStore(const Shape& shape, const Padded& padded,
                                            const GradientPlan& plan)
@@ -28,7 +28,7 @@ struct GradientStore {
         dW(du_hat + plan.warps * tile_size),
         dprior(reinterpret_cast<float*>(dW + stored_capsules(shape, plan.capsules, plan.warps) *
                                                  weight_quads)),
-        weight(reinterpret_cast<Quad<T>*>(dprior + plan.capsules * padded.J * kWarpSize)) {}
+        weight(reinterpret_cast<Columns<T>*>(dprior + plan.capsules * padded.J * kWarpSize)) {}
 };
 
 // du_i = sum_jd du_hat W for the 8 samples of a tile. The contraction runs over (j, d), so that
@@ -38,7 +38,7 @@ struct GradientStore {
 // since the left side has room for 16 samples.
 template <class P, class T, class Tile>
 __device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
-                                             const Quad<T>* all_weight,
+                                             const Columns<T>* all_weight,
                                              const InputRow<T, Tile>& row, int i,
                                              const Shape& shape, const Lane& lane) {
   const int fragments = Tile::fragments_of(shape.J);
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     load_weight<P, Tile>(store_of.weight + capsule * store_of.weight_quads,
                          static_cast<const T*>(arguments.weight) +
                              std::size_t(i / shape.weight_sharing) * shape.J * shape.D * shape.K,
-                         1, shape, lane.index, kWarpSize);
+                         shape, lane);
     if (float4* const dW = stored_grad_weight(capsule)) {
       for (int e = lane.index; e < store_of.weight_quads; e += kWarpSize) {
         dW[e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
          state += step) {
       const float4* from = w.V + state * w.state_size + std::size_t(tile) * tile_size;
       for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
-        copy_in_background(to + state * tile_size + e, from + e);
+        copy_in_background<16>(to + state * tile_size + e, from + e);
       }
     }
   };
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
       }
       if (capsule >= capsules) continue;
       const int i = first_i + capsule;
-      const Quad<T>* const weight = store_of.weight + capsule * store_of.weight_quads;
+      const Columns<T>* const weight = store_of.weight + capsule * store_of.weight_quads;
       float first_u[1][2] = {{next_u[0], next_u[1]}};
       if (turn > 0) {
         load_u(first_u[0], tile, capsule);

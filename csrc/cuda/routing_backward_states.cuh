@@ -1,5 +1,6 @@
-// Backward, first launch: V^t, and ds^t from t = R down, a sweep and two grid barriers for each
-// step. With `full_gradient` off only V and ds^R are needed, and there is no sweep.
+// Backward, first launch: V^t, and ds^t from t = R down, a sweep and two grid barriers, or one and
+// two of the clusters, for each step. With `full_gradient` off only V and ds^R are needed, and
+// there is no sweep.
 #pragma once
 
 #include "backward_workspace.cuh"
@@ -12,14 +13,14 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_backward_states_kernel(BackwardArguments arguments, BackwardPlan plan) {
   constexpr int kCapsuleLanes = Tile::D / 4;
   const Shape& shape = arguments.shape;
-  const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u);
+  const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u, arguments.weight);
   const Lane& lane = block.lane;
   const auto grad_v = static_cast<const T*>(arguments.grad_v);
   const auto logits = static_cast<const T*>(arguments.logits);
-  const BackwardWorkspace w(arguments, plan);
+  const BackwardWorkspace w(arguments, plan, block.copy());
   const int R = shape.R;
   const bool sweeps = arguments.full_gradient && R > 1;
-  if (sweeps) block.bring_weight(arguments.weight);
+  if (sweeps) block.send_for_weight();
 
   // x_d ... x_(d + 3) of output capsule j of sample b, 0 past the batch, J and D.
   const auto load = [&](float (&x)[4], const auto* from, int b, int j, int d) {
@@ -39,8 +40,8 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   };
 
   // V^1..V^(R-1) and ds^R.
-  for (int item = blockIdx.x + gridDim.x * block.share.warp; item < block.tiles * block.fragments;
-       item += gridDim.x * kSweepWarps) {
+  block.for_each_item(kSweepWarps, block.share.warp, [&](int item) {
+    if (item < 0) return;
     const int e = item * kWarpSize + lane.index, capsule = e / kCapsuleLanes;
     const int J = block.fragments * kTileRows / Tile::D;
     const int b = capsule / J, j = capsule % J, d = e % kCapsuleLanes * 4;
@@ -56,14 +57,15 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     load_s(s, R, b, j, d);
     squash_backward<kCapsuleLanes>(g, s);
     store_state(w.ds + (R - 1) * w.state_size, g, b, j, d);
-  }
+  });
   if (!sweeps) return;
-  grid_barrier();
+  block.state_barrier();
 
   for (int t = R; t > 1; --t) {
+    float4* const partial = block.partial_of(w.partial, t);
     const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
     block.template sweep<2>(
-        states, w.partial,
+        t == R, states, partial,
         [&](typename Tile::Values& sum, const auto& predict, const auto& tile_states, int, int i) {
           typename Tile::Values u_hat;
           predict(u_hat);
@@ -75,10 +77,10 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
           softmax_backward<Tile>(dl, c, shape.J);
           add_scaled<Tile>(sum, dl, u_hat, shape.J);
         });
-    grid_barrier();
+    block.sum_barrier();
 
     // G^(t-1) and ds^(t-1); G is read and written by the same lanes, in the order of the sums.
-    block.add_partial_sums(w.partial, [&](float (&sum)[4], int b, int j, int d) {
+    block.add_partial_sums(partial, [&](float (&sum)[4], int b, int j, int d) {
       float4& G =
           w.G[(std::size_t(b) * (block.fragments * kTileRows / Tile::D) + j) * kCapsuleLanes +
               d / 4];
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
       squash_backward<kCapsuleLanes>(sum, s);
       store_state(w.ds + (t - 2) * w.state_size, sum, b, j, d);
     });
-    if (t > 2) grid_barrier();
+    if (t > 2) block.state_barrier();
   }
 }
 

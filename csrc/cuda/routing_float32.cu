@@ -16,4 +16,12 @@ void backward_float32(const BackwardArguments& arguments, const BackwardPlan& pl
   run(arguments, plan, stream);
 }
 
+// All instances of the sweeps' kernels have as many threads, so that one speaks for them.
+int resident_clusters_of_sweeps(int shared_bytes) {
+  return resident_clusters(
+      reinterpret_cast<const void*>(routing_forward_kernel<Tf32, float, TileOf<16, 10>>),
+      {kClusterBlocks, kSweepWarps * kWarpSize, shared_bytes, /*cooperative=*/true,
+       kClusterBlocks});
+}
+
 }  // namespace capsule_kernels::cuda

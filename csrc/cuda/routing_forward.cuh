@@ -1,4 +1,5 @@
-// The whole forward in one cooperative launch: R sweeps, two grid barriers between two of them.
+// The whole forward in one cooperative launch: R sweeps, between two of them two grid barriers, or
+// one and two of the clusters.
 #pragma once
 
 #include "routing.h"
@@ -10,18 +11,20 @@ template <class P, class T, class Tile>
 __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_forward_kernel(ForwardArguments arguments, ForwardPlan plan) {
   const Shape& shape = arguments.shape;
-  const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u);
+  const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u, arguments.weight);
   constexpr int kCapsuleLanes = Tile::D / 4;
   const Lane& lane = block.lane;
   const auto logits = static_cast<const T*>(arguments.logits);
   const auto bias = static_cast<const T*>(arguments.bias);
-  const auto partial = reinterpret_cast<float4*>(arguments.workspace);       // [G_i][B][J][D]
-  float4* const V = partial + plan.sweep.capsule_groups * block.state_size;  // [tiles][tile]
+  // [partials][B][J][D], and [tiles][tile].
+  const auto partials = reinterpret_cast<float4*>(arguments.workspace);
+  float4* const V = partials + (plan.sweep.partials + block.copy()) * block.state_size;
   // Without a prior the first couplings are all the same: one factor for the whole sum.
   const bool uniform = logits == nullptr && (shape.R > 1 || arguments.coupling == nullptr);
-  block.bring_weight(arguments.weight);
+  block.send_for_weight();
 
   for (int t = 1; t <= shape.R; ++t) {
+    float4* const partial = block.partial_of(partials, t);
     const auto coupling = static_cast<T*>(t == shape.R ? arguments.coupling : nullptr);
     // `plain`: t > 1 without a prior, and without couplings to write.
     const auto add_weighted = [&](bool plain, bool first) {
@@ -53,18 +56,18 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     };
     if (t == 1 && uniform) {
       if (plan.sweep.tiles_per_pass > 1) {
-        block.template sweep_alike<2>(partial);
+        block.template sweep_alike<2>(true, partial);
       } else {
-        block.template sweep_alike<1>(partial);
+        block.template sweep_alike<1>(true, partial);
       }
     } else if (t == 1) {
-      block.template sweep<0>({V}, partial, add_weighted(false, true));
+      block.template sweep<0>(true, {V}, partial, add_weighted(false, true));
     } else if (logits == nullptr && coupling == nullptr) {
-      block.template sweep<1>({V}, partial, add_weighted(true, false));
+      block.template sweep<1>(false, {V}, partial, add_weighted(true, false));
     } else {
-      block.template sweep<1>({V}, partial, add_weighted(false, false));
+      block.template sweep<1>(false, {V}, partial, add_weighted(false, false));
     }
-    grid_barrier();
+    block.sum_barrier();
 
     // s^t, v^t and V^t.
     float* const s_out = arguments.s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
@@ -75,13 +78,13 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
         const bool inside = j < shape.J && d + e < shape.D;
         s[e] *= factor;
         if (bias != nullptr && inside) s[e] += to_float(bias[j * shape.D + d + e]);
-        if (b < shape.B && inside) s_out[index + e] = s[e];
+        if (b < shape.B && inside && block.copy() == 0) s_out[index + e] = s[e];
       }
       float v[4];
       squash<kCapsuleLanes>(v, s);
       for (int e = 0; e < 4; ++e) {
         if (t == shape.R) {
-          if (b < shape.B && j < shape.J && d + e < shape.D) {
+          if (b < shape.B && j < shape.J && d + e < shape.D && block.copy() == 0) {
             store(static_cast<T*>(arguments.v) + index + e, v[e]);
           }
         } else {
@@ -90,7 +93,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
         }
       }
     });
-    if (t < shape.R) grid_barrier();
+    if (t < shape.R) block.state_barrier();
   }
 }
 

@@ -4,11 +4,12 @@
 // over (its samples) x (its capsules): a warp holds the states of a tile and its sum in registers,
 // weighs each u_hat with coefficients that it computes from the states, and the block leaves its
 // sum of coefficient * u_hat per sample in the workspace. The blocks then add the partial sums of
-// all capsule groups, in a fixed order.
+// all capsule groups, in a fixed order. Where blocks form clusters, the sums of a cluster's blocks
+// are added on chip first, and each cluster adds those of the others for itself.
 #pragma once
 
 #include "squash.cuh"
-#include "tile.cuh"
+#include "weight.cuh"
 
 namespace capsule_kernels::cuda {
 
@@ -22,6 +23,10 @@ struct Share {
   int slot;              // which tile of a pass
   int lanes;
 
+  // Which of the clusters that share the samples, and which of its blocks.
+  __device__ __forceinline__ int cluster() const { return capsule_group / kClusterBlocks; }
+  __device__ __forceinline__ int rank() const { return capsule_group % kClusterBlocks; }
+
   __device__ __forceinline__ Share(const Shape& shape, const SweepPlan& plan)
       : sample_group(plan.by_capsule_groups.divide(blockIdx.x)),
         capsule_group(blockIdx.x - sample_group * plan.capsule_groups),
@@ -34,93 +39,78 @@ struct Share {
         lanes(plan.by_tiles_per_pass.divide(kSweepWarps)) {}
 };
 
-// `count` rows of W [.., J, D, K] to chip in the order of the fragments, [K / 8][fragments][32]
-// each, prepared for the products of P, and 0 past J, D and K; all of `threads` take part. They are
-// there after a barrier.
-template <class P, class Tile, class T>
-__device__ __forceinline__ void load_weight(Quad<T>* to, const T* from, int count,
-                                            const Shape& shape, int thread, int threads) {
-  const int fragments = Tile::fragments_of(shape.J);
-  const int quads = fragments * kWarpSize * (Tile::padded_K(shape.K) / kStepDims);
-  const std::size_t row_size = std::size_t(shape.J) * shape.D * shape.K;
-  for (int e = thread; e < quads; e += threads) {
-    const int lane = e % kWarpSize, n = e / kWarpSize % fragments, g = lane / 4;
-    const int k = e / kWarpSize / fragments * kStepDims + 2 * (lane % 4);
-    int j = 0, d = 0;
-    for_all_groups<Tile>([&](auto group) {
-      constexpr int kFragments = Tile::fragments(group.value);
-      const int m = n - Tile::first_fragment(group.value);
-      if (m < 0 || m >= kFragments) return;
-      j = Tile::first_capsule(group.value) + g / Tile::sharers(group.value);
-      d = (g % Tile::sharers(group.value) * kFragments + m) * 2;
-    });
-    const bool has_first = j < shape.J && d < shape.D, has_second = has_first && d + 1 < shape.D;
-    const T* source = from + (std::size_t(j) * shape.D + d) * shape.K + k;
-    Quad<T>* target = to + e - lane + swizzled(lane);
-#pragma unroll 8
-    for (int row = 0; row < count; ++row) {
-      const Pair<T> x = load_pair<Tile>(source, has_first, k, shape.K);
-      const Pair<T> y = load_pair<Tile>(source + shape.K, has_second, k, shape.K);
-      *target = {{P::prepared(x.first), P::prepared(y.first), P::prepared(x.second),
-                  P::prepared(y.second)}};
-      source += row_size;
-      target += quads;
-    }
-  }
-}
-
 // A block of the persistent grid.
 template <class P, class T, class Tile>
 struct SweepBlock {
   using Values = typename Tile::Values;
   static constexpr int kCapsuleLanes =
       Tile::D / 4;  // that hold an output capsule, where it is whole
+  // Capsules of a piece of W on its way to chip: as many as there are warps, so that all of them
+  // stand at the same piece, however they share the capsules.
+  static constexpr int kPiece = kSweepWarps;
+  static constexpr int kPiecesAhead = 2;
 
   const Shape& shape;
   const SweepPlan& plan;
   const Share share;
   const Lane lane;
   const T* u;
+  const T* all_weight;           // of all capsules
   const int tiles;               // of 8 samples
   const int fragments;           // of a tile
   const int tile_size;           // of a state tile [fragments][32], in float4s, as all below
   const std::size_t state_size;  // of a state [tiles][tile], or of partial sums [B][J][D] (padded)
   const int weight_quads;        // of W_i on chip
-  Quad<T>* const weight;         // on chip: W of its capsules
+  Rows<T>* const weight;         // on chip: W of its capsules
   float4* const exchange;        // on chip
 
-  __device__ __forceinline__ SweepBlock(const Shape& shape, const SweepPlan& plan, const void* u)
+  __device__ __forceinline__ SweepBlock(const Shape& shape, const SweepPlan& plan, const void* u,
+                                        const void* weight)
       : shape(shape),
         plan(plan),
         share(shape, plan),
         u(static_cast<const T*>(u)),
+        all_weight(static_cast<const T*>(weight)),
         tiles(plan.tiles),
         fragments(Tile::fragments_of(shape.J)),
         tile_size(fragments * kWarpSize),
         state_size(plan.state_size),
         weight_quads(tile_size * (Tile::padded_K(shape.K) / kStepDims)),
-        weight(static_cast<Quad<T>*>(shared_memory())),
+        weight(static_cast<Rows<T>*>(shared_memory())),
         exchange(
             reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + plan.weight_bytes)) {}
 
-  // W of the block's capsules to chip.
-  __device__ __forceinline__ void bring_weight(const void* all) const {
-    const std::size_t row_size = std::size_t(shape.J) * shape.D * shape.K;
-    load_weight<P, Tile>(weight, static_cast<const T*>(all) + share.first_row * row_size,
-                         row_of(share.last_capsule - 1) + 1, shape, threadIdx.x, blockDim.x);
-    __syncthreads();
+  // W of the block's capsules sets off for the chip; the first sweep, told that it `arrives`, takes
+  // it piece by piece.
+  __device__ __forceinline__ void send_for_weight() const {
+    for (int n = 0; n < kPiecesAhead; ++n) send_for_piece(share.first_capsule + n * kPiece);
+  }
+
+  // Whether the block is in a cluster.
+  __device__ __forceinline__ bool clustered() const { return kHasClusters && plan.cluster > 1; }
+
+  // Which copy of the states is the block's, and whether it is the one that outputs are from.
+  __device__ __forceinline__ int copy() const { return clustered() ? share.cluster() : 0; }
+
+  // Barriers for those who read a partial sum, or a state, that one of them wrote.
+  __device__ __forceinline__ void sum_barrier() const { barrier(clustered() && plan.sums == 1); }
+  __device__ __forceinline__ void state_barrier() const { barrier(clustered()); }
+
+  // The partial sums of sweep t, of `all`: where clusters wait for each other but once, one may
+  // still read those of the last.
+  __device__ __forceinline__ float4* partial_of(float4* all, int t) const {
+    return clustered() && t % 2 == 1 ? all + here(plan.sums) * state_size : all;
   }
 
   // One sweep. `add(sum, predict, states, tile, i)` adds u_hat of capsule i, weighted, to the sum;
   // `predict(x)` sets x to it; `states` are the warp's tile of each of `from`. `partial` is
-  // [G_i][B][J][D], padded.
+  // [sums][B][J][D], padded.
   template <int kStates, class Add>
-  __device__ __forceinline__ void sweep(const float4* const (&from)[kStates > 0 ? kStates : 1],
+  __device__ __forceinline__ void sweep(bool arrives,
+                                        const float4* const (&from)[kStates > 0 ? kStates : 1],
                                         float4* partial, Add add) const {
-    for_each_pass([&](int first) {
+    for_each_pass<1>(arrives, partial, [&](Values(&sums)[1], int first, bool arrives) {
       const int tile = first + share.slot;
-      Values sum;
-      set_zero(sum);
       if (tile < tiles) {
         Values states[kStates > 0 ? kStates : 1];
 #pragma unroll
@@ -128,90 +118,202 @@ struct SweepBlock {
           load_state<Tile>(states[n], from[n] + std::size_t(tile) * tile_size, shape.J, lane);
         }
         const InputRow<T, Tile> row[1] = {{u, tile, shape, lane}};
-        for_each_capsule(row, share.lane_of_capsules, share.lanes,
+        for_each_capsule(arrives, row, share.lane_of_capsules, share.lanes,
                          [&](int i, const float (&first_u)[1][2]) {
                            const auto predict_i = [&](Values& x) {
                              predict<P, T, Tile>(x, weight_of(i), first_u, row, i, shape, lane);
                            };
-                           add(sum, predict_i, states, tile, i);
+                           add(sums[0], predict_i, states, tile, i);
                          });
+      } else if (arrives) {
+        for (int i = share.first_capsule; i < share.last_capsule; i += kPiece) receive_piece(i);
       }
-      add_over_lanes(sum, share.lane_of_capsules, share.lanes, share.slot);
-      if (share.lane_of_capsules == 0) write_partial(partial, sum, tile);
     });
   }
 
   // The sweep with all coefficients 1, `kTiles` tiles a warp: they share what is read of W.
   template <int kTiles>
-  __device__ __forceinline__ void sweep_alike(float4* partial) const {
-    const int slots = plan.tiles_per_pass / kTiles, slot = share.warp % slots;
+  __device__ __forceinline__ void sweep_alike(bool arrives, float4* partial) const {
+    const int slots = plan.tiles_per_pass / kTiles;
     const int lane_of_capsules = share.warp / slots, lanes = kSweepWarps / slots;
-    for_each_pass([&](int first) {
-      const int tile = first + slot * kTiles;
-      Values sums[kTiles];
+    for_each_pass<kTiles>(arrives, partial, [&](Values(&sums)[kTiles], int first, bool arrives) {
       InputRow<T, Tile> rows[kTiles];
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        set_zero(sums[m]);
-        rows[m] = {u, tile + m, shape, lane};
+        rows[m] = {u, first + share.warp % slots * kTiles + m, shape, lane};
       }
-      for_each_capsule(rows, lane_of_capsules, lanes,
+      for_each_capsule(arrives, rows, lane_of_capsules, lanes,
                        [&](int i, const float (&first_u)[kTiles][2]) {
                          add_predictions<P>(sums, weight_of(i), first_u, rows, i, shape, lane);
                        });
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        add_over_lanes(sums[m], lane_of_capsules, lanes, slot);
-        if (lane_of_capsules == 0) write_partial(partial, sums[m], tile + m);
-      }
     });
   }
 
-  // Adds the partial sums of all capsule groups, in a fixed order. `finish(sum, b, j, d)` gets each
-  // sum once, for d ... d + 3; `kCapsuleLanes` lanes have a capsule whole.
+  // Calls visit(item) for the items of the block, 32 float4s [B][J][D] of a state each, or -1 where
+  // there are no more, as often in every warp; `teams` of warps take turns. The blocks that share a
+  // copy of the states share its items: of all samples, or of the cluster's.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_item(int teams, int team, Visit visit) const {
+    const int width = clustered() ? plan.tiles_per_pass : tiles;
+    const int stride = clustered() ? kClusterBlocks : here(gridDim.x);
+    for (int first = clustered() ? share.sample_group * width : 0; first < tiles;
+         first += clustered() ? plan.sample_groups * width : width) {
+      const int end = min(first + width, tiles) * fragments;
+      for (int block = first * fragments + (clustered() ? share.rank() : blockIdx.x); block < end;
+           block += stride * teams) {
+        const int item = block + team * stride;
+        visit(item < end ? item : -1);
+      }
+    }
+  }
+
+  // Adds the partial sums in a fixed order. `finish(sum, b, j, d)` gets each sum once, for
+  // d ... d + 3; `kCapsuleLanes` lanes have a capsule whole.
   template <class Finish>
   __device__ __forceinline__ void add_partial_sums(const float4* partial, Finish finish) const {
-    // Each half of the block takes 32 float4s at a time; its warps split the groups.
-    constexpr int warps = kSweepWarps / 2;
-    const int half = share.warp / warps, warp = share.warp % warps;
-    const int items = tiles * fragments;
-    for (int first = blockIdx.x; first < items; first += 2 * gridDim.x) {
-      const int item = first + half * gridDim.x, e = item * kWarpSize + lane.index;
+    // Many sums are split among the warps of half of the block.
+    const int warps = clustered() ? 1 : here(kSweepWarps / 2), warp = share.warp % warps;
+    for_each_item(kSweepWarps / warps, share.warp / warps, [&](int item) {
+      constexpr int kAhead = 12;
+      const int e = item * kWarpSize + here(lane.index);
       float sum[4] = {};
-      if (item < items) {
-#pragma unroll 4
-        for (int group = warp; group < plan.capsule_groups; group += warps) {
-          add_to(sum, partial[group * state_size + e]);
+      for (int n = warp; item >= 0 && n < plan.sums; n += kAhead * warps) {
+        float4 ahead[kAhead];  // all on their way before the first of them is added
+#pragma unroll
+        for (int m = 0; m < kAhead; ++m) {
+          const int next = n + m * warps;
+          ahead[m] = next < plan.sums ? partial[next * state_size + e]
+                                      : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
+#pragma unroll
+        for (int m = 0; m < kAhead; ++m) add_to(sum, ahead[m]);
       }
-      __syncthreads();  // `exchange` is free
-      if (warp > 0) exchange[share.warp * kWarpSize + lane.index] = packed(sum);
-      __syncthreads();
-      if (warp > 0 || item >= items) continue;
+      if (warps > 1) {
+        __syncthreads();  // `exchange` is free
+        if (warp > 0) exchange[share.warp * kWarpSize + lane.index] = packed(sum);
+        __syncthreads();
+      }
+      if (warp > 0 || item < 0) return;
       for (int other = 1; other < warps; ++other) {
         add_to(sum, exchange[(share.warp + other) * kWarpSize + lane.index]);
       }
       const int capsule = e / kCapsuleLanes, J = fragments * kTileRows / Tile::D;
       finish(sum, capsule / J, capsule % J, e % kCapsuleLanes * 4);
-    }
+    });
   }
 
  private:
+  __device__ __forceinline__ void barrier(bool of_cluster) const {
+    if (of_cluster) {
+      cluster_arrive();
+      cluster_wait();
+    } else {
+      grid_barrier();
+    }
+  }
+
   // The row of W on chip of input capsule i.
   __device__ __forceinline__ int row_of(int i) const {
     return plan.by_weight_sharing.divide(i) - share.first_row;
   }
 
-  __device__ __forceinline__ const Quad<T>* weight_of(int i) const {
-    return weight + row_of(i) * weight_quads;
+  __device__ __forceinline__ const Prepared<P, T>* weight_of(int i) const {
+    return reinterpret_cast<const Prepared<P, T>*>(weight + row_of(i) * weight_quads);
   }
 
-  // Calls visit(first tile) for each pass over the samples of the block.
-  template <class Visit>
-  __device__ __forceinline__ void for_each_pass(Visit visit) const {
-    for (int first = share.sample_group * plan.tiles_per_pass; first < tiles;
-         first += plan.sample_groups * plan.tiles_per_pass) {
-      visit(first);
+  // The rows of W on chip that the capsules before i touch.
+  __device__ __forceinline__ int rows_before(int i) const {
+    return i == share.first_capsule ? 0 : row_of(min(i, share.last_capsule) - 1) + 1;
+  }
+
+  // The piece of W of capsule i and those behind it sets off; a warp takes a row.
+  __device__ __forceinline__ void send_for_piece(int i) const {
+    const int row = rows_before(i) + here(share.warp);
+    if (row < rows_before(i + kPiece)) {
+      const std::size_t row_size = std::size_t(shape.J) * shape.D * shape.K;
+      copy_weight<Tile>(weight + row * weight_quads,
+                        all_weight + (share.first_row + row) * row_size, shape, lane);
+    }
+    end_group_of_copies();
+  }
+
+  // It is there for the whole block, and a later one sets off.
+  __device__ __forceinline__ void receive_piece(int i) const {
+    wait_for_all_but<kPiecesAhead - 1>();
+    const int row = rows_before(i) + here(share.warp);
+    if (row < rows_before(i + kPiece)) {
+      prepare_weight<P, Tile>(weight + row * weight_quads, shape, lane);
+    }
+    __syncthreads();
+    send_for_piece(i + kPiecesAhead * kPiece);
+  }
+
+  // Calls sweep(sums, first tile, whether W arrives meanwhile) for each pass over the samples of
+  // the block, and leaves the sums of its warps' tiles in the workspace. W arrives in the first. A
+  // cluster adds the sums of one pass after the sweep of the next.
+  template <int kTiles, class Sweep>
+  __device__ __forceinline__ void for_each_pass(bool arrives, float4* partial, Sweep sweep) const {
+    const int slots = plan.tiles_per_pass / kTiles, slot = share.warp % slots;
+    const int lane_of_capsules = share.warp / slots;
+    const int start = share.sample_group * plan.tiles_per_pass;
+    const int step = plan.sample_groups * plan.tiles_per_pass;
+    float4* place = exchange;
+    for (int first = start;; first += step) {
+      Values sums[kTiles];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) set_zero(sums[m]);
+      if (first < tiles) sweep(sums, first, arrives && first == start);
+      if (clustered() && first > start) {
+        cluster_wait();
+        add_over_cluster<kTiles>(partial, place, first - step);
+        place = place == exchange ? exchange + kSweepWarps / 2 * tile_size : exchange;
+      }
+      if (first >= tiles) break;
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        add_over_lanes(place, sums[m], lane_of_capsules, kSweepWarps / slots, slot);
+      }
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        if (lane_of_capsules > 0) continue;
+        if (clustered()) {
+          store_tile(place + (m * slots + slot) * tile_size, sums[m]);
+        } else {
+          write_partial(partial, sums[m], first + slot * kTiles + m);
+        }
+      }
+      if (clustered()) cluster_arrive();
+    }
+  }
+
+  __device__ __forceinline__ void store_tile(float4* to, const Values& sum) const {
+    for_each_fragment<Tile>(shape.J,
+                            [&](int, int n) { to[n * kWarpSize + lane.index] = packed(sum[n]); });
+  }
+
+  // Adds the sums of a pass that the blocks of the cluster have at `place`; each block takes a
+  // share of the fragments.
+  template <int kTiles>
+  __device__ __forceinline__ void add_over_cluster(float4* partial, const float4* place,
+                                                   int first) const {
+    const int slots = plan.tiles_per_pass / kTiles;
+    for (int unit = here(share.rank()) + kClusterBlocks * share.warp;
+         unit < plan.tiles_per_pass * fragments; unit += kClusterBlocks * kSweepWarps) {
+      float4 of_block[kClusterBlocks];
+#pragma unroll
+      for (int rank = 0; rank < kClusterBlocks; ++rank) {
+        of_block[rank] = load_from_block(place + unit * kWarpSize + lane.index, rank);
+      }
+      float sum[4] = {};
+#pragma unroll
+      for (int rank = 0; rank < kClusterBlocks; ++rank) add_to(sum, of_block[rank]);
+      const int at = here(unit) / fragments, tile = first + at % slots * kTiles + at / slots;
+      if (tile >= tiles) continue;
+      for_each_group<Tile>(shape.J, [&](auto group) {
+        const int m = unit % fragments - Tile::first_fragment(group.value);
+        if (m < 0 || m >= Tile::fragments(group.value)) return;
+        write_fragment(partial + share.cluster() * state_size, sum, tile, group, m);
+      });
     }
   }
 
@@ -219,7 +321,8 @@ struct SweepBlock {
   // capsule is loaded while one is worked on, once too often at the end: a load of what is there is
   // cheaper than a branch.
   template <int kTiles, class Visit>
-  __device__ __forceinline__ void for_each_capsule(const InputRow<T, Tile> (&rows)[kTiles],
+  __device__ __forceinline__ void for_each_capsule(bool arrives,
+                                                   const InputRow<T, Tile> (&rows)[kTiles],
                                                    int lane_of_capsules, int lanes,
                                                    Visit visit) const {
     float next_u[kTiles][2] = {};
@@ -229,33 +332,36 @@ struct SweepBlock {
         rows[m].load(next_u[m], min(i, shape.I - 1), 0, shape.K, lane);
       }
     };
-    load(share.first_capsule + lane_of_capsules);
-    for (int i = share.first_capsule + lane_of_capsules; i < share.last_capsule; i += lanes) {
-      float first_u[kTiles][2];
+    int i = share.first_capsule + lane_of_capsules, end = share.first_capsule;
+    load(i);
+    do {
+      if (arrives) receive_piece(end);
+      end = arrives ? min(end + kPiece, share.last_capsule) : share.last_capsule;
+      for (; i < end; i += lanes) {
+        float first_u[kTiles][2];
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        for (int e = 0; e < 2; ++e) first_u[m][e] = next_u[m][e];
+        for (int m = 0; m < kTiles; ++m) {
+          for (int e = 0; e < 2; ++e) first_u[m][e] = next_u[m][e];
+        }
+        load(i + lanes);
+        visit(i, first_u);
       }
-      load(i + lanes);
-      visit(i, first_u);
-    }
+    } while (end < share.last_capsule);
   }
 
   // Adds the sums of the warps that share a tile, in a fixed order, into those of its first warp.
-  // `exchange` holds a tile for half of the warps.
-  __device__ __forceinline__ void add_over_lanes(Values& sum, int lane_of_capsules, int lanes,
-                                                 int slot) const {
+  // `place` has room for a tile of half of the warps.
+  __device__ __forceinline__ void add_over_lanes(float4* place, Values& sum, int lane_of_capsules,
+                                                 int lanes, int slot) const {
     const int slots = kSweepWarps / lanes;
     for (int half = lanes / 2; half >= 1; half /= 2) {
       const int sender = lane_of_capsules - half;
-      const int place = (sender >= 0 ? sender : lane_of_capsules) * slots + slot;
-      float4* tile = exchange + place * tile_size + lane.index;
-      __syncthreads();  // `exchange` is free
-      if (sender >= 0 && sender < half) {
-        for_each_fragment<Tile>(shape.J, [&](int, int n) { tile[n * kWarpSize] = packed(sum[n]); });
-      }
+      float4* tile = place + ((sender >= 0 ? sender : lane_of_capsules) * slots + slot) * tile_size;
+      __syncthreads();  // `place` is free
+      if (sender >= 0 && sender < half) store_tile(tile, sum);
       __syncthreads();
       if (lane_of_capsules < half) {
+        tile += lane.index;
         for_each_fragment<Tile>(shape.J, [&](int, int n) { add_to(sum[n], tile[n * kWarpSize]); });
       }
     }
@@ -265,23 +371,28 @@ struct SweepBlock {
   __device__ __forceinline__ void write_partial(float4* partial, const Values& sum,
                                                 int tile) const {
     if (tile >= tiles) return;
-    float4* const to = partial + share.capsule_group * state_size;
-    const int J = fragments * kTileRows / Tile::D;
     for_each_group<Tile>(shape.J, [&](auto group) {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int b = tile * kTileSamples + 2 * lane.q + e;
-        const int row = b * J + lane.capsule<Tile>(group.value);
-        float* capsule = reinterpret_cast<float*>(to) + std::size_t(row) * Tile::D +
-                         lane.first_dim<Tile>(group.value);
-        constexpr int kFirst = Tile::first_fragment(group.value);
-#pragma unroll
-        for (int m = 0; m < Tile::fragments(group.value); ++m) {
-          const auto& x = sum[kFirst + m];
-          reinterpret_cast<Pair<float>*>(capsule)[m] = {x[e], x[2 + e]};
-        }
+      for (int m = 0; m < Tile::fragments(group.value); ++m) {
+        write_fragment(partial + here(share.capsule_group) * state_size,
+                       sum[Tile::first_fragment(group.value) + m], tile, group, m);
       }
     });
+  }
+
+  // Fragment m of a group of output capsules, in `to` [B][J][D].
+  template <class Group>
+  __device__ __forceinline__ void write_fragment(float4* to, const float (&x)[4], int tile,
+                                                 Group group, int m) const {
+    const int J = fragments * kTileRows / Tile::D;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int b = tile * kTileSamples + 2 * lane.q + e;
+      const int row = b * J + lane.capsule<Tile>(group.value);
+      float* capsule = reinterpret_cast<float*>(to) + std::size_t(row) * Tile::D +
+                       lane.first_dim<Tile>(group.value);
+      reinterpret_cast<Pair<float>*>(capsule)[m] = {x[e], x[2 + e]};
+    }
   }
 };
 

@@ -155,10 +155,15 @@ struct alignas(2 * sizeof(T)) Pair {
   T first, second;
 };
 
-// A lane's values of a fragment of W_i: rows g and g + 8 of the first column, then of the second.
+// A lane's values of a fragment of W_i: rows g and g + 8, columns 2q and 2q + 1. The first column
+// before the second, as du reads it, or the first row before the second, as memory has them.
 template <class T>
-struct alignas(4 * sizeof(T)) Quad {
-  T values[4];
+struct alignas(4 * sizeof(T)) Columns {
+  Pair<T> columns[2];
+};
+template <class T>
+struct alignas(4 * sizeof(T)) Rows {
+  Pair<T> rows[2];
 };
 
 // A fragment's values are read by lane, and, where the fragment is to be transposed, two at a time
@@ -208,12 +213,20 @@ struct InputRow {
 
 // The lane's values of a fragment of W on chip.
 template <class P, class T>
-__device__ __forceinline__ typename P::template Operand<4> weight_operand(const Quad<T>* fragment,
+__device__ __forceinline__ typename P::template Operand<4> weight_operand(
+    const Columns<T>* fragment, int swizzled_lane) {
+  const Columns<T> w = fragment[swizzled_lane];
+  const float a[4] = {to_float(w.columns[0].first), to_float(w.columns[0].second),
+                      to_float(w.columns[1].first), to_float(w.columns[1].second)};
+  return P::template prepared_operand<T>(a);
+}
+
+template <class P, class T>
+__device__ __forceinline__ typename P::template Operand<4> weight_operand(const Rows<T>* fragment,
                                                                           int swizzled_lane) {
-  const Quad<T> quad = fragment[swizzled_lane];
-  float a[4];
-#pragma unroll
-  for (int n = 0; n < 4; ++n) a[n] = to_float(quad.values[n]);
+  const Rows<T> w = fragment[swizzled_lane];
+  const float a[4] = {to_float(w.rows[0].first), to_float(w.rows[1].first),
+                      to_float(w.rows[0].second), to_float(w.rows[1].second)};
   return P::template prepared_operand<T>(a);
 }
 
@@ -227,10 +240,10 @@ __device__ __forceinline__ void set_zero(float (&x)[kCount][kSize]) {
 }
 
 // Calls visit(n, operand of fragment n of W_i, operands of u_i) for every fragment and 8 elements
-// of K. `weight` is W_i on chip [K / 8][fragments][32]; `first_u` are the first elements of u_i of
-// some tiles, which the caller has loaded ahead of time.
-template <class P, class T, class Tile, int kTiles, class Visit>
-__device__ __forceinline__ void for_each_product(const Quad<T>* weight,
+// of K. `weight` is W_i on chip [K / 8][fragments][32], Rows or Columns; `first_u` are the first
+// elements of u_i of some tiles, which the caller has loaded ahead of time.
+template <class P, class T, class Tile, int kTiles, class Order, class Visit>
+__device__ __forceinline__ void for_each_product(const Order* weight,
                                                  const float (&first_u)[kTiles][2],
                                                  const InputRow<T, Tile> (&rows)[kTiles], int i,
                                                  const Shape& shape, const Lane& lane,
@@ -254,8 +267,8 @@ __device__ __forceinline__ void for_each_product(const Quad<T>* weight,
 }
 
 // u_hat = W_i u_i for 8 samples.
-template <class P, class T, class Tile>
-__device__ __forceinline__ void predict(typename Tile::Values& u_hat, const Quad<T>* weight,
+template <class P, class T, class Tile, class Order>
+__device__ __forceinline__ void predict(typename Tile::Values& u_hat, const Order* weight,
                                         const float (&first_u)[1][2],
                                         const InputRow<T, Tile> (&row)[1], int i,
                                         const Shape& shape, const Lane& lane) {
@@ -271,9 +284,9 @@ __device__ __forceinline__ void predict(typename Tile::Values& u_hat, const Quad
 }
 
 // sums += W_i u_i for some tiles at once: W_i is read once for them.
-template <class P, class T, class Tile, int kTiles>
+template <class P, class T, class Tile, int kTiles, class Order>
 __device__ __forceinline__ void add_predictions(typename Tile::Values (&sums)[kTiles],
-                                                const Quad<T>* weight,
+                                                const Order* weight,
                                                 const float (&first_u)[kTiles][2],
                                                 const InputRow<T, Tile> (&rows)[kTiles], int i,
                                                 const Shape& shape, const Lane& lane) {

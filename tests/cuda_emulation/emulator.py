@@ -27,7 +27,7 @@ class Shape(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    _fields_ = [("sm_count", ctypes.c_int), ("shared_per_block", ctypes.c_int)]
+    _fields_ = [(name, ctypes.c_int) for name in ("sm_count", "shared_per_block", "clusters")]
 
 
 class Call(ctypes.Structure):
@@ -46,6 +46,7 @@ class Plan(NamedTuple):
     tiles_per_pass: int
     gradient_capsules: int
     splits: int
+    cluster: int
 
 
 def compiler() -> str | None:
@@ -106,7 +107,7 @@ class Emulator:
         return self.library.barriers().decode().split()
 
     def plan(self, shape: Shape, dtype: torch.dtype) -> Plan:
-        figures = (ctypes.c_int * 5)()
+        figures = (ctypes.c_int * 6)()
         call = Call(shape, self.device, 0, 0, SCALARS[dtype], 0)
         self.library.planned(ctypes.byref(call), figures)
         return Plan(*figures)

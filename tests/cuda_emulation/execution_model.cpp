@@ -25,11 +25,19 @@ constexpr std::size_t kStackBytes = 128 * 1024;
 constexpr std::size_t kFenceBytes = 256;
 constexpr unsigned char kPoison = 0xff;  // NaN in every floating-point type
 
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  int bytes, group;
+};
+
 struct Fiber {
   jmp_buf env;
   ucontext_t start;
   bool started = false, waits = false, done = false;
-  std::vector<std::pair<void*, const void*>> copies;
+  int arrivals = 0;  // at its cluster's barrier
+  std::vector<Copy> copies;
+  int groups = 0;  // of copies that were ended
 };
 
 struct Warp {
@@ -43,6 +51,12 @@ struct Warp {
 struct Block {
   std::vector<unsigned char> shared;
   int arrived = 0;
+};
+
+struct Cluster {
+  int arrived = 0;  // threads, at a barrier that is not complete
+  int complete = 0;
+  std::vector<Fiber*> waiting;
 };
 
 std::mt19937 random_engine;
@@ -65,9 +79,16 @@ class Launch {
  public:
   static Launch* running;
 
-  Launch(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes)
-      : kernel_(kernel), threads_(threads), blocks_(blocks), warps_(blocks * threads / kWarp) {
+  Launch(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes,
+         int cluster)
+      : kernel_(kernel),
+        threads_(threads),
+        cluster_(cluster),
+        blocks_(blocks),
+        clusters_(blocks / cluster),
+        warps_(blocks * threads / kWarp) {
     if (threads % kWarp != 0 || blocks < 1) throw std::runtime_error("a launch of broken warps");
+    if (blocks % cluster != 0) throw std::runtime_error("a launch of broken clusters");
     for (Block& block : blocks_) block.shared.assign(shared_bytes + kFenceBytes, kPoison);
     for (Warp& warp : warps_) warp.priority = random_engine();
     block_size = {unsigned(threads)};
@@ -124,11 +145,35 @@ class Launch {
   }
 
   void block_barrier() {
-    const std::size_t block = (warp_ - warps_.data()) / (threads_ / kWarp);
-    wait(blocks_[block].arrived, threads_, block * threads_ / kWarp, threads_ / kWarp);
+    wait(blocks_[block()].arrived, threads_, block() * threads_ / kWarp, threads_ / kWarp);
   }
 
   void grid_barrier() { wait(arrived_, int(warps_.size()) * kWarp, 0, warps_.size()); }
+
+  // A thread may do other things between arriving and waiting, but not arrive again.
+  void cluster_arrive() {
+    Cluster& cluster = clusters_[block() / cluster_];
+    if (fiber().arrivals++ > cluster.complete)
+      fail("a thread arrives twice at a cluster's barrier");
+    if (++cluster.arrived < threads_ * cluster_) return;
+    cluster.arrived = 0;
+    ++cluster.complete;
+    for (Fiber* waiting : std::exchange(cluster.waiting, {})) waiting->waits = false;
+  }
+
+  void cluster_wait() {
+    Cluster& cluster = clusters_[block() / cluster_];
+    if (fiber().arrivals <= cluster.complete) return;
+    cluster.waiting.push_back(&fiber());
+    fiber().waits = true;
+    leave();
+  }
+
+  const void* at_block(const void* shared, int rank) {
+    const std::size_t own = block();
+    const auto offset = static_cast<const unsigned char*>(shared) - blocks_[own].shared.data();
+    return blocks_[own / cluster_ * cluster_ + rank].shared.data() + offset;
+  }
 
   Fiber& fiber() { return warp_->lanes[lane_]; }
 
@@ -138,6 +183,8 @@ class Launch {
   }
 
  private:
+  std::size_t block() const { return (warp_ - warps_.data()) / (threads_ / kWarp); }
+
   void wait(int& arrived, int expected, std::size_t first_warp, std::size_t count) {
     if (warp_->arrived > 0) fail("the lanes of a warp stand at different collectives");
     if (++arrived == expected) {
@@ -183,8 +230,9 @@ class Launch {
   }
 
   const std::function<void()>& kernel_;
-  int threads_;
+  int threads_, cluster_;
   std::vector<Block> blocks_;
+  std::vector<Cluster> clusters_;
   std::vector<Warp> warps_;
   int arrived_ = 0;
   Warp* warp_ = nullptr;
@@ -218,8 +266,13 @@ std::string barriers() {
   return all;
 }
 
-void run(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes) {
-  Launch(kernel, blocks, threads, shared_bytes).run();
+void run(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes,
+         int cluster) {
+  Launch(kernel, blocks, threads, shared_bytes, cluster).run();
+}
+
+const void* at_block(const void* shared, int rank) {
+  return Launch::running->at_block(shared, rank);
 }
 
 void join(Collective collective, float* operands, int count, void (*act)(Operands)) {
@@ -291,18 +344,53 @@ void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   std::copy(operands, operands + 4, c);
 }
 
-void copy_in_background(void* shared, const void* global) {
-  emulation::Launch::running->fiber().copies.emplace_back(shared, global);
+namespace emulation {
+
+void begin_copy(void* shared, const void* global, int bytes, bool is_there) {
+  Launch& launch = *Launch::running;
+  const auto misaligned = [&](const void* x) { return std::uintptr_t(x) % bytes != 0; };
+  if (misaligned(shared) || misaligned(global)) launch.fail("a copy that is not aligned");
+  launch.fiber().copies.push_back(
+      {shared, is_there ? global : nullptr, bytes, launch.fiber().groups});
 }
 
+// Makes the copies of all but the last `groups` groups, and of none that is not ended.
+void wait_for_copies_before(int groups) {
+  Fiber& fiber = Launch::running->fiber();
+  std::vector<Copy> left;
+  for (const Copy& copy : fiber.copies) {
+    if (copy.group < fiber.groups - groups) {
+      if (copy.from != nullptr) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      } else {
+        std::memset(copy.to, 0, copy.bytes);
+      }
+    } else {
+      left.push_back(copy);
+    }
+  }
+  fiber.copies = std::move(left);
+}
+
+}  // namespace emulation
+
+void end_group_of_copies() { ++emulation::Launch::running->fiber().groups; }
+
 void wait_for_copies() {
-  auto& copies = emulation::Launch::running->fiber().copies;
-  for (const auto& [to, from] : copies) std::memcpy(to, from, 16);
-  copies.clear();
+  end_group_of_copies();
+  emulation::wait_for_copies_before(0);
 }
 
 void grid_barrier(const char* file, int line) {
   if (!emulation::skipped(file, line)) emulation::Launch::running->grid_barrier();
+}
+
+void cluster_arrive(const char* file, int line) {
+  if (!emulation::skipped(file, line)) emulation::Launch::running->cluster_arrive();
+}
+
+void cluster_wait(const char* file, int line) {
+  if (!emulation::skipped(file, line)) emulation::Launch::running->cluster_wait();
 }
 
 }  // namespace capsule_kernels::cuda

@@ -1,9 +1,9 @@
 // A stand-in for the CUDA execution model, on the host, for tests.
 //
 // Every thread of every block is a fiber of its own; they switch only where they meet: at warp
-// collectives, at block and grid barriers. Which warp goes on is drawn at random (from a seed, with
-// changing priorities, so that some warps run far ahead), and its threads one after another: a
-// missing barrier is a read before the write. Shared memory starts as NaN and is fenced.
+// collectives, at block, cluster and grid barriers. Which warp goes on is drawn at random (from a
+// seed, with changing priorities, so that some warps run far ahead), and its threads one after
+// another: a missing barrier is a read before the write. Shared memory starts as NaN and is fenced.
 #pragma once
 
 #include <algorithm>
@@ -55,7 +55,12 @@ enum class Collective { kShuffle, kVote, kWarpBarrier, kMma, kBlockBarrier, kGri
 using Operands = float[32][12];
 void join(Collective collective, float* operands, int count, void (*act)(Operands));
 
-void run(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes);
+// `cluster`: blocks of a cluster.
+void run(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes,
+         int cluster);
+
+// Where block `rank` of the cluster has what this one has at `shared`.
+const void* at_block(const void* shared, int rank);
 
 float from_float16(std::uint16_t bits);
 std::uint16_t to_float16(float x);
@@ -129,18 +134,47 @@ inline unsigned round_to_tf32(float x) {
 }
 
 inline void forget_loads() {}
+inline int here(int x) { return x; }
 
 // Copied only when waited for, as late as can be.
-void copy_in_background(void* shared, const void* global);
+namespace emulation {
+void begin_copy(void* shared, const void* global, int bytes, bool is_there);
+void wait_for_copies_before(int groups);
+}  // namespace emulation
+template <int kBytes>
+void copy_in_background(void* shared, const void* global, bool is_there = true) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
+  emulation::begin_copy(shared, global, kBytes, is_there);
+}
+void end_group_of_copies();
+template <int kGroups>
+void wait_for_all_but() {
+  emulation::wait_for_copies_before(kGroups);
+}
 void wait_for_copies();
 
 void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 void grid_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+constexpr bool kHasClusters = true;
+void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+inline float4 load_from_block(const float4* shared, int rank) {
+  return *static_cast<const float4*>(emulation::at_block(shared, rank));
+}
+
+struct Grid {
+  int blocks, threads, shared_bytes;
+  bool cooperative;
+  int cluster = 1;
+};
+
+inline int resident_clusters(const void*, const Grid&) { return 0; }
 
 template <class Arguments, class Plan>
-void launch(void (*kernel)(Arguments, Plan), int blocks, int threads, int shared_bytes,
-            bool /*cooperative*/, void* /*stream*/, Arguments arguments, Plan plan) {
-  emulation::run([=] { kernel(arguments, plan); }, blocks, threads, shared_bytes);
+void launch(void (*kernel)(Arguments, Plan), const Grid& grid, void* /*stream*/,
+            Arguments arguments, Plan plan) {
+  emulation::run([=] { kernel(arguments, plan); }, grid.blocks, grid.threads, grid.shared_bytes,
+                 grid.cluster);
 }
 
 }  // namespace capsule_kernels::cuda
