@@ -49,7 +49,10 @@ struct Tf32 {
 
   template <class T>
   static __device__ __forceinline__ T prepared(T x) {
-    if constexpr (kPrepares<T>) return float_of(round_to_tf32(x));
+    if constexpr (kPrepares<T>) {
+      // As round_to_tf32 does, but for the bits that the hardware ignores.
+      if (fabsf(x) < INFINITY) return float_of(bits_of(x) + 0x1000u);
+    }
     return x;
   }
 

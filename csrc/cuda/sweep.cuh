@@ -230,9 +230,9 @@ struct SweepBlock {
   __device__ __forceinline__ void send_for_piece(int i) const {
     const int row = rows_before(i) + here(share.warp);
     if (row < rows_before(i + kPiece)) {
-      const std::size_t row_size = std::size_t(shape.J) * shape.D * shape.K;
+      const unsigned row_size = shape.J * shape.D * shape.K;  // one row fits on chip
       copy_weight<Tile>(weight + row * weight_quads,
-                        all_weight + (share.first_row + row) * row_size, shape, lane);
+                        all_weight + std::size_t(share.first_row + row) * row_size, shape, lane);
     }
     end_group_of_copies();
   }

@@ -7,20 +7,38 @@
 
 namespace capsule_kernels::cuda {
 
-// Calls visit(place, source, k, inside) for each lane's pair of rows of every fragment of W_i
+// Whether each of the rows of a pair is there.
+struct PairOfRows {
+  bool first, second;
+};
+
+// Calls visit(place, source, K, k, inside) for each lane's pair of rows of every fragment of W_i
 // [J, D, K] and 8 elements of K: where the lane's values lie on chip, the first of them in memory,
 // its k, and whether each of the two rows is within J and D.
 template <class Tile, class T, class Visit>
 __device__ __forceinline__ void for_each_pair_of_rows(const T* weight, const Shape& shape,
                                                       const Lane& lane, Visit visit) {
   int place = swizzled(lane.index);
+  if (Tile::kKnown && shape.D == Tile::D && shape.K == kStepDims) {
+    // Nothing is padded, and addresses are constants apart.
+    for_each_group<Tile>(shape.J, [&](auto group) {
+      const int row = lane.capsule<Tile>(group.value) * Tile::D + lane.first_dim<Tile>(group.value);
+      const T* const rows = weight + (row * kStepDims + 2 * lane.q);
+#pragma unroll
+      for (int m = 0; m < Tile::fragments(group.value); ++m) {
+        visit(place + (Tile::first_fragment(group.value) + m) * kWarpSize, rows + 2 * m * kStepDims,
+              kStepDims, 0, PairOfRows{true, true});
+      }
+    });
+    return;
+  }
   for (int k0 = 0; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
     const int k = k0 + 2 * lane.q;
     for_each_fragment<Tile>(shape.J, [&](int group, int n) {
       const int j = lane.capsule<Tile>(group);
       const int d = lane.first_dim<Tile>(group) + 2 * (n - Tile::first_fragment(group));
-      const bool inside[2] = {j < shape.J && d < shape.D, j < shape.J && d + 1 < shape.D};
-      visit(place + n * kWarpSize, weight + ((j * shape.D + d) * shape.K + k), k, inside);
+      visit(place + n * kWarpSize, weight + ((j * shape.D + d) * shape.K + k), shape.K, k,
+            PairOfRows{j < shape.J && d < shape.D, j < shape.J && d + 1 < shape.D});
     });
     place += Tile::fragments_of(shape.J) * kWarpSize;
   }
@@ -32,9 +50,9 @@ template <class P, class Tile, class T>
 __device__ __forceinline__ void load_weight(Columns<T>* to, const T* from, const Shape& shape,
                                             const Lane& lane) {
   for_each_pair_of_rows<Tile>(
-      from, shape, lane, [&](int place, const T* source, int k, const bool (&inside)[2]) {
-        const Pair<T> x = load_pair<Tile>(source, inside[0], k, shape.K);
-        const Pair<T> y = load_pair<Tile>(source + shape.K, inside[1], k, shape.K);
+      from, shape, lane, [&](int place, const T* source, int K, int k, const PairOfRows& inside) {
+        const Pair<T> x = load_pair<Tile>(source, inside.first, k, K);
+        const Pair<T> y = load_pair<Tile>(source + K, inside.second, k, K);
         to[place] = {{{P::prepared(x.first), P::prepared(y.first)},
                       {P::prepared(x.second), P::prepared(y.second)}}};
       });
@@ -46,17 +64,17 @@ template <class Tile, class T>
 __device__ __forceinline__ void copy_weight(Rows<T>* to, const T* from, const Shape& shape,
                                             const Lane& lane) {
   for_each_pair_of_rows<Tile>(
-      from, shape, lane, [&](int place, const T* source, int k, const bool (&inside)[2]) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const T* row = source + e * shape.K;
-          if (Tile::kKnown || shape.K % 2 == 0) {
-            const bool is_there = inside[e] && k < shape.K;
-            copy_in_background<2 * sizeof(T)>(&to[place].rows[e], is_there ? row : from, is_there);
+      from, shape, lane, [&](int place, const T* source, int K, int k, const PairOfRows& inside) {
+        const auto copy = [&](Pair<T>& to, const T* row, bool inside) {
+          if (Tile::kKnown || K % 2 == 0) {
+            const bool is_there = inside && k < K;
+            copy_in_background<2 * sizeof(T)>(&to, is_there ? row : from, is_there);
           } else {  // rows are not aligned to pairs
-            to[place].rows[e] = load_pair<Tile>(row, inside[e], k, shape.K);
+            to = load_pair<Tile>(row, inside, k, K);
           }
-        }
+        };
+        copy(to[place].rows[0], source, inside.first);
+        copy(to[place].rows[1], source + K, inside.second);
       });
 }
 
