@@ -290,7 +290,8 @@ def test_a_prior_of_minus_infinity_closes_a_path(emulator: Emulator) -> None:
 def test_python_and_the_plan_agree_on_what_fits(
     built: Emulator, figures: cuda.Figures, dtype: torch.dtype
 ) -> None:
-    built.device = Device(figures.sm_count, figures.shared_per_block)
+    clusters = 16 if figures.capability >= (9, 0) else 0
+    built.device = Device(figures.sm_count, figures.shared_per_block, clusters)
     answers = set()
     for I in (1, 7, 132, 133, 1152, 2048, 4608, 6000, 9216, 20000):
         for J, D in ((1, 1), (1, 32), (5, 16), (10, 16), (10, 8), (20, 8), (5, 32)):

@@ -1,6 +1,6 @@
 """CUDA C++ kernels (``csrc/cuda``), registered by the compiled extension where it has CUDA.
 
-A warp keeps the predictions of a tile of 16 samples in registers, and the grid keeps W in shared
+A warp keeps the predictions of a tile of 8 samples in registers, and the grid keeps W in shared
 memory through all iterations: what does not fit is left to Triton.
 """
 

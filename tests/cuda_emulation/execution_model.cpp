@@ -172,7 +172,10 @@ class Launch {
   const void* at_block(const void* shared, int rank) {
     const std::size_t own = block();
     const auto offset = static_cast<const unsigned char*>(shared) - blocks_[own].shared.data();
-    return blocks_[own / cluster_ * cluster_ + rank].shared.data() + offset;
+    const std::size_t other = own / cluster_ * cluster_ + rank;
+    // Its shared memory lasts as long as it does.
+    if (warps_[other * threads_ / kWarp].lanes[0].done) fail("a block read after its end");
+    return blocks_[other].shared.data() + offset;
   }
 
   Fiber& fiber() { return warp_->lanes[lane_]; }
