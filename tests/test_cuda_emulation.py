@@ -147,7 +147,9 @@ CLUSTERED = [
 ]
 
 
-@pytest.mark.parametrize(("case", "device", "expected"), CLUSTERED, ids=str)
+@pytest.mark.parametrize(
+    ("case", "device", "expected"), CLUSTERED, ids=["two passes", "two groups", "one cluster"]
+)
 def test_clusters_agree_with_the_oracle(
     emulator: Emulator, case: Case, device: Device, expected: tuple[int, int, int]
 ) -> None:
