@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from capsule_kernels import ops
-from capsule_kernels.windows import capsules, grid_gradient
+from capsule_kernels.windows import capsules, view
 
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 MODEL = Path(__file__).parent
@@ -47,6 +47,20 @@ class Plan(NamedTuple):
     gradient_capsules: int
     splits: int
     cluster: int
+
+
+def grid_gradient(gradient: Tensor, grid: Tensor, window: list[int] | None) -> Tensor:
+    """The gradient of a grid from that of its windows, as the binding adds it; [0] stays."""
+    if not window or gradient.dim() == 1:
+        return gradient
+    sums = grid.new_zeros(grid.shape, dtype=torch.promote_types(grid.dtype, torch.float32))
+    windows = view(sums, window)
+    gradient = gradient.view(windows.shape)
+    # Place by place, each of which meets a cell once: always in the same order.
+    for dy in range(window[0]):
+        for dx in range(window[1]):
+            windows[:, :, :, :, dy, dx] += gradient[:, :, :, :, dy, dx]
+    return sums.to(grid.dtype)
 
 
 def compiler() -> str | None:
