@@ -96,22 +96,33 @@ def test_tiles_cover_every_sample_and_output_capsule_once(B, sizes):
         assert size == config.power_of_two(size)
 
 
-@pytest.mark.parametrize("rows", [1, 64, 1152])
+@pytest.mark.parametrize("rows", [1, 64, 288, 800, 1152])
 @pytest.mark.parametrize("weight_sharing", [1, 3, 144])
 @pytest.mark.parametrize("tiles_B", [1, 5, 64])
-def test_splits_cover_every_capsule_and_batch_tile_once(rows, weight_sharing, tiles_B):
-    split = config.split(rows, weight_sharing, 4, tiles_B, 132)
+@pytest.mark.parametrize("counts", [True, False])
+def test_splits_cover_every_capsule_and_batch_tile_once(rows, weight_sharing, tiles_B, counts):
+    split = config.split(rows, weight_sharing, 4, tiles_B, 132, counts)
     assert (split.parts - 1) * split.capsules < weight_sharing <= split.parts * split.capsules
     assert split.capsules % 4 == 0
-    assert (split.splits - 1) * split.batch_tiles < tiles_B <= split.splits * split.batch_tiles
+    assert (split.pieces - 1) * split.batch_tiles < tiles_B <= split.pieces * split.batch_tiles
+    assert split.whole + split.cut == rows * split.parts
+    assert split.programs == split.whole + split.cut * split.pieces
+    if split.whole:  # some rows are cut and some are not, so no launch can add the parts
+        assert counts
+        assert split.parts == 1
+        assert split.contributors <= config.MOST_COUNTED
 
 
-def test_many_rows_are_split_only_for_balance():
+def test_only_the_rows_that_do_not_fill_the_machine_are_cut():
     """288 programs on 132 multiprocessors are three for some of them and two for others."""
-    split = config.split(288, 1, 4, 16, 132)
-    assert (split.parts, split.splits) == (1, 1)  # so no sum over partial gradients of W
-    assert config.split(288, 1, 4, 128, 132).splits == 4
-    assert config.split(264, 1, 4, 128, 132).splits == 1
+    split = config.split(288, 1, 4, 16, 132, counts=True)
+    assert (split.whole, split.cut, split.pieces, split.batch_tiles) == (264, 24, 8, 2)
+    assert split.counted
+    split = config.split(288, 1, 4, 128, 132, counts=True)
+    assert (split.whole, split.cut, split.pieces, split.batch_tiles) == (264, 24, 11, 12)
+    for rows, tiles_B, counts in ((264, 128, True), (288, 1, True), (288, 16, False)):
+        assert config.split(rows, 1, 4, tiles_B, 132, counts).programs == rows
+    assert config.split(288, 1, 4, 128, 132, counts=False).pieces == 4
 
 
 def test_large_batches_are_cut_by_samples_and_small_ones_by_capsules():

@@ -189,15 +189,56 @@ def test_wide_offsets_give_the_same_bits(monkeypatch):
             assert torch.equal(narrow[name], wide[name]), name
 
 
-def test_batch_split_between_programs():
-    """Fewer rows of weights than processors: partial gradients, added by a kernel of their own."""
+SHARED_BY_PROGRAMS = [
+    # One row of weights, in parts of its capsules and pieces of the batch.
+    (Case(B=33, I=6, J=3, D=4, R=2, weight_sharing=6, logits=True), 1),
+    # Nine rows, of which the last, a short one, is cut.
+    (Case(B=56, I=33, J=2, K=2, D=2, R=2, logits=True), 9),
+]
+
+
+def split_of(case, rows):
     from capsule_kernels.backends.triton import config
 
-    case = Case(B=33, I=6, J=3, D=4, R=2, weight_sharing=6, logits=True)
-    split = config.split(1, 6, config.warps_of_gradients(3, 8, 4).STEP_I, 5, 4)
-    assert split.parts > 1
-    assert split.splits > 1
+    step = config.warps_of_gradients(case.J, case.K, case.D).STEP_I
+    return config.split(rows, case.weight_sharing, step, -(-case.B // 8), 4, counts=True)
+
+
+@pytest.mark.parametrize(("case", "rows"), SHARED_BY_PROGRAMS, ids=str)
+def test_rows_shared_by_programs(case, rows):
+    split = split_of(case, rows)
+    assert split.counted
+    assert split.pieces > 1
+    assert (split.whole > 0) == (rows > 8)
     check_case(case, torch.float32, "triton")
+
+
+def test_parts_of_few_rows_are_added_by_a_launch_where_programs_can_not_count(monkeypatch):
+    """As on AMD, and where more programs share a row than one should add."""
+    from capsule_kernels.backends.triton import config
+
+    monkeypatch.setattr(config, "MOST_COUNTED", 1)
+    case, rows = SHARED_BY_PROGRAMS[0]
+    assert not split_of(case, rows).counted
+    check_case(case, torch.float32, "triton")
+
+
+def test_the_order_in_which_programs_finish_changes_no_bit(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    set_index = InterpreterBuilder.set_grid_idx
+
+    def backwards(self, x, y, z):
+        set_index(self, self.grid_dim[0] - 1 - x, y, z)
+
+    for case, _ in SHARED_BY_PROGRAMS:
+        inputs = make_inputs(case, torch.float32)
+        forwards = run(fused_routing, case, inputs, backend="triton")
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", backwards)
+        reversed_ = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
+        monkeypatch.undo()
+        for name in forwards:
+            assert torch.equal(forwards[name], reversed_[name]), name
 
 
 def test_only_wanted_gradients_are_computed():

@@ -14,7 +14,6 @@ from .blocks import (
     sum_of_partials,
     wide,
 )
-from .gradients import table_offsets
 from .sweeps import (
     agreement_with,
     load_state,
@@ -34,6 +33,7 @@ from .sweeps import (
     weighted_sum,
     zero_state,
 )
+from .table import store_in_table
 
 
 @triton.jit
@@ -93,6 +93,7 @@ def routing_backward_kernel(
     Grid: (batch tiles, groups, tiles of J). With SUM_INPUT ds^t is first made from the partial
     sums of iteration t + 1, otherwise it is there.
     """
+    PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
     i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
 
     p_s = s_ptr + (t - 1) * size
@@ -147,22 +148,11 @@ def routing_backward_kernel(
         G_new = ()
         for n in tl.static_range(UNROLL_J):
             dl = e[n] * inverse * (dc[n] - mean)
-            G_new += (G_step[n] + weighted_sum(dl, u, W[n], STEP_I, ACC, PRECISION),)
+            G_new += (G_step[n] + weighted_sum(dl, u, W[n], STEP_I, PAIRED, ACC, PRECISION),)
         G_step = G_new
     p_partial = partial_ptr + wide(i_group, OFFSET) * size
     G_step = state_over_inputs(G_step, WARPS_I, WARPS_J, UNROLL_J)
     store_state(p_partial, G_step, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
-
-
-@triton.jit
-def store_in_table(p_table, ds, V, b, d, mask, to_over_b, PAIRED: tl.constexpr):
-    """ds and V where the last sweep reads them, in both orders."""
-    over_d, over_b = table_offsets(0, b, d, PAIRED)
-    tl.store(p_table + over_d, ds, mask=mask)
-    tl.store(p_table + to_over_b + over_b, ds, mask=mask)
-    over_d, over_b = table_offsets(1, b, d, PAIRED)
-    tl.store(p_table + over_d, V, mask=mask)
-    tl.store(p_table + to_over_b + over_b, V, mask=mask)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -174,11 +164,13 @@ def routing_state_kernel(
     G_ptr,  # [B, J, D]: G^t, written; None where it is 0
     ds_ptr,  # [R, B, J, D]: ds^t, written
     table_ptr,  # [R, table_size]: V^(t-1) and ds^t from t on, for the last sweep, written; or None
+    finished_ptr,  # [finished_rows]: counters of the last sweep, set to 0; or None
     B,
     t,  # the iteration, from 1
     groups,
     iterations,  # R
     table_size,  # elements of one iteration's table
+    finished_rows,
     J: tl.constexpr,
     D: tl.constexpr,
     LEAKY: tl.constexpr,
@@ -211,6 +203,10 @@ def routing_state_kernel(
     tl.store(ds_ptr + (t - 1) * size + offsets, ds, mask=mask)
     if G_ptr is not None:
         tl.store(G_ptr + offsets, G, mask=mask)
+    if finished_ptr is not None:
+        for start in range(tl.program_id(0) * 256, finished_rows, tl.num_programs(0) * 256):
+            rows = start + tl.arange(0, 256)
+            tl.store(finished_ptr + rows, 0, mask=rows < finished_rows)
     if table_ptr is not None:
         TILE_J: tl.constexpr = WARPS_J * UNROLL_J
         PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J

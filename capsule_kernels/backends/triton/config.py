@@ -38,6 +38,9 @@ PARTIAL_GRADIENT = 2
 """What writing and adding a partial dW costs, in batch tiles of the program that makes it (a guess,
 to be measured)."""
 
+MOST_COUNTED = 16
+"""Most parts of a row's gradients that the last program to finish adds by itself."""
+
 MAX_STEP = 10240
 """Most weights of a step of a sweep: 40 KiB of shared memory, twice."""
 
@@ -260,37 +263,73 @@ def sweep(B: int, I: int, J: int, K: int, warps: Warps, processors: int) -> Swee
 
 @dataclass(frozen=True)
 class Split:
-    """How the last sweep of the backward is cut: by rows of the weights, then as little as fills.
+    """How the last sweep of the backward is cut.
 
-    ``parts`` programs share the capsules of a row, ``splits`` the batch; every program beyond the
-    first of a row costs a partial sum of its dW.
+    The first ``whole`` rows of the weights take a program each. Of the others the capsules are cut
+    into ``parts`` and the batch into ``pieces``; each leaves a part of its row's gradients.
     """
 
+    whole: int
+    cut: int  # rows after them, times their parts
     parts: int
     capsules: int
-    splits: int
+    pieces: int
     batch_tiles: int
 
+    @property
+    def programs(self) -> int:
+        return self.whole + self.cut * self.pieces
 
-def split(rows: int, weight_sharing: int, step: int, tiles_B: int, processors: int) -> Split:
-    """Two programs for every multiprocessor where there are too few rows.
+    @property
+    def contributors(self) -> int:
+        """Programs that contribute to a row that is cut."""
+        return self.parts * self.pieces
 
-    And more splits of the batch where a large one pays for a better balance. Cost in batch tiles:
-    those of the busiest multiprocessor, and for each of its programs what a partial sum costs.
+    @property
+    def counted(self) -> bool:
+        """Whether the last of these to finish can add their parts, without a launch of its own."""
+        return 1 < self.contributors <= MOST_COUNTED
+
+
+@lru_cache(maxsize=1024)
+def split(
+    rows: int, weight_sharing: int, step: int, tiles_B: int, processors: int, counts: bool
+) -> Split:
+    """Two programs for every multiprocessor, and as even a load as pays for the parts it leaves.
+
+    With few rows all are cut. With many, and where programs may count who is the last
+    (``counts``), only those that are left when each multiprocessor has had its two programs as
+    often as there are enough rows.
     """
-    wanted = ceil_div(2 * processors, rows)
+    places = 2 * processors
     steps = ceil_div(weight_sharing, step)
-    steps_of_part = ceil_div(steps, min(wanted, steps))
+    steps_of_part = ceil_div(steps, min(ceil_div(places, rows), steps))
     parts = ceil_div(steps, steps_of_part)
+    units = rows * parts
 
-    def cost(splits: int) -> int:
-        programs = ceil_div(rows * parts * splits, processors)
-        return programs * (ceil_div(tiles_B, splits) + (PARTIAL_GRADIENT if splits > 1 else 0))
+    def cut(whole: int, most: int) -> Split:
+        batch_tiles = ceil_div(tiles_B, min(most, tiles_B))
+        pieces = ceil_div(tiles_B, batch_tiles)
+        return Split(whole, units - whole, parts, steps_of_part * step, pieces, batch_tiles)
 
-    least = min(ceil_div(wanted, parts), tiles_B)
-    splits = min(range(least, min(8 * least, tiles_B) + 1), key=cost)
-    batch_tiles = ceil_div(tiles_B, splits)
-    return Split(parts, steps_of_part * step, ceil_div(tiles_B, batch_tiles), batch_tiles)
+    def cost(split: Split) -> float:
+        """Steps of the busiest multiprocessor, with what a part costs for each of its pieces.
+
+        One program alone fills two thirds of the instruction slots that two fill (a guess).
+        """
+        part = PARTIAL_GRADIENT if split.contributors > 1 else 0
+        piece = steps_of_part * split.batch_tiles + part
+        if split.whole:
+            return split.whole / processors * steps_of_part * tiles_B + 2 * piece
+        programs = ceil_div(split.programs, processors)
+        return (1.5 if programs == 1 else programs) * piece
+
+    most = min(8 * ceil_div(places, units), tiles_B)
+    choices = [cut(0, pieces) for pieces in range(1, most + 1)]
+    left = units % places
+    if counts and parts == 1 and units > left > 0:
+        choices.append(cut(units - left, min(places // left, MOST_COUNTED)))
+    return min(choices, key=cost)
 
 
 def needs_int64(*element_counts: int) -> bool:

@@ -79,6 +79,7 @@ def routing_forward_kernel(
     Grid: (batch tiles, groups, tiles of J). The partial sums of iteration t - 1 are added first if
     they are given, and the programs of group 0 store the total s^(t-1).
     """
+    PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
     i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
 
     if not FIRST:
@@ -135,7 +136,7 @@ def routing_forward_kernel(
                     coupling_ptr, c[n], start, i_b, i_j + n * WARPS_J, B, I, J,
                     WARPS_I, WARPS_J, STEP_I,
                 )  # fmt: skip
-            s_new += (s[n] + weighted_sum(c[n], u, W[n], STEP_I, ACC, PRECISION),)
+            s_new += (s[n] + weighted_sum(c[n], u, W[n], STEP_I, PAIRED, ACC, PRECISION),)
         s = s_new
     p_partial = partial_ptr + i_group.to(OFFSET) * size
     s = state_over_inputs(s, WARPS_I, WARPS_J, UNROLL_J)

@@ -11,9 +11,6 @@ V^(t-1), and its rows the (i, k) of STEP_I input capsules in the order (k % (K/2
 matrix instruction leaves rows g, g + 8, ... with thread g of eight; of four capsules of K = 8 those
 are one half of one capsule's k. As the left operand of dW, a matrix instruction wants columns q and
 q + 4 where a product has left 2q and 2q + 1: as samples may be added in any order, nothing moves.
-
-The states come from a table that holds them in the order in which threads want them, twice: they
-are contracted over d in the first product and over samples in the second.
 """
 
 # A state grows tile by tile, as Triton builds tuples: mypy takes () for the type of all of it.
@@ -23,52 +20,10 @@ import triton
 import triton.language as tl
 
 from .blocks import product, wide
+from .parts import add_parts, last_of, part_of_gradient, row_of_share, share_of_program, store_share
 from .sweeps import mean_gradient, softmax_parts
+from .table import states_over_b, states_over_d
 from .windows import capsule_offset, sample_offset
-
-
-@triton.jit
-def table_offsets(which, b, d, PAIRED: tl.constexpr):
-    """Where element d of sample b (of 8) lies in a cell of ds (``which`` 0) or V (1) of one j.
-
-    Twice: for contractions over d, then over samples. Innermost are the two arrays and the two
-    neighbours that one thread holds, then the threads of a warp. Neighbours are four apart, as a
-    matrix instruction wants them of a contraction; PAIRED, they are one apart, as Triton wants them
-    of operands that were 16 bits wide.
-    """
-    q, h = (d % 8 // 2, d % 2) if PAIRED else (d % 4, d // 4 % 2)
-    over_d = d // 8 * 128 + b * 16 + q * 4 + which * 2 + h
-    over_b = d // 8 * 128 + d % 8 * 16 + b // 2 * 4 + which * 2 + b % 2
-    return over_d, over_b
-
-
-@triton.jit
-def cells(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Cells of WARPS_J output capsules, [WARPS_J, BLOCK_D // 8, 8, 4, 2, 2].
-
-    The threads of a warp come first, so that each loads 16 bytes beside its neighbour's.
-    """
-    lane = tl.arange(0, 32)[:, None, None, None]
-    w = tl.arange(0, WARPS_J)[None, :, None, None]
-    n = tl.arange(0, BLOCK_D // 8)[None, None, :, None]
-    x = tl.load(
-        p + (w * (16 * BLOCK_D) + n * 128 + lane * 4 + tl.arange(0, 4)[None, None, None, :])
-    )
-    return tl.reshape(tl.permute(x, (1, 2, 0, 3)), [WARPS_J, BLOCK_D // 8, 8, 4, 2, 2])
-
-
-@triton.jit
-def states_over_d(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr):
-    """ds and V transposed, [WARPS_J, BLOCK_D, 16]."""
-    x = tl.permute(cells(p, WARPS_J, BLOCK_D), (0, 1, 3, 5, 4, 2) if PAIRED else (0, 1, 5, 3, 4, 2))
-    return tl.reshape(x, [WARPS_J, BLOCK_D, 16])
-
-
-@triton.jit
-def states_over_b(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr):
-    """ds and V in the order of samples that operand_columns makes, [WARPS_J, 16, BLOCK_D]."""
-    x = tl.permute(cells(p, WARPS_J, BLOCK_D), (0, 4, 3, 5, 1, 2) if PAIRED else (0, 4, 5, 3, 1, 2))
-    return tl.reshape(x, [WARPS_J, 16, BLOCK_D])
 
 
 @triton.jit
@@ -122,9 +77,9 @@ def over_capsules(x, STEP_I: tl.constexpr, WEIGHT_SHARING: tl.constexpr):
 
 
 @triton.jit
-def one_array(x, which: tl.constexpr):
-    """[WARPS_J, STEP_I, 2, 8] of ds (0) or V (1) alone, [WARPS_J, STEP_I, 8]."""
-    return tl.sum(tl.where(tl.arange(0, 2)[None, None, :, None] == which, x, 0.0), axis=2)
+def arrays_apart(x):
+    """[WARPS_J, STEP_I, 2, 8] as what belongs to ds and what to V, [WARPS_J, STEP_I, 8] each."""
+    return tl.split(tl.permute(x, (0, 1, 3, 2)))
 
 
 @triton.jit
@@ -143,9 +98,10 @@ def input_columns_twice(
 
     Loaded in the order in which the threads hold a product: half of a capsule's k a thread.
     """
-    lane = tl.arange(0, 8 * STEP_I)[:, None, None, None]
-    pair = tl.arange(0, 2)[None, None, :, None] + tl.zeros([1, WARPS_J, 1, 1], tl.int32)
-    part = tl.arange(0, BLOCK_K // 2)[None, None, None, :]
+    lane = tl.arange(0, 8 * STEP_I)[:, None, None, None, None]
+    half = tl.arange(0, 2)[None, None, :, None, None] + tl.zeros([1, WARPS_J, 1, 1, 1], tl.int32)
+    pair = tl.arange(0, 2)[None, None, None, :, None]
+    part = half * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)[None, None, None, None, :]
     i = start + lane // 8
     k = lane // 4 % 2 * (BLOCK_K // 2) + part
     b = (b_start + lane % 4 * 2 + pair).to(OFFSET)
@@ -155,30 +111,50 @@ def input_columns_twice(
     else:
         capsule = sample_offset(b, K, WINDOW) + capsule_offset(i, K, WINDOW)
     u = tl.load(u_ptr + capsule + k, mask=mask, other=0.0).to(ACC)
-    u = tl.permute(tl.reshape(u, [2 * STEP_I, 4, WARPS_J, 2, BLOCK_K // 2]), (2, 4, 0, 1, 3))
+    u = tl.reshape(u, [2 * STEP_I, 4, WARPS_J, 2, 2, BLOCK_K // 4])
+    u = tl.permute(u, (2, 3, 5, 0, 1, 4))
     u = tl.reshape(u, [WARPS_J, STEP_I * BLOCK_K, 1, 8])
     u = tl.broadcast_to(u, [WARPS_J, STEP_I * BLOCK_K, 2, 8])
     return tl.reshape(u, [WARPS_J, STEP_I * BLOCK_K, 16])
 
 
 @triton.jit
+def load_weights(
+    weight_ptr, capsules, i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    WEIGHT_SHARING: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """W^T of every warp, [WARPS_J, N, BLOCK_D], of so many capsules; loaded along k."""
+    j = i_j + tl.arange(0, WARPS_J)[:, None, None, None]
+    d = tl.arange(0, BLOCK_D)[None, :, None, None]
+    i = tl.arange(0, STEP_I)[None, None, :, None]
+    k = tl.arange(0, BLOCK_K)[None, None, None, :]
+    if WEIGHT_SHARING > 1:
+        i = 0 * i
+    W = tl.load(
+        weight_ptr + (((i * J + j) * D + d) * K + k),
+        mask=(i < capsules) & (j < J) & (d < D) & (k < K), other=0.0,
+    ).to(ACC)  # fmt: skip
+    W = tl.reshape(W, [WARPS_J, BLOCK_D, STEP_I, 2, BLOCK_K // 2])
+    return tl.reshape(tl.permute(W, (0, 4, 2, 3, 1)), [WARPS_J, STEP_I * BLOCK_K, BLOCK_D])
+
+
+@triton.jit
 def weight_rows(
-    start, end, row, i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    capsules, i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask of W^T of every warp, [WARPS_J, N, BLOCK_D]."""
+    """Offsets of W^T of every warp, [WARPS_J, N, BLOCK_D], from a program's first row on, and their
+    mask: there are so many capsules."""
     i, k = input_rows(STEP_I, BLOCK_K)
     j = i_j + tl.arange(0, WARPS_J)
     d = tl.arange(0, BLOCK_D)[None, None, :]
-    if WEIGHT_SHARING == 1:
-        rows = start + i
-        present = (rows < end) & (k < K)
-    else:
-        rows = row + 0 * i
-        present = k < K
-    offsets = (rows * (J * D * K) + k)[None, :, None] + (j * (D * K))[:, None, None] + d * K
-    return offsets, present[None, :, None] & (j < J)[:, None, None] & (d < D)
+    if WEIGHT_SHARING > 1:
+        i = 0 * i
+    offsets = (i * (J * D * K) + k)[None, :, None] + (j * (D * K))[:, None, None] + d * K
+    present = ((i < capsules) & (k < K))[None, :, None]
+    return offsets, present & (j < J)[:, None, None] & (d < D)
 
 
 @triton.jit
@@ -195,6 +171,39 @@ def prior_logits(
     return tl.broadcast_to(prior, [WARPS_J, STEP_I, 8])
 
 
+@triton.jit
+def store_weight_gradients(
+    weight_ptr, p_part, cut, dW, first, capsules, i_j,
+    J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    WEIGHT_SHARING: tl.constexpr, WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr,
+    STEP_I: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dW of a tile of J, UNROLL_J tiles [WARPS_J, N, BLOCK_D]; ``first``: where the row starts."""
+    r_i, _ = input_rows(STEP_I, BLOCK_K)
+    for n in tl.static_range(UNROLL_J):
+        offsets, mask = weight_rows(
+            capsules, i_j + n * WARPS_J, J, K, D,
+            WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
+        if WEIGHT_SHARING > 1:  # all rows of a k hold the sum; the first is stored
+            mask = mask & (r_i == 0)[None, :, None]
+        dW_n = over_capsules(dW[n], STEP_I, WEIGHT_SHARING)
+        store_share(weight_ptr, p_part, cut, first, offsets, dW_n, mask)
+
+
+@triton.jit
+def store_prior_gradients(
+    logits_ptr, p_part, cut, dprior, start, i_end, i_j, J: tl.constexpr,
+    WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr,
+):  # fmt: skip
+    """dprior of a step and a tile of J, UNROLL_J tiles [WARPS_J, STEP_I, 8]."""
+    i = tl.arange(0, STEP_I)[None, :]
+    for n in tl.static_range(UNROLL_J):
+        j = i_j + n * WARPS_J + tl.arange(0, WARPS_J)[:, None]
+        mask = (i < i_end - start) & (j < J)
+        store_share(logits_ptr, p_part, cut, start * J, i * J + j, tl.sum(dprior[n], axis=2), mask)
+
+
 @triton.jit(do_not_specialize=["first"])
 def routing_gradients_kernel(
     u_ptr,  # [B, I, K], or a grid (windows.py)
@@ -204,16 +213,23 @@ def routing_gradients_kernel(
     statistics_ptr,  # [R, 3, B, I]: of the softmax where J takes several tiles, else None
     grad_u_ptr,  # [B, I, K] or None, written
     du_ptr,  # [B, I, K]: sums over the tiles of J, where there are several; may be grad_u
-    grad_weight_ptr,  # [splits, I // WEIGHT_SHARING, J, D, K] or None, written
-    grad_logits_ptr,  # [batch splits, I, J] or None, written
+    grad_weight_ptr,  # [I // WEIGHT_SHARING, J, D, K] or None, written
+    grad_logits_ptr,  # [I, J] or None, written
+    weight_parts_ptr,  # [pieces x parts, rows that are cut, J, D, K] or None, written
+    logits_parts_ptr,  # [pieces, capsules that are cut, J] or None, written
+    finished_ptr,  # [rows that are cut]: how many of their programs have finished, 0 at first; None
+    # where launches of their own add the parts
     B,
     I,
     first,  # the first iteration whose coupling is not uniform
     iterations,  # R
     table_size,  # elements of one iteration's table
-    parts,  # how many programs share the capsules of one row of the weights
-    capsules,  # how many of them each takes
-    batch_tiles,  # how many tiles of 8 samples each takes
+    parts,  # into which the capsules of a row are cut
+    capsules,  # of a part
+    whole,  # rows that a program takes alone; 0 where rows have parts
+    cut,  # rows after them, times their parts: their batch is cut
+    pieces,  # into so many pieces
+    batch_tiles,  # tiles of 8 samples of a piece
     J: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -238,40 +254,38 @@ def routing_gradients_kernel(
 ):
     """Gradients of STEP_I input capsules, or of the capsules that share a row of the weights.
 
-    Grid: (steps of input capsules, or rows of the weights x parts of their capsules; splits of the
-    batch).
+    Grid: (whole + cut x pieces,). The row is that of STEP_I capsules where weights aren't shared.
+    Where several programs contribute to a row, each leaves its part, and the last one to finish
+    adds them.
     """
     N: tl.constexpr = STEP_I * BLOCK_K
     CELL: tl.constexpr = 16 * BLOCK_D
     TILE_J: tl.constexpr = WARPS_J * UNROLL_J
     PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J
-    row = wide(tl.program_id(0) // parts, OFFSET)
-    part = tl.program_id(0) % parts
-    i_split = tl.program_id(1)
-    if WEIGHT_SHARING == 1:
-        i_first = row * STEP_I
-        i_end = min(i_first + STEP_I, I)
-    else:
-        i_first = row * WEIGHT_SHARING + part * capsules
-        i_end = min(i_first + capsules, (row + 1) * WEIGHT_SHARING)
-    b_first = i_split * batch_tiles
-    b_end = min(b_first + batch_tiles, tl.cdiv(B, 8))
+    ROW_CAPSULES: tl.constexpr = STEP_I if WEIGHT_SHARING == 1 else WEIGHT_SHARING
+    ROW_WEIGHTS: tl.constexpr = J * D * K * (STEP_I if WEIGHT_SHARING == 1 else 1)
+    ROW_LOGITS: tl.constexpr = ROW_CAPSULES * J
+    i_first, i_end, b_first, b_end = share_of_program(
+        whole, cut, parts, capsules, batch_tiles, B, I, ROW_CAPSULES, BLOCK_B, OFFSET
+    )
     plane = wide(B, OFFSET) * I
     r_i, r_k = input_rows(STEP_I, BLOCK_K)
     s_i = tl.arange(0, STEP_I)[None, :, None]
     s_b = tl.arange(0, 8)[None, None, :]
 
+    p_weight = weight_ptr + i_first // WEIGHT_SHARING * (J * D * K)
     for i_j in range(0, J, TILE_J):
         W = ()
         dW = ()
         for n in tl.static_range(UNROLL_J):
-            offsets, mask = weight_rows(
-                i_first, i_end, row, i_j + n * WARPS_J, J, K, D,
-                WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K,
-            )  # fmt: skip
-            W += (tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(ACC),)
+            W += (load_weights(
+                p_weight, i_end - i_first, i_j + n * WARPS_J, J, K, D,
+                WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC,
+            ),)  # fmt: skip
             dW += (tl.zeros([WARPS_J, N, BLOCK_D], ACC),)
-        for start in range(i_first, i_end, STEP_I):
+        steps = 1 if WEIGHT_SHARING == 1 else tl.cdiv(i_end - i_first, STEP_I)
+        for step in range(steps):
+            start = i_first + step * STEP_I
             prior = ()
             dprior = ()
             for n in tl.static_range(UNROLL_J):
@@ -313,14 +327,13 @@ def routing_gradients_kernel(
                         )
                         P_n = product(W[n], x_n, ACC, PRECISION)
                         P += (P_n,)
-                        uP = over_rows(u * P_n, STEP_I, BLOCK_K)
-                        b_n = one_array(uP, 1)
+                        dc_n, b_n = arrays_apart(over_rows(u * P_n, STEP_I, BLOCK_K))
                         # V^0 is 0: what is not finite in W or dl does not count in iteration 1.
                         b_n = b_n if UNIFORM else tl.where(t > 1, b_n, 0.0)
                         if (logits_ptr is not None) or ((n + 1) * WARPS_J > (J - 1) % TILE_J + 1):
                             b_n += prior[n]
                         b += (b_n,)
-                        dc += (one_array(uP, 0),)
+                        dc += (dc_n,)
                     if statistics_ptr is None:
                         p_statistics = None
                     else:
@@ -369,26 +382,41 @@ def routing_gradients_kernel(
                     if i_j + TILE_J >= J:
                         tl.store(grad_u_ptr + o_u, du.to(grad_u_ptr.dtype.element_ty), mask=m_u)
             if grad_logits_ptr is not None:
-                for n in tl.static_range(UNROLL_J):
-                    j = i_j + n * WARPS_J + tl.arange(0, WARPS_J)[:, None]
-                    i = start + tl.arange(0, STEP_I)[None, :]
-                    tl.store(
-                        grad_logits_ptr + (wide(i_split, OFFSET) * I + i) * J + j,
-                        tl.sum(dprior[n], axis=2).to(grad_logits_ptr.dtype.element_ty),
-                        mask=(i < i_end) & (j < J),
-                    )
-        if grad_weight_ptr is not None:
-            rows = wide(I // WEIGHT_SHARING, OFFSET)
-            split = wide(i_split, OFFSET) * parts + part
-            p_weight = grad_weight_ptr + split * rows * (J * D * K)
-            for n in tl.static_range(UNROLL_J):
-                offsets, mask = weight_rows(
-                    i_first, i_end, row, i_j + n * WARPS_J, J, K, D,
-                    WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K,
+                row, _, piece = row_of_share(
+                    i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES
+                )
+                p_part = part_of_gradient(
+                    logits_parts_ptr, piece, whole * ROW_LOGITS, wide(I, OFFSET) * J
+                )
+                store_prior_gradients(
+                    grad_logits_ptr, p_part, row >= whole, dprior, start, i_end, i_j, J,
+                    WARPS_J, UNROLL_J, STEP_I,
                 )  # fmt: skip
-                if WEIGHT_SHARING > 1:  # all rows of a k hold the sum; the first is stored
-                    mask = mask & (r_i == 0)[None, :, None]
-                dW_n = over_capsules(dW[n], STEP_I, WEIGHT_SHARING)
-                tl.store(p_weight + offsets, dW_n.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+        if grad_weight_ptr is not None:
+            row, part, piece = row_of_share(
+                i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES
+            )
+            p_part = part_of_gradient(
+                weight_parts_ptr, piece * parts + part, whole * ROW_WEIGHTS,
+                wide(I // WEIGHT_SHARING, OFFSET) * (J * D * K),
+            )  # fmt: skip
+            store_weight_gradients(
+                grad_weight_ptr, p_part, row >= whole, dW, row * ROW_WEIGHTS, i_end - i_first,
+                i_j, J, K, D,
+                WEIGHT_SHARING, WARPS_J, UNROLL_J, STEP_I, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
         if J > TILE_J:
             tl.debug_barrier()  # du of this tile of J, before other threads add to it
+    if finished_ptr is not None:
+        row, _, _ = row_of_share(i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES)
+        if row >= whole:  # noqa: SIM102, as `and` would evaluate both
+            if last_of(finished_ptr + (row - whole), parts * pieces):
+                add_parts(
+                    grad_weight_ptr, weight_parts_ptr, parts * pieces, row, ROW_WEIGHTS,
+                    whole * ROW_WEIGHTS, wide(I // WEIGHT_SHARING, OFFSET) * (J * D * K),
+                    ACC, OFFSET,
+                )  # fmt: skip
+                add_parts(
+                    grad_logits_ptr, logits_parts_ptr, pieces, row, ROW_LOGITS,
+                    whole * ROW_LOGITS, wide(I, OFFSET) * J, ACC, OFFSET,
+                )  # fmt: skip

@@ -120,6 +120,29 @@ def routing_backward(
     partials = s.new_empty(2, sweep.groups, *s.shape[1:]) if earliest < R else None
     statistics = None if one_tile else s.new_empty(R, 3, B, I)
 
+    rows = config.ceil_div(I, last_sweep.STEP_I) if weight_sharing == 1 else I // weight_sharing
+    split = config.split(
+        rows, weight_sharing, last_sweep.STEP_I, tiles_B, routing.gpu.processors,
+        counts=not routing.gpu.hip,
+    )  # fmt: skip
+
+    def parts_of(gradient: Tensor | None, number: int) -> Tensor | None:
+        """Where ``number`` parts of a gradient's rows that are cut go, if it is more than one."""
+        if gradient is None or number == 1:
+            return None
+        cut = len(gradient) - min(len(gradient), split.whole * config.ceil_div(len(gradient), rows))
+        return s.new_empty(number, cut, *gradient.shape[1:])
+
+    weight_parts = parts_of(grad_weight, split.contributors)
+    logits_parts = parts_of(grad_logits, split.pieces)
+    finished = None
+    if (
+        split.counted
+        and not routing.gpu.hip
+        and not (weight_parts is None and logits_parts is None)
+    ):
+        finished = torch.empty(rows - split.whole, dtype=torch.int32, device=u.device)
+
     def state(t: int) -> dict[str, Any]:
         """What ds^t and G^t are made from, and where G^t goes."""
         return {
@@ -139,6 +162,8 @@ def routing_backward(
                     groups=sweep.groups, **state(t),
                     table_ptr=table if last else None, iterations=R,
                     table_size=routing.table_size,
+                    finished_ptr=finished if last else None,
+                    finished_rows=0 if finished is None else len(finished),
                     LEAKY=routing.leaky, UNIFORM=uniform, PAIRED=routing.paired,
                     WARPS_J=last_sweep.WARPS_J, UNROLL_J=last_sweep.UNROLL_J,
                 )  # fmt: skip
@@ -152,41 +177,32 @@ def routing_backward(
                     statistics_ptr=None if statistics is None else statistics[t - 1],
                     SUM_INPUT=one_tile,
                 )  # fmt: skip
-        step = last_sweep.STEP_I
-        rows = config.ceil_div(I, step) if weight_sharing == 1 else I // weight_sharing
-        split = config.split(rows, weight_sharing, step, tiles_B, routing.gpu.processors)
-
-        def parts_of(gradient: Tensor | None, number: int) -> Tensor | None:
-            """Where ``number`` partial sums of a gradient go: the gradient itself if it is one."""
-            if gradient is None or number == 1:
-                return gradient
-            return s.new_empty(number, *gradient.shape)
-
-        weight_parts = parts_of(grad_weight, split.splits * split.parts)
-        logits_parts = parts_of(grad_logits, split.splits)
         grad_capsules = routing.capsule_gradients(grad_u)
         du = grad_capsules
         if du is not None and tiles_J > 1 and du.dtype != s.dtype:
             du = torch.empty_like(du, dtype=s.dtype)
         first = 2 if uniform else earliest
         # Two iterations at once keep W in registers, which only plain TF32 has enough of.
-        unrolled = R - first == 1 and routing.precision == "tf32" and not routing.paired
+        unrolled = R - first == 1 and routing.precision == "tf32"
         if not (grad_u is None and grad_weight is None and grad_logits is None):
             routing.over_capsules(
-                routing_gradients_kernel, (rows * split.parts, split.splits),
+                routing_gradients_kernel, (split.programs,),
                 last_sweep.number, 1, last_sweep,
                 table_ptr=table, statistics_ptr=statistics,
                 grad_u_ptr=grad_capsules, du_ptr=du,
-                grad_weight_ptr=weight_parts, grad_logits_ptr=logits_parts,
-                first=first, iterations=R, table_size=routing.table_size,
-                parts=split.parts, capsules=split.capsules, batch_tiles=split.batch_tiles,
+                grad_weight_ptr=grad_weight, grad_logits_ptr=grad_logits,
+                weight_parts_ptr=weight_parts, logits_parts_ptr=logits_parts,
+                finished_ptr=finished,
+                first=first, iterations=R, table_size=routing.table_size, **vars(split),
                 UNROLL_T=2 if unrolled else 1, FIRST_T=first if unrolled else 0,
                 UNIFORM=uniform, FULL=full_gradient, PAIRED=routing.paired,
             )  # fmt: skip
         routing.sum_windows(grad_capsules, grad_u)
-        sums = [(weight_parts, grad_weight), (logits_parts, grad_logits)]
-        sums.append((ds[earliest - 1 :].flatten(0, 1), grad_bias))
+        sums: list[tuple[Tensor | None, Tensor | None]]
+        sums = [(ds[earliest - 1 :].flatten(0, 1), grad_bias)]
+        if finished is None:
+            sums += [(weight_parts, grad_weight), (logits_parts, grad_logits)]
         for parts, gradient in sums:
-            if gradient is not None and parts is not None and parts is not gradient:
+            if gradient is not None and parts is not None:
                 routing.sum_rows(parts, gradient)
     return gradients

@@ -290,9 +290,11 @@ def columns_apart(x, STEP_I: tl.constexpr):
 
 
 @triton.jit
-def operand_order(x, STEP_I: tl.constexpr):
-    """Columns (k // 2, i, k % 2) in the order (k, i)."""
-    return tl.reshape(tl.permute(columns_apart(x, STEP_I), (0, 1, 2, 4, 3)), x.shape)
+def operand_order(x, STEP_I: tl.constexpr, PAIRED: tl.constexpr):
+    """Columns (k // 2, i, k % 2) in the order (k, i); PAIRED, as they are."""
+    if not PAIRED:
+        x = tl.reshape(tl.permute(columns_apart(x, STEP_I), (0, 1, 2, 4, 3)), x.shape)
+    return x
 
 
 @triton.jit
@@ -303,15 +305,17 @@ def agreement_with(x, u, W, STEP_I: tl.constexpr, ACC: tl.constexpr, PRECISION: 
 
 
 @triton.jit
-def weighted_sum(y, u, W, STEP_I: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def weighted_sum(
+    y, u, W, STEP_I: tl.constexpr, PAIRED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """sum_i y_i u_hat_i over STEP_I capsules as (y u) W^T, [WARPS, BLOCK_B, BLOCK_D].
 
     y is doubled and the sum halved: exact, and free where the sum is added to another. Without it
     the compiler would leave that sum, too, to the matrix unit, which rounds towards zero.
     """
     yu = tl.reshape(columns_apart(u, STEP_I) * (2 * y)[:, :, None, :, None], u.shape)
-    W = tl.permute(operand_order(W, STEP_I), (0, 2, 1))
-    return 0.5 * product(operand_order(yu, STEP_I), W, ACC, PRECISION)
+    W = tl.permute(operand_order(W, STEP_I, PAIRED), (0, 2, 1))
+    return 0.5 * product(operand_order(yu, STEP_I, PAIRED), W, ACC, PRECISION)
 
 
 @triton.jit
