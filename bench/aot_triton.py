@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .aot_rows import Row
+from .aot_rows import TARGETS, Row
 from .shapes import Shape
 
 PRECISIONS = {
@@ -66,7 +66,8 @@ def rows(
     from capsule_kernels.backends.triton import launch
     from capsule_kernels.backends.triton.routing import Gpu
 
-    gpu = Gpu(PROCESSORS[target], hip=target.startswith("gfx"))
+    shared = TARGETS[target].shared_bytes - TARGETS[target].reserved_bytes
+    gpu = Gpu(PROCESSORS[target], target.startswith("gfx"), shared)
     dtype, matmul_precision = PRECISIONS[precision]
     compiled: dict[str, Row] = {}
 

@@ -82,6 +82,18 @@ def test_warps_hold_what_fits(J, K, D, columns):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("uniform", "rows"), [(True, 64), (False, 32)])
+def test_large_batches_share_weights_in_eight_warps_that_see_all_of_J(sizes, uniform, rows):
+    _, J, K, D = sizes
+    assert config.warps_of_large(255, J, K, D, uniform) is None
+    warps = config.warps_of_large(512, J, K, D, uniform)
+    assert (warps is not None) == (J <= 10 and D <= 16)
+    if warps is not None:
+        assert (warps.number, warps.BLOCK_B) == (8, rows)
+        assert warps.output_capsules >= J
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("B", [1, 3, 128, 1000])
 def test_tiles_cover_every_sample_and_output_capsule_once(B, sizes):
     _, J, K, D = sizes

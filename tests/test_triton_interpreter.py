@@ -164,6 +164,29 @@ def test_two_iterations_at_once_in_the_last_sweep():
     assert 2 in unrolled
 
 
+@pytest.mark.parametrize("J", [3, 10])
+def test_tiles_of_a_large_batch(J, monkeypatch):
+    """In TF32; the interpreter multiplies exactly, so the tolerance holds."""
+    from capsule_kernels.backends.triton import config, launch, routing
+
+    for name in ("LARGE_BATCH", "LARGE_UNIFORM_BATCH", "LARGE_SHARED"):
+        monkeypatch.setattr(config, name, 0)
+    warps = []
+
+    def spy(kernel, grid, num_warps, *rest, **arguments):
+        warps.append((num_warps, arguments.get("BLOCK_B")))
+        routing.run(kernel, grid, num_warps, *rest, **arguments)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        check_case(Case(B=67, I=9, J=J, D=6), torch.float32, "triton")
+        u, weight = torch.randn(67, 9, 8), torch.randn(9, J, 6, 8)
+        launch.routing_forward(u, weight, None, None, 2, False, 1, False, launch=spy)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert warps[:2] == [(8, 64), (8, 32)]
+
+
 def test_wide_offsets_give_the_same_bits(monkeypatch):
     from capsule_kernels.backends.triton import config
 

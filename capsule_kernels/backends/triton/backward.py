@@ -94,6 +94,7 @@ def routing_backward_kernel(
     sums of iteration t + 1, otherwise it is there.
     """
     PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
+    ALONG_K: tl.constexpr = not PAIRED  # where registers allow
     i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
 
     p_s = s_ptr + (t - 1) * size
@@ -131,7 +132,7 @@ def routing_backward_kernel(
         start = wide(index, OFFSET)
         u, W = step_inputs(
             u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
-            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ACC,
+            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ALONG_K, ACC,
         )  # fmt: skip
         b = ()
         dc = ()

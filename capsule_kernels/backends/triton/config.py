@@ -30,6 +30,18 @@ UNIFORM_COLUMNS = 32
 """Samples and columns (j, d) of a warp in a first sweep without priors. It has registers for 64
 samples in TF32, but not with every version of Triton."""
 
+LARGE_BATCH = 256
+LARGE_ROWS = 32
+LARGE_COLUMNS = 48
+LARGE_STEP = 12288
+LARGE_SHARED = 140 << 10
+"""Of a sweep of the forward over a large batch: samples it has at least, samples and columns (j, d)
+of a warp, most weights of a step, and the shared memory that a program takes at most."""
+
+LARGE_UNIFORM_BATCH = 512
+LARGE_UNIFORM_ROWS = 64
+"""The same of a first sweep without priors."""
+
 GRADIENT_ROWS = 8
 GRADIENT_COLUMNS = 48
 """Samples of a tile of the last sweep, and columns (j, d) of one of its warps."""
@@ -199,6 +211,25 @@ def warps_of_uniform(J: int, K: int, D: int) -> Warps:
     return replace(warps_of(few, K, D, UNIFORM_COLUMNS), BLOCK_B=UNIFORM_ROWS)
 
 
+def warps_of_large(B: int, J: int, K: int, D: int, uniform: bool) -> Warps | None:
+    """For a sweep of the forward where the batch is large, or None.
+
+    W is then most of what is read: twice the samples share it, in eight warps, which must see all
+    of J. Fewer programs and more groups of input capsules would cost a smaller batch more.
+    """
+    least, rows, most = LARGE_BATCH, LARGE_ROWS, LARGE_COLUMNS
+    if uniform:
+        least, rows, most = LARGE_UNIFORM_BATCH, LARGE_UNIFORM_ROWS, UNIFORM_COLUMNS
+    if least > B:
+        return None
+    warps = warps_of(J, K, D, most)
+    warps = replace(warps, WARPS_I=8 // warps.WARPS_J, BLOCK_B=rows)
+    columns = warps.UNROLL_J * warps.BLOCK_D
+    step = warps.number * columns * warps.STEP_I * warps.BLOCK_K
+    fits = columns <= most and step <= LARGE_STEP
+    return warps if fits and warps.output_capsules >= J else None
+
+
 def warps_of_gradients(J: int, K: int, D: int) -> Warps:
     """For the last sweep of the backward, whose programs hold 8 samples of two arrays.
 
@@ -236,8 +267,8 @@ def sweep(B: int, I: int, J: int, K: int, warps: Warps, processors: int) -> Swee
 
     Too few groups leave multiprocessors idle; but each is one more partial sum that every program
     of the next sweep reads. Cost in the time of reading a capsule's weights through the L2: the
-    programs of the busiest multiprocessor, times the capsules and partial sums of each. One program
-    alone fills two thirds of the instruction slots that two fill (a guess, to be measured).
+    programs of the busiest multiprocessor, times the capsules and partial sums of each. Four warps
+    alone fill two thirds of the instruction slots that eight fill (a guess, to be measured).
     """
     tiles_B, tiles_J = ceil_div(B, warps.BLOCK_B), ceil_div(J, warps.output_capsules)
     partial_sum = min(B, warps.BLOCK_B) / K  # of weights
@@ -248,7 +279,7 @@ def sweep(B: int, I: int, J: int, K: int, warps: Warps, processors: int) -> Swee
 
     def cost(groups: int) -> float:
         programs = ceil_div(tiles_B * tiles_J * groups, processors)
-        step = 1.5 if programs == 1 else 1
+        step = 1.5 if programs * warps.number <= 4 else 1
         return programs * (step * cut(groups) + groups * partial_sum)
 
     capsules = cut(min(range(1, min(I, 2 * processors) + 1), key=cost))

@@ -80,6 +80,8 @@ def routing_forward_kernel(
     they are given, and the programs of group 0 store the total s^(t-1).
     """
     PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
+    # Where registers allow.
+    ALONG_K: tl.constexpr = FIRST or (PRECISION != "tf32x3" and BLOCK_B == 16)
     i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
 
     if not FIRST:
@@ -106,7 +108,7 @@ def routing_forward_kernel(
         start = wide(index, OFFSET)
         u, W = step_inputs(
             u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
-            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ACC,
+            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ALONG_K, ACC,
         )  # fmt: skip
         c = ()
         if FIRST and logits_ptr is None:  # uniform

@@ -29,14 +29,16 @@ class Gpu:
 
     processors: int
     hip: bool
+    shared_bytes: int = 64 << 10  # of a program, at most; every GPU has so many
 
 
 def gpu_of(device: torch.device) -> Gpu:
     """The device's description; the interpreter counts as a small GPU, so that groups are cut."""
     if device.type == "cpu":
         return Gpu(processors=4, hip=False)
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return Gpu(count, torch.version.hip is not None)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    return Gpu(properties.multi_processor_count, torch.version.hip is not None, shared)
 
 
 def run(
@@ -128,6 +130,9 @@ class Routing:
     def sweep(self) -> config.Sweep:
         B, I, J, K, D, _ = self.sizes
         warps = config.warps_of(J, K, D, config.state_columns(self.backward, self.precision))
+        # 16-bit weights are half as much to read, and split float32 has no registers for more.
+        if not self.backward and self.precision == "tf32" and not self.paired:
+            warps = self.large(uniform=False) or warps
         return config.sweep(B, I, J, K, warps, self.gpu.processors)
 
     @cached_property
@@ -136,8 +141,15 @@ class Routing:
         B, I, J, K, D, _ = self.sizes
         if self.logits is not None or config.UNIFORM_ROWS > B:
             return self.sweep
-        warps = config.warps_of_uniform(J, K, D)
+        warps = self.large(uniform=True) or config.warps_of_uniform(J, K, D)
         return config.sweep(B, I, J, K, warps, self.gpu.processors)
+
+    def large(self, uniform: bool) -> config.Warps | None:
+        """What programs hold in a sweep of the forward over a large batch, if it is one."""
+        if self.gpu.shared_bytes < config.LARGE_SHARED:
+            return None
+        B, _, J, K, D, _ = self.sizes
+        return config.warps_of_large(B, J, K, D, uniform)
 
     @property
     def stages(self) -> int:

@@ -224,27 +224,38 @@ def input_capsules(
 def weights(
     weight_ptr, start, i_j, I, WEIGHT_SHARING: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
     D: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ALONG_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """W of the capsules of every warp, [WARPS, BLOCK_D, N]; 0 from I on.
 
     What changes from step to step and from tile to tile goes into the pointer, so that all of them
-    share one set of offsets.
+    share one set of offsets. ALONG_K, all k of a capsule are copied at once: fewer copies, some
+    more registers.
     """
-    w = tl.arange(0, WARPS_I * WARPS_J)
+    WARPS: tl.constexpr = WARPS_I * WARPS_J
+    HALF_K: tl.constexpr = BLOCK_K // 2
+    w = tl.arange(0, WARPS)
     j = w % WARPS_J
     d = tl.arange(0, BLOCK_D)
-    i, k = input_columns(STEP_I, BLOCK_K)
+    if ALONG_K:
+        n = tl.arange(0, STEP_I * BLOCK_K)
+        i, k = n // BLOCK_K, n % BLOCK_K
+    else:
+        i, k = input_columns(STEP_I, BLOCK_K)
     i = (w // WARPS_J * STEP_I)[:, None] + i[None, :]
     first = start // WEIGHT_SHARING
     rows = (start + i) // WEIGHT_SHARING - first
     columns = rows * (J * D * K) + (j * (D * K))[:, None] + k[None, :]
     mask = (i_j + j < J)[:, None] & (start + i < I) & (k < K)[None, :]
-    return tl.load(
+    W = tl.load(
         weight_ptr + (first * J + i_j) * (D * K) + (columns[:, None, :] + (d * K)[None, :, None]),
         mask=mask[:, None, :] & (d < D)[None, :, None],
         other=0.0,
     ).to(ACC)
+    if ALONG_K:
+        W = tl.permute(tl.reshape(W, [WARPS, BLOCK_D, STEP_I, HALF_K, 2]), (0, 1, 3, 2, 4))
+        W = tl.reshape(W, [WARPS, BLOCK_D, STEP_I * BLOCK_K])
+    return W
 
 
 @triton.jit
@@ -252,7 +263,8 @@ def step_inputs(
     u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING: tl.constexpr, J: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, WARPS_I: tl.constexpr,
     WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ALONG_K: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """u of a step, and W as a tuple of UNROLL_J tiles."""
     u = input_capsules(
@@ -262,7 +274,7 @@ def step_inputs(
     for n in tl.static_range(UNROLL_J):
         W += (weights(
             weight_ptr, start, i_j + n * WARPS_J, I, WEIGHT_SHARING, J, K, D,
-            WARPS_I, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC,
+            WARPS_I, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ALONG_K, ACC,
         ),)  # fmt: skip
     return u, W
 
