@@ -262,6 +262,7 @@ def routing_gradients_kernel(
     CELL: tl.constexpr = 16 * BLOCK_D
     TILE_J: tl.constexpr = WARPS_J * UNROLL_J
     PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J
+    PRESENT_J: tl.constexpr = J if J <= TILE_J else PADDED_J  # of a tile's first ones
     ROW_CAPSULES: tl.constexpr = STEP_I if WEIGHT_SHARING == 1 else WEIGHT_SHARING
     ROW_WEIGHTS: tl.constexpr = J * D * K * (STEP_I if WEIGHT_SHARING == 1 else 1)
     ROW_LOGITS: tl.constexpr = ROW_CAPSULES * J
@@ -306,9 +307,15 @@ def routing_gradients_kernel(
                 if UNIFORM:  # ds^1 of the table bears the coupling; V^0 is 0
                     dW_new = ()
                     for n in tl.static_range(UNROLL_J):
-                        x = states_over_d(p_over_d + n * WARPS_J * CELL, WARPS_J, BLOCK_D, PAIRED)
+                        x = states_over_d(
+                            p_over_d + n * WARPS_J * CELL,
+                            PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
+                        )  # fmt: skip
                         du += product(W[n], x, ACC, PRECISION)
-                        x = states_over_b(p_over_b + n * WARPS_J * CELL, WARPS_J, BLOCK_D, PAIRED)
+                        x = states_over_b(
+                            p_over_b + n * WARPS_J * CELL,
+                            PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
+                        )  # fmt: skip
                         dW_new += (dW[n] + product(operand_columns(u, PAIRED), x, ACC, PRECISION),)
                     dW = dW_new
                 i_b = (tile * 8 + s_b).to(OFFSET)
@@ -323,8 +330,9 @@ def routing_gradients_kernel(
                     dc = ()
                     for n in tl.static_range(UNROLL_J):
                         x_n = states_over_d(
-                            p_over_d + to_iteration + n * WARPS_J * CELL, WARPS_J, BLOCK_D, PAIRED
-                        )
+                            p_over_d + to_iteration + n * WARPS_J * CELL,
+                            PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
+                        )  # fmt: skip
                         P_n = product(W[n], x_n, ACC, PRECISION)
                         P += (P_n,)
                         dc_n, b_n = arrays_apart(over_rows(u * P_n, STEP_I, BLOCK_K))
@@ -363,8 +371,9 @@ def routing_gradients_kernel(
                         y = for_every_row(y, STEP_I, BLOCK_K)
                         du += y * P[n]
                         x_n = states_over_b(
-                            p_over_b + to_iteration + n * WARPS_J * CELL, WARPS_J, BLOCK_D, PAIRED
-                        )
+                            p_over_b + to_iteration + n * WARPS_J * CELL,
+                            PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
+                        )  # fmt: skip
                         dW_next += (
                             dW[n] + product(operand_columns(y * u, PAIRED), x_n, ACC, PRECISION),
                         )

@@ -27,13 +27,15 @@ def table_offsets(which, b, d, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def cells(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr):
+def cells(p, PRESENT_J: tl.constexpr, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr):
     """Cells of WARPS_J output capsules, [WARPS_J, BLOCK_D // 8, 8, 4, 2, 2].
 
-    The threads of a warp come first, so that each loads 16 bytes beside its neighbour's.
+    The threads of a warp come first, so that each loads 16 bytes beside its neighbour's. Warps
+    beyond PRESENT_J read what the last one before them reads, so nothing more is fetched: their W
+    and c are 0.
     """
     lane = tl.arange(0, 32)[:, None, None, None]
-    w = tl.arange(0, WARPS_J)[None, :, None, None]
+    w = tl.minimum(tl.arange(0, WARPS_J), PRESENT_J - 1)[None, :, None, None]
     n = tl.arange(0, BLOCK_D // 8)[None, None, :, None]
     x = tl.load(
         p + (w * (16 * BLOCK_D) + n * 128 + lane * 4 + tl.arange(0, 4)[None, None, None, :])
@@ -42,9 +44,11 @@ def cells(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def states_over_d(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr):
+def states_over_d(
+    p, PRESENT_J: tl.constexpr, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr
+):  # fmt: skip
     """ds and V transposed, [WARPS_J, BLOCK_D, 16]."""
-    x = cells(p, WARPS_J, BLOCK_D)
+    x = cells(p, PRESENT_J, WARPS_J, BLOCK_D)
     if PAIRED:
         x = tl.reshape(x, [WARPS_J, BLOCK_D // 16, 2, 8, 4, 2, 2])
         x = tl.permute(x, (0, 1, 6, 4, 2, 5, 3))
@@ -54,9 +58,11 @@ def states_over_d(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.co
 
 
 @triton.jit
-def states_over_b(p, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr):
+def states_over_b(
+    p, PRESENT_J: tl.constexpr, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr, PAIRED: tl.constexpr
+):  # fmt: skip
     """ds and V in the order of samples that operand_columns makes, [WARPS_J, 16, BLOCK_D]."""
-    x = cells(p, WARPS_J, BLOCK_D)
+    x = cells(p, PRESENT_J, WARPS_J, BLOCK_D)
     x = tl.permute(x, (0, 5, 3, 4, 1, 2) if PAIRED else (0, 4, 5, 3, 1, 2))
     return tl.reshape(x, [WARPS_J, 16, BLOCK_D])
 
