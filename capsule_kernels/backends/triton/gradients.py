@@ -78,8 +78,17 @@ def over_capsules(x, STEP_I: tl.constexpr, WEIGHT_SHARING: tl.constexpr):
 
 @triton.jit
 def arrays_apart(x):
-    """[WARPS_J, STEP_I, 2, 8] as what belongs to ds and what to V, [WARPS_J, STEP_I, 8] each."""
-    return tl.split(tl.permute(x, (0, 1, 3, 2)))
+    """[WARPS_J, STEP_I, 2, 8] as what belongs to ds and what to V, [WARPS_J, STEP_I, 8] each.
+
+    tl.split costs nothing where a thread holds one of the capsules, and else moves them.
+    """
+    if x.shape[1] == 4:
+        first, second = tl.split(tl.permute(x, (0, 1, 3, 2)))
+    else:
+        which = tl.arange(0, 2)[None, None, :, None]
+        first = tl.sum(tl.where(which == 0, x, 0.0), axis=2)
+        second = tl.sum(tl.where(which == 1, x, 0.0), axis=2)
+    return first, second
 
 
 @triton.jit
