@@ -4,11 +4,14 @@ Never downloads, never asks for a GPU. What can't be built is left out, with one
 everything without a C++ compiler, the CUDA kernels without nvcc or with a CPU build of torch.
 
 Environment: ``CAPSULE_KERNELS_CUDA=0`` leaves the CUDA kernels out, ``=1`` insists on them;
+``CAPSULE_KERNELS_CXXFLAGS`` has the last word on how the CPU kernels are compiled (sanitizers,
+coverage), where ``CXXFLAGS`` set for everything on a machine must not lower their optimisation.
 ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CXX`` and ``MAX_JOBS`` as for every torch extension.
 """
 
 import os
 import platform
+import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -83,13 +86,15 @@ class Build(cpp_extension.BuildExtension):
 
     def build_extensions(self) -> None:
         # csrc/cpu/kernels.cpp knows nothing of torch: plain compiler calls, with flags of its own.
+        last_flags = shlex.split(os.environ.get("CAPSULE_KERNELS_CXXFLAGS", ""))
+
         def compile_kernels(name: str) -> str:
             vector_bytes, flags = INSTRUCTION_SETS[name]
             (compiled,) = self.compiler.compile(
                 ["csrc/cpu/kernels.cpp"],
                 output_dir=str(Path(self.build_temp) / name),
                 macros=[("CAPSULE_ISA", name), ("CAPSULE_VECTOR_BYTES", str(vector_bytes))],
-                extra_postargs=[*KERNEL_FLAGS, *flags],
+                extra_postargs=[*KERNEL_FLAGS, *flags, *last_flags],
             )
             return compiled
 

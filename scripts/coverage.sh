@@ -16,8 +16,9 @@ status=0
 "$PY" -m coverage report || status=1
 
 # A build of its own counts what C++ runs, in the tests that are about it.
-# Torch compiles its part with CFLAGS, setuptools the kernels with CXXFLAGS.
-CFLAGS=--coverage CXXFLAGS=--coverage LDFLAGS=--coverage CAPSULE_KERNELS_CUDA=0 "$PY" setup.py --quiet \
+# Torch compiles its part with CFLAGS.
+CFLAGS=--coverage CAPSULE_KERNELS_CXXFLAGS=--coverage LDFLAGS=--coverage CAPSULE_KERNELS_CUDA=0 \
+  "$PY" setup.py --quiet \
   build --build-base "$DIRECTORY" --build-temp "$DIRECTORY/temp" --build-lib "$DIRECTORY/lib"
 cp -r tests pyproject.toml "$DIRECTORY/lib/"
 (cd "$DIRECTORY/lib" && "$PY" -m pytest -q -p no:cacheprovider tests/test_cpu.py \
