@@ -1,5 +1,6 @@
 """Inputs for routing tests, and one function that checks a backend on them against the oracle."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,26 @@ def make_inputs(
         "logits": leaf(case.I, case.J) if case.logits else None,
         "bias": leaf(case.J, case.D, scale=0.1) if case.bias else None,
     }
+
+
+def expanded(x: Tensor) -> Tensor:
+    """The first entry of x's first dimension everywhere, without a copy: stride 0."""
+    return x[:1].expand_as(x)
+
+
+def permuted(x: Tensor) -> Tensor:
+    """x with its first dimension innermost in memory."""
+    return x.movedim(0, -1).contiguous().movedim(-1, 0)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "permuted": permuted,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "shifted": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "expanded": expanded,
+}
+"""Other strides than a contiguous tensor's, or in "shifted" another alignment."""
 
 
 def copies(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The same input gives the same bits: every time, on any number of threads, under load."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -29,10 +31,13 @@ CASES = [
 
 @pytest.fixture
 def load() -> Iterator[None]:
-    """A process that keeps another core busy."""
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+    """Processes that keep the other cores busy."""
+    with ExitStack() as stack:
+        for _ in range(max(1, (os.cpu_count() or 1) - 1)):
+            busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.enter_context(busy)
+            stack.callback(busy.kill)
         yield
-        process.kill()
 
 
 @pytest.fixture

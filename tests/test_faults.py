@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -197,6 +198,31 @@ def test_a_read_only_disk(tmp_path: Path, figure: Figure) -> None:
     figure("a read-only disk", "refused before the first step, in one line")
 
 
+def wait_for_the_first_checkpoint(
+    directory: Path, processes: Sequence[subprocess.Popen[str]]
+) -> None:
+    while not (directory / CHECKPOINT).exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+
+
+def children(parent: int) -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            # PID (COMMAND) STATE PARENT ...
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def assert_one_process_goes_on(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint is whole, and a run can begin with it."""
+    assert load(directory).counters["step"] >= 0
+    add_tiny(monkeypatch)
+    assert train.main(["--resume", str(directory), "--max-minutes", "0"]) == 0
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_of_two_processes_dies(
     victim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
@@ -217,9 +243,7 @@ def test_one_of_two_processes_dies(
         for rank in range(2)
     ]  # fmt: skip
     try:
-        while not (directory / CHECKPOINT).exists():
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.01)
+        wait_for_the_first_checkpoint(directory, processes)
         processes[victim].kill()
         begun = time.monotonic()
         _, message = processes[1 - victim].communicate(timeout=SECONDS_TO_END)
@@ -230,11 +254,41 @@ def test_one_of_two_processes_dies(
             process.communicate()
     assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
     assert "gloo/transport" in message, message  # torch's own error, of a peer that is gone
-    assert load(directory).counters["step"] >= 0
-    # One process goes on alone.
-    add_tiny(monkeypatch)
-    assert train.main(["--resume", str(directory), "--max-minutes", "0"]) == 0
+    assert_one_process_goes_on(directory, monkeypatch)
     figure(
         f"process {victim} of two dies",
         f"the other ends with an error after {seconds:.1f} s, the checkpoint is whole",
+    )
+
+
+def test_torchrun_ends_when_one_of_two_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
+) -> None:
+    directory = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--experiment", "tiny", "--epochs", "10000", "--save-dir", str(directory)]
+    with subprocess.Popen(
+        [sys.executable, *launcher, "-m", "tests.tiny", *flags, "--checkpoint-minutes", "0"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as torchrun:  # fmt: skip
+        try:
+            wait_for_the_first_checkpoint(directory, [torchrun])
+            ranks = children(torchrun.pid)
+            assert len(ranks) == 2
+            os.kill(ranks[1], signal.SIGKILL)
+            begun = time.monotonic()
+            _, message = torchrun.communicate(timeout=SECONDS_TO_END)
+            seconds = time.monotonic() - begun
+        except BaseException:
+            for pid in (torchrun.pid, *children(torchrun.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
+    assert torchrun.returncode not in (0, -signal.SIGKILL)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert "SIGKILL" in message, message
+    assert_one_process_goes_on(directory, monkeypatch)
+    figure(
+        "one of two processes under torchrun dies",
+        f"all end with an error after {seconds:.1f} s, the checkpoint is whole",
     )

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from capsule_kernels import fused_routing
 
-from .cases import Case, make_inputs, run
+from .cases import LAYOUTS, Case, make_inputs, run
 from .targets import DTYPES, EVERY, KERNELS
 
 EVERYTHING = Case(B=3, I=6, J=3, K=4, D=5, logits=True, bias=True, leaky=True, weight_sharing=2)
@@ -50,25 +49,6 @@ def test_capsules_of_zeros(target, dtype, B):
     for name, x in results.items():
         assert not x.any(), name
     assert coupling.isfinite().all()
-
-
-def expanded(x: Tensor) -> Tensor:
-    """The first entry of x's first dimension everywhere, without a copy: stride 0."""
-    return x[:1].expand_as(x)
-
-
-def permuted(x: Tensor) -> Tensor:
-    """x with its first dimension innermost in memory."""
-    return x.movedim(0, -1).contiguous().movedim(-1, 0)
-
-
-LAYOUTS = {
-    "permuted": permuted,
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "shifted": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-    "expanded": expanded,
-}
 
 
 @pytest.mark.parametrize("target", KERNELS)

@@ -11,7 +11,16 @@ from torch import Tensor
 from capsule_kernels import fused_routing, reference_routing, squash
 from capsule_kernels.backends import triton
 
-from .cases import Case, check_case, copies, make_inputs, reordered, run
+from .cases import (
+    LAYOUTS,
+    Case,
+    check_case,
+    check_inputs,
+    copies,
+    make_inputs,
+    reordered,
+    run,
+)
 from .targets import DTYPES, KERNELS, Target
 from .tolerance import assert_as_good_as_reference, reference_dtype
 
@@ -65,6 +74,60 @@ def test_everything_is_as_good_as_the_oracle(target: Target, figure, case, dtype
     hypothesis.assume(target.can_run(case, dtype))
     check_case(case, dtype, target.backend, target.device, seed)
     count(figure, f"properties, {target}: as good as the oracle")
+
+
+def fill(x: Tensor, value: str) -> None:
+    """Put what is hard to compute with into a leaf."""
+    tiny = torch.finfo(x.dtype).tiny
+    with torch.no_grad():
+        match value:
+            case "all equal":
+                x.fill_(x.flatten()[0].item())
+            case "zeros":
+                x.zero_()
+            case "denormal":
+                x.clamp_(-1, 1).mul_(tiny)
+            case "large":
+                x.mul_(1e30)
+            case _:
+                x.flatten()[x.numel() // 2] = float(value)
+
+
+@examples(60)
+@hypothesis.given(
+    case=cases(),
+    seed=seeds,
+    argument=st.sampled_from(["u", "weight", "logits", "bias"]),
+    value=st.sampled_from(["all equal", "zeros", "denormal", "large", "inf", "nan"]),
+    layouts=st.lists(st.sampled_from(["contiguous", *LAYOUTS]), min_size=4, max_size=4),
+)
+def test_any_values_in_any_layout(target: Target, figure, case, seed, argument, value, layouts):
+    """Strides change no bit, and where the oracle is finite the kernels are.
+
+    How exact they are with values of any size: test_range.py.
+    """
+    hypothesis.assume(target.can_run(case, torch.float32))
+    inputs = make_inputs(case, torch.float32, target.device, seed)
+    hypothesis.assume(inputs[argument] is not None)
+    fill(inputs[argument], value)
+    odd = {
+        name: None if x is None else LAYOUTS.get(layout, Tensor.clone)(x.detach()).requires_grad_()
+        for (name, x), layout in zip(inputs.items(), layouts, strict=True)
+    }
+    dense = {
+        name: None if x is None else x.detach().clone(memory_format=torch.contiguous_format)
+        for name, x in odd.items()
+    }
+    plain = copies(dense, torch.float32)
+    found = run(fused_routing, case, odd, backend=target.backend)
+    expected = run(fused_routing, case, plain, backend=target.backend)
+    reference = run(reference_routing, case, copies(plain, torch.float32))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(found[name].isfinite(), reference[name].isfinite()), name
+    if value == "zeros" or (value, argument) == ("all equal", "logits"):
+        check_inputs(case, plain, target.backend)
+    count(figure, f"properties, {target}: any values in any layout")
 
 
 @examples(40)
