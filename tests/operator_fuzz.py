@@ -1,10 +1,10 @@
-"""Malformed calls of the raw operators, past the checks of ``fused_routing``, on every
-instruction set that this processor has.
+"""Malformed calls of the raw operators, past the checks of ``fused_routing``.
 
 ``python -m tests.operator_fuzz --calls 100000 --seed 0`` calls ``routing_forward.cpu`` and
-``routing_backward.cpu`` with right arguments of which up to three were spoilt. A call is refused
-with an ordinary exception, or its results have the shapes and dtypes that the operator's fake
-implementation promises. Anything else ends the process: a crash by its signal.
+``routing_backward.cpu`` with right arguments of which up to three were spoilt, on every instruction
+set that this processor has. A call is refused with an ordinary exception, or its results have the
+shapes and dtypes that the operator's fake implementation promises. Anything else ends the process:
+a crash by its signal. ``--backend triton`` calls Triton's, under ``TRITON_INTERPRET=1``.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capsule_kernels import _C
+from capsule_kernels.backends import extension
 from capsule_kernels.ops import OPERATORS, accumulation_dtype, backward_shapes, forward_shapes
 
 DTYPES = [
@@ -93,9 +93,9 @@ def spoil(rng: random.Random, value: Any) -> Any:
     return rng.choice([torch.randn(3, 4), 1, "x"])
 
 
-def right_arguments(rng: random.Random, backward: bool) -> list[Any]:
+def right_arguments(rng: random.Random, backward: bool, sizes: list[int]) -> list[Any]:
     weight_sharing = rng.choice([1, 1, 2, 3])
-    B, J, K, D = (rng.choice(SIZES[low:]) for low in (0, 1, 1, 1))
+    B, J, K, D = (rng.choice(sizes[low:]) for low in (0, 1, 1, 1))
     I, R = weight_sharing * rng.randint(1, 6), rng.randint(1, 4)
     dtype = rng.choice(DTYPES[:4])
 
@@ -121,18 +121,20 @@ def right_arguments(rng: random.Random, backward: bool) -> list[Any]:
     return [tensor(B, J, D), u, weight, logits, s, *options]
 
 
-def try_call(rng: random.Random) -> str:
+def try_call(rng: random.Random, backend: str) -> str:
     """What became of one call: "accepted" or the name of the exception."""
     backward = rng.random() < 0.5
-    arguments = right_arguments(rng, backward)
+    # Interpreted kernels take seconds where compiled ones take microseconds.
+    arguments = right_arguments(rng, backward, SIZES if backend == "cpu" else SIZES[:4])
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
         position = rng.randrange(len(arguments))
         try:
             arguments[position] = spoil(rng, arguments[position])
         except REFUSALS:
             return "not made"  # torch itself has no such tensor
-    _C.set_instruction_set(rng.choice(_C.usable_instruction_sets()))
-    operator = OPERATORS["cpu"].backward if backward else OPERATORS["cpu"].forward
+    if backend == "cpu":
+        extension.module.set_instruction_set(rng.choice(instruction_sets()))
+    operator = OPERATORS[backend].backward if backward else OPERATORS[backend].forward
     try:
         results = operator(*arguments)
     except REFUSALS as error:
@@ -151,8 +153,13 @@ def try_call(rng: random.Random) -> str:
     return "accepted"
 
 
+def instruction_sets() -> list[str]:
+    return extension.module.usable_instruction_sets()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fuzz the raw CPU operators.")
+    parser = argparse.ArgumentParser(description="Fuzz the raw operators.")
+    parser.add_argument("--backend", choices=["cpu", "triton"], default="cpu")
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-gib", type=int, default=16, help="0 for no limit (sanitizers)")
@@ -170,13 +177,13 @@ def main() -> None:
         rng = random.Random(seed)
         torch.manual_seed(seed % 2**32)
         try:
-            outcomes[try_call(rng)] += 1
+            outcomes[try_call(rng, arguments.backend)] += 1
         except BaseException:
             print(f"call {call} of seed {arguments.seed}", file=sys.stderr)
             raise
     listed = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
-    sets = ", ".join(_C.usable_instruction_sets())
-    print(f"{arguments.calls} calls: {listed}; on {sets}")
+    where = ", ".join(instruction_sets()) if arguments.backend == "cpu" else "the interpreter"
+    print(f"{arguments.calls} calls: {listed}; on {where}")
 
 
 if __name__ == "__main__":

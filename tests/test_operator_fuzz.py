@@ -1,4 +1,4 @@
-"""Malformed calls of the raw CPU operators, in a process of their own: none crashes it."""
+"""Malformed calls of the raw operators, in a process of their own: none crashes it."""
 
 import os
 import re
@@ -9,23 +9,38 @@ from pathlib import Path
 import pytest
 
 from capsule_kernels import backends
+from capsule_kernels.backends import triton
 
 CALLS = int(os.environ.get("CAPSULE_FUZZ_CALLS", "3000"))
+INTERPRETED_CALLS = 150
 
 
-@pytest.mark.skipif(not backends()["cpu"].usable, reason=backends()["cpu"].reason)
-def test_no_call_crashes(figure):
+def fuzz(calls: int, *flags: str, **environment: str) -> str:
+    """What the fuzz printed, once it has reached both sides of the checks."""
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.operator_fuzz", "--calls", str(CALLS), "--seed", "1"],
+        [sys.executable, "-m", "tests.operator_fuzz", "--calls", str(calls), "--seed", "1", *flags],
         cwd=Path(__file__).parent.parent,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert finished.returncode == 0, f"exit {finished.returncode}: {finished.stderr[-3000:]}"
     outcomes = {name: int(n) for n, name in re.findall(r"(\d+) (\w[\w ]*)", finished.stdout)}
-    # The fuzz reaches both sides of the checks.
-    assert outcomes["calls"] == CALLS
-    assert outcomes["accepted"] > CALLS / 10
-    assert outcomes["ValueError"] > CALLS / 10
-    figure("fuzz of the raw operators", finished.stdout.strip())
+    assert outcomes["calls"] == calls
+    assert outcomes["accepted"] > calls / 10
+    assert outcomes["ValueError"] > calls / 10
+    return finished.stdout.strip()
+
+
+@pytest.mark.skipif(not backends()["cpu"].usable, reason=backends()["cpu"].reason)
+def test_no_call_crashes(figure):
+    figure("fuzz of the raw operators", fuzz(CALLS))
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+@pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")
+def test_no_call_of_the_triton_operators_crashes(figure):
+    printed = fuzz(INTERPRETED_CALLS, "--backend", "triton", TRITON_INTERPRET="1")
+    figure("fuzz of the raw Triton operators", printed)
