@@ -133,14 +133,11 @@ def routing_backward(
         cut = len(gradient) - min(len(gradient), split.whole * config.ceil_div(len(gradient), rows))
         return s.new_empty(number, cut, *gradient.shape[1:])
 
-    weight_parts = parts_of(grad_weight, split.contributors)
-    logits_parts = parts_of(grad_logits, split.pieces)
+    has_parts = (grad_weight is not None and split.contributors > 1) or (
+        grad_logits is not None and split.pieces > 1
+    )
     finished = None
-    if (
-        split.counted
-        and not routing.gpu.hip
-        and not (weight_parts is None and logits_parts is None)
-    ):
+    if has_parts and split.counted and not routing.gpu.hip:
         finished = torch.empty(rows - split.whole, dtype=torch.int32, device=u.device)
 
     def state(t: int) -> dict[str, Any]:
@@ -177,6 +174,9 @@ def routing_backward(
                     statistics_ptr=None if statistics is None else statistics[t - 1],
                     SUM_INPUT=one_tile,
                 )  # fmt: skip
+        partials = None  # the parts below take its memory
+        weight_parts = parts_of(grad_weight, split.contributors)
+        logits_parts = parts_of(grad_logits, split.pieces)
         grad_capsules = routing.capsule_gradients(grad_u)
         du = grad_capsules
         if du is not None and tiles_J > 1 and du.dtype != s.dtype:
