@@ -152,7 +152,7 @@ struct CapsuleLanes {
         for (index b = 0; b < samples; ++b) {
           const T* V_row = sweep.V ? sweep.V + (b0 + b) * N : nullptr;
           const T* ds_row = is_backward ? sweep.ds + (b0 + b) * N : nullptr;
-          V logit = load(c + (b * J + j) * lanes), dc{};
+          V agreement{}, dc{};  // summed apart: a large prior would round every term
           for_tiles<tile>(D, [&](auto size, index d) {
             constexpr int n = size;
             V acc[n];
@@ -166,11 +166,14 @@ struct CapsuleLanes {
 #pragma GCC unroll 16
             for (int m = 0; m < n; ++m) {
               const index o = j * D + d + m;
-              if (V_row) logit += acc[m] * V_row[o];
+              if (V_row) agreement += acc[m] * V_row[o];
               if constexpr (is_backward) dc += acc[m] * ds_row[o];
             }
           });
-          if (V_row) store(c + (b * J + j) * lanes, logit);
+          if (V_row) {
+            T* logit = c + (b * J + j) * lanes;
+            store(logit, load(logit) + agreement);
+          }
           if constexpr (is_backward) store(dl + (b * J + j) * lanes, dc);
         }
       }
@@ -319,10 +322,10 @@ struct CapsuleLanes {
   // sum += acc . x, x the same for every capsule
   template <int n>
   static CAPSULE_INLINE void dot(const V (&acc)[n], const T* x, T* sum) {
-    V total = load(sum);
+    V total{};  // apart from a prior in `sum`, which would round every term
 #pragma GCC unroll 16
     for (int m = 0; m < n; ++m) total += acc[m] * x[m];
-    store(sum, total);
+    store(sum, load(sum) + total);
   }
 };
 
