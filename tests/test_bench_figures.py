@@ -123,3 +123,10 @@ def test_an_unknown_view_is_named(checkout):
 
 def test_the_documents_of_this_checkout_agree_with_its_reports(capsys):
     assert run(ROOT, "--check") == 0, capsys.readouterr().err
+
+
+def test_the_layout_of_kernels_does_not_outdate_a_report(checkout, capsys):
+    run(checkout)
+    (checkout / "csrc/cpu/kernels.cpp").write_text("int\n    kernel;\n")
+    assert run(checkout, "--check") == 0
+    assert capsys.readouterr().err == ""

@@ -183,7 +183,8 @@ class Driver {
       for (index n = 0; n < N; ++n) {
         double sum = 0;
         for (index t = full ? 1 : R; t <= R; ++t)
-          for (index b = 0; b < p_.B; ++b) sum += ds[(t - 1) * blocked_ + BlockedRow(part_, N, b)(n)];
+          for (index b = 0; b < p_.B; ++b)
+            sum += ds[(t - 1) * blocked_ + BlockedRow(part_, N, b)(n)];
         grad_bias[n] = T(sum);
       }
     if (grad_u || grad_weight || grad_logits) {
