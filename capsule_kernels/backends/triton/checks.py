@@ -18,10 +18,8 @@ def check_forward(
     logits: Tensor | None,
     bias: Tensor | None,
     num_iterations: int,
-    leaky: bool,
     weight_sharing: int,
-    return_coupling: bool,
-    window: Sequence[int] | None = None,
+    window: Sequence[int] | None,
 ) -> None:
     """Raise a ValueError for arguments that ``ops.FORWARD_SCHEMA`` does not describe."""
     _, J, D = check_inputs("routing_forward", u, weight, logits, weight_sharing, window)
@@ -37,11 +35,8 @@ def check_backward(
     weight: Tensor,
     logits: Tensor | None,
     s: Tensor,
-    leaky: bool,
     weight_sharing: int,
-    full_gradient: bool,
-    output_mask: Sequence[bool],
-    window: Sequence[int] | None = None,
+    window: Sequence[int] | None,
 ) -> None:
     """Raise a ValueError for arguments that ``ops.BACKWARD_SCHEMA`` does not describe."""
     B, J, D = check_inputs("routing_backward", u, weight, logits, weight_sharing, window)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...ops import backward_shapes, forward_shapes
 from . import config, launch_wide
 from .backward import routing_backward_kernel, routing_state_kernel
+from .checks import check_backward, check_forward
 from .forward import routing_forward_kernel, routing_output_kernel
 from .gradients import routing_gradients_kernel
 from .routing import Gpu, Routing, device_guard, run
@@ -29,6 +30,7 @@ def routing_forward(
     gpu: Gpu | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v, s and coupling: R sweeps and the output, R + 1 launches where J fits into one tile."""
+    check_forward(u, weight, logits, bias, num_iterations, weight_sharing, window)
     R = num_iterations
     v, s, coupling = forward_shapes(
         u, weight, logits, bias, R, leaky, weight_sharing, return_coupling, window
@@ -90,6 +92,7 @@ def routing_backward(
     One more each for sums over parts of the work, for the bias, and for windows summed in a grid;
     J in several tiles takes two more an iteration.
     """
+    check_backward(grad_v, u, weight, logits, s, weight_sharing, window)
     gradients = backward_shapes(
         grad_v, u, weight, logits, s, leaky, weight_sharing, full_gradient, output_mask, window
     )
