@@ -179,14 +179,15 @@ class Driver {
       });
     }
 
-    if (grad_bias)
-      for (index n = 0; n < N; ++n) {
-        double sum = 0;
-        for (index t = full ? 1 : R; t <= R; ++t)
-          for (index b = 0; b < p_.B; ++b)
-            sum += ds[(t - 1) * blocked_ + BlockedRow(part_, N, b)(n)];
-        grad_bias[n] = T(sum);
-      }
+    if (grad_bias) {
+      std::vector<double> sums(N);
+      for (index t = full ? 1 : R; t <= R; ++t)
+        for (index b = 0; b < p_.B; ++b) {
+          const BlockedRow row(part_, N, b);
+          for (index n = 0; n < N; ++n) sums[n] += ds[(t - 1) * blocked_ + row(n)];
+        }
+      std::copy(sums.begin(), sums.end(), grad_bias);
+    }
     if (grad_u || grad_weight || grad_logits) {
       const index tasks = final_tasks(p_, part_), row = N * p_.K;
       T* rows = part_.splits > 1 && grad_weight ? allocate_(tasks * row) : grad_weight;

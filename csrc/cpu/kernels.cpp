@@ -85,25 +85,31 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
   }
 
   const bool paper_sizes = K == 8 && p.D == 16;  // loops of constant length, unrolled
+  // A capsule's own dW is made in registers from block to block and leaves them finished, where its
+  // rows fill a vector. What capsules share is summed in scratch.
+  const bool owns = sharing == 1, directly = owns && SampleFinal<T, 2>::fills_vectors(K);
   auto run_blocks = [&](index i0, index i1, bool first, bool last) {
     const typename SampleFinal<T, 2>::Final wide(p, part.final_chunk, scratch);
     const typename SampleFinal<T, 1>::Final narrow(p, part.final_chunk, scratch);
-    for (T* x = first ? wide.dW : wide.dlogits; x < wide.packed; ++x) *x = 0;
-    for (index b = 0; b < part.padded; b += part.block)
-      if (is_wide<T>(part, b))
-        paper_sizes ? SampleFinal<T, 2>::template final_block<8, 16>(p, sweep, b, i0, i1, wide)
-                    : SampleFinal<T, 2>::template final_block<0, 0>(p, sweep, b, i0, i1, wide);
-      else
-        paper_sizes ? SampleFinal<T, 1>::template final_block<8, 16>(p, sweep, b, i0, i1, narrow)
-                    : SampleFinal<T, 1>::template final_block<0, 0>(p, sweep, b, i0, i1, narrow);
+    T* dW = grad_weight ? grad_weight + (owns ? (i0 - begin) * N * K : 0) : nullptr;
+    for (T* x = first && !owns ? wide.dW : wide.dlogits; x < wide.packed; ++x) *x = 0;
+    for (index b = 0; b < part.padded; b += part.block) {
+      const bool finishes = directly && b + part.block >= part.padded;
+      auto run = [&](auto block, const auto& scratch) {
+        using Final = decltype(block);
+        const typename Final::Part samples{b, i0, i1, owns && b == 0, finishes ? dW : nullptr};
+        paper_sizes ? Final::template final_block<8, 16>(p, sweep, samples, scratch)
+                    : Final::template final_block<0, 0>(p, sweep, samples, scratch);
+      };
+      is_wide<T>(part, b) ? run(SampleFinal<T, 2>{}, wide) : run(SampleFinal<T, 1>{}, narrow);
+    }
     if (sweep.grad_logits)
       for (index i = i0; i < i1; ++i)
         for (index j = 0; j < p.J; ++j)
           sweep.grad_logits[i * p.J + j] =
               sum_lanes<T>(load(wide.dlogits + ((i - i0) * p.J + j) * kLanes<T>));
-    if (last && grad_weight)
-      SampleFinal<T, 2>::write_weights(wide.dW, K, sharing > 1 ? N : (i1 - i0) * N,
-                                       grad_weight + (sharing > 1 ? 0 : (i0 - begin) * N * K));
+    if (last && dW && !directly)
+      SampleFinal<T, 2>::write_weights(wide.dW, K, owns ? (i1 - i0) * N : N, dW);
   };
   for (index i0 = begin; i0 < end; i0 += part.final_chunk) {
     const index i1 = i0 + part.final_chunk < end ? i0 + part.final_chunk : end;

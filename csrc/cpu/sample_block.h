@@ -84,15 +84,33 @@ struct SampleBlock {
     return p.sample_at ? lanes * count * p.K : 0;
   }
 
-  // Asks for u of `count` capsules of sample b, ahead of time: rows of different samples lie too
-  // far apart for the processor to guess the next one.
+  // Asks for `count` elements ahead of time.
+  static CAPSULE_INLINE void prefetch(const T* x, index count) {
+    for (index o = 0; o < count; o += 64 / index(sizeof(T))) __builtin_prefetch(x + o);
+  }
+
+  static CAPSULE_INLINE void prefetch_to_write(const T* x, index count) {
+    for (index o = 0; o < count; o += 64 / index(sizeof(T))) __builtin_prefetch(x + o, 1);
+  }
+
+  // Asks for u of the block that comes next: rows of different samples lie too far apart for the
+  // processor to guess the next one. A row now and then, as all of them at once are in the way.
+  struct NextBlock {
+    index sample, i, count;  // the first sample, and which capsules
+    index steps;             // step() is called so often
+    index due = 0;
+
+    CAPSULE_INLINE void step(const Problem<T>& p) {
+      for (due += width; due >= steps; due -= steps) prefetch_row(p, sample++, i, count);
+    }
+  };
+
   static CAPSULE_INLINE void prefetch_row(const Problem<T>& p, index b, index i, index count) {
-    constexpr index line = 64 / sizeof(T);
     if (b >= p.B || i + count > p.I) return;
     if (p.sample_at)
       for (index x = 0; x < count; ++x) __builtin_prefetch(p.u + p.at(b, i + x));
     else
-      for (index k = 0; k < count * p.K; k += line) __builtin_prefetch(p.u + p.at(b, i) + k);
+      prefetch(p.u + p.at(b, i), count * p.K);
   }
 };
 

@@ -122,10 +122,18 @@ struct SampleFinal : SampleBlock<T, vectors> {
     return Final(p, capsules, nullptr).end - static_cast<T*>(nullptr);
   }
 
-  // One block of samples, input capsules [i0, i1): adds to dW and dlogits in scratch, writes du.
+  // Samples from `first_sample` on and input capsules [i0, i1) of the last sweep.
+  struct Part {
+    index first_sample, i0, i1;
+    bool begins_dW;  // nothing was added to dW before
+    T* finished_dW;  // where dW goes with this part, or null: it stays in scratch
+  };
+
+  // One block of samples: adds to dW and dlogits in scratch, writes du.
   template <int fixed_K, int fixed_D>
-  static void final_block(const Problem<T>& p, const FinalSweep<T>& sweep, index first_sample,
-                          index i0, index i1, const Final& scratch) {
+  static void final_block(const Problem<T>& p, const FinalSweep<T>& sweep, const Part& part,
+                          const Final& scratch) {
+    const index first_sample = part.first_sample, i0 = part.i0, i1 = part.i1;
     const index K = fixed_K ? fixed_K : p.K, D = fixed_D ? fixed_D : p.D;
     const index length = row_length(K), N = p.J * D;
     const index valid = p.B - first_sample < width ? p.B - first_sample : width;
@@ -161,12 +169,16 @@ struct SampleFinal : SampleBlock<T, vectors> {
           if (sweep.grad_u)
             input_gradient<fixed_K>(p.weight + ((i0 + x) / p.weight_sharing * N + j * D) * K, D, K,
                                     du_hat_c, scratch.du + x * K * width);
-          if (sweep.grad_weight)
+          if (sweep.grad_weight) {
+            const index row = (p.weight_sharing == 1 ? x * N : 0) + j * D;
+            T* out = part.finished_dW ? part.finished_dW + row * K : nullptr;
+            if (out) Block::prefetch_to_write(out, D * K);
             with_samples_per_row(K, [&](auto samples) {
-              weight_gradient<samples>(
-                  du_hat_c, p.D, scratch.rows + x * length, (i1 - i0) * length, length, valid,
-                  scratch.dW + ((p.weight_sharing == 1 ? x * N : 0) + j * D) * length);
+              weight_gradient<samples>(du_hat_c, p.D, scratch.rows + x * length, (i1 - i0) * length,
+                                       length, valid, part.begins_dW, scratch.dW + row * length,
+                                       out);
             });
+          }
         }
       });
     if (sweep.grad_u)
@@ -290,17 +302,25 @@ struct SampleFinal : SampleBlock<T, vectors> {
     });
   }
 
-  // dW[n] += sum_b du_hat[n][b] u[b], lanes along k; `stride` from one row of u to the next. Takes
-  // N as it comes, unlike its neighbours: unrolled over all of N it was a fifth slower.
+  // dW[n] += sum_b du_hat[n][b] u[b], from 0 if it `begins`, and to `out` if that is not null;
+  // lanes along k, `stride` from one row of u to the next. Takes N as it comes, unlike its
+  // neighbours: unrolled over all of N it was a fifth slower. Not inlined: what stands around it
+  // cost it registers.
   template <int samples>
-  static CAPSULE_INLINE void weight_gradient(const T* du_hat, index N, const T* rows, index stride,
-                                             index length, index valid, T* dW) {
+  static __attribute__((noinline)) void weight_gradient(const T* du_hat, index N, const T* rows,
+                                                        index stride, index length, index valid,
+                                                        bool begins, T* dW, T* out) {
     for (index x = 0; x < length; x += lanes)
       for_tiles<sum_tile>(N, [&](auto size, index o) {
         constexpr int n = size;
         V acc[n];
+        if (begins) {
 #pragma GCC unroll 16
-        for (int m = 0; m < n; ++m) acc[m] = load(dW + (o + m) * length + x);
+          for (int m = 0; m < n; ++m) acc[m] = V{};
+        } else {
+#pragma GCC unroll 16
+          for (int m = 0; m < n; ++m) acc[m] = load(dW + (o + m) * length + x);
+        }
         // One pointer for all n: the compiler would keep, and spill, one for each.
         const T *g = du_hat + o * width, *u = rows + x;
         for (const T* end = g + valid; g < end; g += samples, u += stride) {
@@ -308,9 +328,37 @@ struct SampleFinal : SampleBlock<T, vectors> {
 #pragma GCC unroll 16
           for (int m = 0; m < n; ++m) acc[m] += broadcast_group<samples>(g + m * width) * row;
         }
+        if (out) {
+          store_weights<samples, n>(acc, out + o * Block::lanes / samples);
+          return;
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < n; ++m) store(dW + (o + m) * length + x, acc[m]);
       });
+  }
+
+  // Rows of dW that fill a vector to rows of K = lanes / samples elements.
+  template <int samples, int n>
+  static CAPSULE_INLINE void store_weights(const V (&sums)[n], T* out) {
+    if constexpr (samples == 1) {
+#pragma GCC unroll 16
+      for (int m = 0; m < n; ++m) store(out + m * lanes, sums[m]);
+    } else {
+      // Sums of neighbours; those of two rows fill a vector.
+      auto even = [](int l) constexpr { return 2 * l; };
+      auto odd = [](int l) constexpr { return 2 * l + 1; };
+#pragma GCC unroll 16
+      for (int m = 0; m < n; m += 2) {
+        const V next = sums[m + (n > 1)];
+        const V rows = shuffle<T>(sums[m], next, even) + shuffle<T>(sums[m], next, odd);
+        __builtin_memcpy(out + m * lanes / 2, &rows, n > 1 ? sizeof(V) : sizeof(V) / 2);
+      }
+    }
+  }
+
+  // Whether rows of dW fill a vector as they are summed.
+  static bool fills_vectors(index K) {
+    return with_samples_per_row(K, [&](auto samples) { return samples * K == lanes; });
   }
 
   // Rows of dW as they are summed become rows of K elements.

@@ -33,7 +33,9 @@ struct SampleSweep : SampleBlock<T, vectors> {
       prior_softmax(c + x * J, J, p.logits ? p.logits + (i0 + x) * J : nullptr, p.leaky,
                     c + count * J);
     T* scaled = c + count * J;  // [K][width]
+    typename Block::NextBlock next{part.next_sample, part.next_i0, i1 - i0, J};
     for (index j = 0; j < J; ++j) {
+      next.step(p);
       for_tiles<product_tile>(D, [&](auto size, index d) {
         constexpr int n = size;
         const T* W = p.weight + (j * D + d) * K;
@@ -45,7 +47,9 @@ struct SampleSweep : SampleBlock<T, vectors> {
               store(scaled + x, c[(i - i0) * J + j] * load(u + x));
             u = scaled;
           }
-          Block::template add_prediction<n>(W + p.row(i) * N * K, K, u, acc);
+          const T* W_i = W + p.row(i) * N * K;
+          Block::prefetch(W_i + n * K, n * K);  // of the next tile
+          Block::template add_prediction<n>(W_i, K, u, acc);
         }
         const T scale = p.logits ? T(1) : c[j];
         T* s = out + (j * D + d) * width;
@@ -95,7 +99,8 @@ struct SampleSweep : SampleBlock<T, vectors> {
       const index left = part.i1 - i, count = left < 0 ? 0 : left < batch ? left : batch;
       T* c = held.c + turn * of_batch;
       T* dl = held.dl + turn * of_batch;
-      index next_row = 0, due = 0;  // rows of the next u are asked for evenly
+      typename Block::NextBlock next{part.next_sample, part.next_i0 + i - part.i0, count,
+                                     J * count};
       const T* coefficient = (is_backward ? held.dl : held.c) + (1 - turn) * of_batch;
       for (index j = 0; j < J; ++j) {
         T* u_hat = held.u_hat + j * of_j;
@@ -103,10 +108,10 @@ struct SampleSweep : SampleBlock<T, vectors> {
           weighted_sum(u_hat, coefficient + j * width, J * width, before, batch, D,
                        out + j * D * width);
         for (index x = 0; x < count; ++x) {
-          for (due += width; due >= J * count; due -= J * count)
-            Block::prefetch_row(p, part.next_sample + next_row++, part.next_i0 + i - part.i0,
-                                count);
+          next.step(p);
           const T* W = p.weight + (p.row(i + x) * N + j * D) * K;
+          if (i + x + 1 < p.I)  // too far from here to be guessed, too
+            Block::prefetch(p.weight + (p.row(i + x + 1) * N + j * D) * K, D * K);
           const T* u = packed + (i + x - part.i0) * K * width;
           V logit[vectors]{}, dc[vectors]{};
           for_tiles<tile>(D, [&](auto size, index d) {
