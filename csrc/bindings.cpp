@@ -13,7 +13,7 @@ py::dict kernel_plan(int64_t B, int64_t I, int64_t J, int64_t K, int64_t D, int6
                      int64_t weight_sharing) {
   const capsule::Problem<float> problem{B,     I,       J,       K,      D, R, weight_sharing,
                                         false, nullptr, nullptr, nullptr};
-  const auto& kernels = capsule::kernels<float>();
+  const auto& kernels = capsule::kernels<float>(B);
   const auto part = capsule::make_partition(problem, kernels.lanes);
   py::dict plan;
   plan["lanes"] = part.capsule_lanes ? "capsules" : "samples";

@@ -27,8 +27,22 @@ def instruction_set(request):
     _C.set_instruction_set(before)
 
 
+@pytest.mark.parametrize(
+    ("B", "lanes", "block"),
+    [(4, "capsules", 1), (5, "samples", 16), (8, "samples", 16), (9, "samples", 32)],
+)
+def test_vectors_of_avx512_are_not_half_empty(B, lanes, block):
+    """5 to 8 samples fill the vectors of AVX2, and take their kernels."""
+    from capsule_kernels import _C
+
+    if _C.instruction_set() != "avx512":
+        pytest.skip(f"the CPU kernels use {_C.instruction_set()}, not avx512")
+    plan = _C.kernel_plan(B=B, I=1152, J=10, K=8, D=16, R=3, weight_sharing=1)
+    assert (plan["lanes"], plan["samples_per_block"]) == (lanes, block)
+
+
 # Both lane layouts: few samples (lanes are capsules) and many (lanes are samples).
-BATCHES = [1, 2, 5, 20]
+BATCHES = [1, 2, 5, 9, 20]
 
 
 @pytest.mark.parametrize("case", SHAPES + OPTIONS, ids=str)

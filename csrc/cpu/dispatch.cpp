@@ -12,6 +12,11 @@ struct InstructionSet {
   bool (*usable)();
   const Kernels<float>& (*f32)();
   const Kernels<double>& (*f64)();
+  // Whether the next one has vectors of half the width and is else as good, if not so wide.
+  bool next_is_half;
+
+  const Kernels<float>& kernels(float) const { return f32(); }
+  const Kernels<double>& kernels(double) const { return f64(); }
 };
 
 const InstructionSet kInstructionSets[] = {
@@ -21,11 +26,11 @@ const InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
      },
-     avx512::kernels_f32, avx512::kernels_f64},
+     avx512::kernels_f32, avx512::kernels_f64, true},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     avx2::kernels_f32, avx2::kernels_f64},
+     avx2::kernels_f32, avx2::kernels_f64, false},
 #endif
-    {"baseline", [] { return true; }, baseline::kernels_f32, baseline::kernels_f64},
+    {"baseline", [] { return true; }, baseline::kernels_f32, baseline::kernels_f64, false},
 };
 
 std::atomic<const InstructionSet*>& current() {
@@ -56,13 +61,15 @@ void set_instruction_set(const std::string& name) {
                               name);
 }
 
-template <>
-const Kernels<float>& kernels<float>() {
-  return current().load()->f32();
+template <typename T>
+const Kernels<T>& kernels(index B) {
+  const InstructionSet* set = current();
+  const Kernels<T>& widest = set->kernels(T());
+  if (!set->next_is_half || !too_few_for_lanes(B, widest.lanes)) return widest;
+  const Kernels<T>& half = set[1].kernels(T());
+  return too_few_for_lanes(B, half.lanes) ? widest : half;
 }
-template <>
-const Kernels<double>& kernels<double>() {
-  return current().load()->f64();
-}
+template const Kernels<float>& kernels<float>(index B);
+template const Kernels<double>& kernels<double>(index B);
 
 }  // namespace capsule

@@ -28,7 +28,9 @@ std::vector<std::string> usable_instruction_sets();
 std::string instruction_set();
 void set_instruction_set(const std::string& name);
 
+// The kernels for a batch of B samples: of the instruction set in use, or of half its width where
+// that many samples fill those vectors only.
 template <typename T>
-const Kernels<T>& kernels();
+const Kernels<T>& kernels(index B);
 
 }  // namespace capsule

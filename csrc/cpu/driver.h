@@ -25,7 +25,7 @@ Partition make_partition(const Problem<T>& p, index lanes) {
 
   Partition part{};
   part.lanes = lanes;
-  part.capsule_lanes = p.B <= lanes / 2;
+  part.capsule_lanes = too_few_for_lanes(p.B, lanes);
   part.block = part.capsule_lanes ? 1 : 2 * lanes;
   part.padded = part.capsule_lanes ? p.B : ceil_div(p.B, lanes) * lanes;
   part.blocks = ceil_div(part.padded, part.block);

@@ -131,7 +131,7 @@ class Call {
       return workspaces_.back().template data_ptr<T>();
     };
     return Driver<T, decltype(parallel), decltype(allocate)>(
-        problem_, kernels<T>(), at::get_num_threads(), parallel, allocate);
+        problem_, kernels<T>(problem_.B), at::get_num_threads(), parallel, allocate);
   }
 
  private:

@@ -46,6 +46,9 @@ struct Problem {
 // Samples are cut into blocks: vector lanes are the samples of a block ("sample lanes"), or, when
 // samples are too few to fill a vector, a block is one sample and lanes are consecutive input
 // capsules ("capsule lanes").
+// Whether samples are that few.
+CAPSULE_SHARED bool too_few_for_lanes(index B, index lanes) { return B <= lanes / 2; }
+
 struct Partition {
   bool capsule_lanes;
   index lanes;          // of one vector
