@@ -9,6 +9,7 @@ coverage), where ``CXXFLAGS`` set for everything on a machine must not lower the
 ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CXX`` and ``MAX_JOBS`` as for every torch extension.
 """
 
+import copy
 import os
 import platform
 import shlex
@@ -16,6 +17,7 @@ import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from setuptools import setup
@@ -82,15 +84,17 @@ def wants_cuda() -> bool:
 
 
 class Build(cpp_extension.BuildExtension):
-    """Compiles the CPU kernels once for each instruction set, then lets torch build the rest."""
+    """Compiles the CPU kernels once for each instruction set, while torch builds the rest."""
 
     def build_extensions(self) -> None:
         # csrc/cpu/kernels.cpp knows nothing of torch: plain compiler calls, with flags of its own.
+        # They start here, since torch is about to make the compiler its own.
         last_flags = shlex.split(os.environ.get("CAPSULE_KERNELS_CXXFLAGS", ""))
+        compiler = copy.copy(self.compiler)
 
         def compile_kernels(name: str) -> str:
             vector_bytes, flags = INSTRUCTION_SETS[name]
-            (compiled,) = self.compiler.compile(
+            (compiled,) = compiler.compile(
                 ["csrc/cpu/kernels.cpp"],
                 output_dir=str(Path(self.build_temp) / name),
                 macros=[("CAPSULE_ISA", name), ("CAPSULE_VECTOR_BYTES", str(vector_bytes))],
@@ -98,9 +102,22 @@ class Build(cpp_extension.BuildExtension):
             )
             return compiled
 
+        link = self.compiler.link_shared_object
+
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            self.extensions[0].extra_objects += pool.map(compile_kernels, INSTRUCTION_SETS)
-        super().build_extensions()
+            kernels = [pool.submit(compile_kernels, name) for name in INSTRUCTION_SETS]
+
+            def link_with_kernels(objects: list[str], *rest: Any, **options: Any) -> None:
+                link([*objects, *(kernel.result() for kernel in kernels)], *rest, **options)
+
+            self.compiler.link_shared_object = link_with_kernels
+            super().build_extensions()
+
+    def copy_extensions_to_source(self) -> None:
+        """A process that runs the extension keeps it: a new file takes the place of the old."""
+        for extension in self.extensions:
+            Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
 
 def extensions() -> list[Extension]:

@@ -8,7 +8,8 @@ void routing_forward(const ForwardArguments& arguments, const ForwardPlan& plan,
                      Products products, void* stream) {
   switch (scalar) {
     case Scalar::kFloat32:
-      return forward_float32(arguments, plan, products, stream);
+      return products == Products::kTf32 ? forward_tf32(arguments, plan, stream)
+                                         : forward_float32(arguments, plan, stream);
     case Scalar::kBFloat16:
       return forward_bfloat16(arguments, plan, stream);
     case Scalar::kFloat16:
@@ -20,7 +21,8 @@ void routing_backward(const BackwardArguments& arguments, const BackwardPlan& pl
                       Products products, void* stream) {
   switch (scalar) {
     case Scalar::kFloat32:
-      return backward_float32(arguments, plan, products, stream);
+      return products == Products::kTf32 ? backward_tf32(arguments, plan, stream)
+                                         : backward_float32(arguments, plan, stream);
     case Scalar::kBFloat16:
       return backward_bfloat16(arguments, plan, stream);
     case Scalar::kFloat16:
