@@ -63,10 +63,12 @@ bench: setup
 	$(PY) -m bench
 
 cpu-report: setup
-	$(PY) -m bench.report --device cpu
+	$(PY) -m bench.report --device cpu $(REPORT)
 
+# REPORT: further options, as in REPORT="--results DIR --minutes 9".
 gpu-report:
-	$(PYTHON) -m bench.report --device cuda
+	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "gpu-report: $(PYTHON) has no torch; PYTHON=... names one that has" >&2; exit 1; }
+	@$(PYTHON) -m bench.report --device cuda $(REPORT)
 
 figures: setup
 	$(PY) scripts/fill_figures.py

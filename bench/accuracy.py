@@ -14,10 +14,13 @@ from .shapes import MNIST, Inputs, Shape, make_inputs
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 QUANTITIES = ("v", "grad u", "grad weight")
+SAMPLES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=positive, default=8, metavar="B", help="samples (8)")
+    parser.add_argument(
+        "--batch", type=positive, default=SAMPLES, metavar="B", help=f"samples ({SAMPLES})"
+    )
     add_peers_arguments(parser, default="none")
 
 

@@ -259,7 +259,7 @@ def conclude(records: list[Record], device: str, ceilings: Record) -> list[Recor
 
 PARTS = {
     "cpu": ("batches", "shapes", "memory", "training"),
-    "cuda": ("batches", "memory", "training", "autotuned"),
+    "cuda": ("batches", "memory", "autotuned", "training", "small batches"),
 }
 """What is measured on a device, the most wanted first."""
 
@@ -269,8 +269,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         action="append",
         choices=sorted({part for parts in PARTS.values() for part in parts}),
-        help="measure only a part (repeatable): MNIST at several batches; the seven shapes at "
-        "B = 32; memory; a training step; against torch.compile(mode='max-autotune')",
+        help="measure only a part (repeatable): MNIST at several batches (on a GPU at 128 and "
+        "1024, the small ones are another part); the seven shapes at B = 32; memory; a training "
+        "step; against torch.compile(mode='max-autotune')",
     )
 
 
@@ -282,20 +283,34 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
         "memory": lambda: memories(settings),
         "training": lambda: training.measure_steps(128, settings, (training.FUSED,)),
         "autotuned": lambda: autotuned(settings),
+        "small batches": lambda: small_batches(settings),
     }
     for name in options.only or PARTS[settings.device]:
         yield from parts[name]()
 
 
 def batches(settings: Settings) -> Iterator[Record]:
-    """MNIST at the batches of the goals; on a GPU with TF32, too."""
-    if settings.device == "cpu":
-        points = [("ieee", 1), ("ieee", 16), ("ieee", 128)]
-    else:
-        points = [(precision, B) for B in (128, 1024, 16, 1) for precision in ("tf32", "ieee")]
+    """MNIST at the batches of the goals; on a GPU with TF32, too.
+
+    There the goals at the large batch are about ours alone, and no peer is compiled for it.
+    """
     everyone = [*ours(settings.device), *strong_peers()]
-    for precision, B in points:
-        yield from measure_routing(MNIST, B, everyone, replace(settings, precision=precision))
+    if settings.device == "cpu":
+        for B in (1, 16, 128):
+            yield from measure_routing(MNIST, B, everyone, settings)
+        return
+    eager = [one for one in everyone if one.family != "compiled"]
+    for B, measured in ((128, everyone), (1024, eager)):
+        for precision in ("tf32", "ieee"):
+            yield from measure_routing(MNIST, B, measured, replace(settings, precision=precision))
+
+
+def small_batches(settings: Settings) -> Iterator[Record]:
+    """MNIST at batches that no goal of a GPU is about."""
+    for B in (16, 1):
+        for precision in ("tf32", "ieee"):
+            chosen = replace(settings, precision=precision)
+            yield from measure_routing(MNIST, B, [*ours(settings.device), *strong_peers()], chosen)
 
 
 def autotuned(settings: Settings) -> Iterator[Record]:

@@ -42,10 +42,13 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit that is checked out, "-dirty" after it if tracked files differ from it."""
+    """The commit that is checked out, "-dirty" after it if tracked files differ from it.
+
+    Of a copy without its history, what CAPSULE_KERNELS_COMMIT says.
+    """
     head = git("rev-parse", "--short=10", "HEAD")
     if head is None:
-        return "unknown"
+        return os.environ.get("CAPSULE_KERNELS_COMMIT", "unknown")
     return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -139,6 +139,7 @@ def saved_bytes(routing: Routing, inputs: Inputs, R: int) -> int:
 
 BATCHES = (1, 4, 16, 64, 128, 256)
 QUICK_BATCHES = (16, 128)
+GROWTH_B = 32
 TIMES_I = (1, 2, 4, 8)
 """Multiples of MNIST's I: the extra memory of a fused implementation should not follow them."""
 
@@ -154,9 +155,9 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
         yield from measure_memory(MNIST, B, [*fused, *chosen_peers(options)], settings)
     for times in TIMES_I:
         shape = replace(MNIST, name=f"MNIST, I = {times * MNIST.I}", I=times * MNIST.I)
-        for record in measure_memory(shape, 32, fused, settings):
+        for record in measure_memory(shape, GROWTH_B, fused, settings):
             yield record | {"axis": "I", "size": shape.I, "pass": "extra memory"}
-    yield from measure_memory(MANY_CLASSES, 32, fused, settings)
+    yield from measure_memory(MANY_CLASSES, GROWTH_B, fused, settings)
 
 
 def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Record]:

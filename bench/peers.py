@@ -167,9 +167,10 @@ def check_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
     """Raise ``ValueError`` unless v and its gradients agree with the oracle's (``expected``).
 
     A guard against comparing different functions, not a test of accuracy: it allows a hundred
-    times the rounding of the dtype (TF32's, where that is allowed), relative to the largest value.
+    times the rounding of the dtype (TF32's, where that is allowed), relative to the largest value;
+    of 20 bits where it has more, as gradients of many iterations are ill-conditioned.
     """
-    eps = torch.finfo(expected[0].dtype).eps
+    eps = max(torch.finfo(expected[0].dtype).eps, 2**-20)
     if expected[0].is_cuda and torch.get_float32_matmul_precision() != "highest":  # needs a GPU
         eps = max(eps, 2**-11)
     for name, x, reference in zip(("v", "grad_u", "grad_weight"), found, expected, strict=True):
@@ -188,7 +189,8 @@ def outputs_and_gradients(routing: Routing, inputs: Inputs, R: int) -> tuple[Ten
 def free_memory(device: str) -> int:
     """Bytes that can still be allocated on the device."""
     if device == "cuda":  # needs a GPU
-        return torch.cuda.mem_get_info()[0]
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)

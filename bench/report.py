@@ -7,123 +7,74 @@ fails, or has no time left, is recorded, and the rest goes on. Needs no network.
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from . import machine
+from .aot_rows import TARGETS
 from .options import default_device, positive, reason_against_device
 from .peers import BACKENDS
 from .sources import ROOT, digest
+from .steps import Step, run_together
 
 RESULTS = ROOT / "bench" / "results"
 TOTAL_MINUTES = {"cpu": 45.0, "cuda": 8.0}
-GRACE_SECONDS = 20
-"""What a step gets to write what it has after it was interrupted."""
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TRUST = ("tests/test_determinism.py", "tests/test_range.py", "tests/test_properties.py")
 """Tests of many values and sizes: a step of their own, as Triton compiles for each size."""
+FIRST = ("tests/test_gpu.py", "tests/test_cuda_graphs.py", "tests/test_every_backend.py")
+"""Tests of the GPU backends themselves, which come before those of what they share."""
+SANITIZED = "tests/test_cuda_sanitizer.py"
+"""compute-sanitizer has steps of its own."""
+TRITON, OTHERS = "triton", "not triton"
+MAIN_TYPES = "not float64 and not (float16 and not bfloat16)"
+"""Which tests by their names. Triton compiles anew for each dtype: float32 and bfloat16 first."""
+PACKAGES = {
+    "ninja": "the build",
+    "pybind11": "the build",
+    "pytest": "tests",
+    "hypothesis": "tests",
+    "rich": "every measurement",
+    "matplotlib": "plots",
+    "safetensors": "the training run",
+    "sklearn": "the training run",
+    "PIL": "the training run",
+}
+"""Packages beside torch, and what needs them."""
 
 
-@dataclass
-class Step:
-    """A command with a time limit; ``outcome`` is "ok", or what went wrong."""
-
-    name: str
-    command: list[str]
-    minutes: float
-    environment: dict[str, str] = field(default_factory=dict)
-    outcome: str = "not run"
-    seconds: float = 0.0
-
-    def run(self, log: Path, seconds_left: float) -> None:
-        """Run it with its output in ``log``; interrupted, like by Ctrl-C, at its limit."""
-        limit = min(60 * self.minutes, seconds_left)
-        if limit < 5:
-            self.outcome = "no time was left"
-            return
-        started = time.monotonic()
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                self.command,
-                cwd=ROOT,
-                env=os.environ | self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(limit)
-                self.outcome = "ok" if code == 0 else f"exit code {code}"
-            except subprocess.TimeoutExpired:
-                self.outcome = f"{interrupt(process)} after {limit:.0f} s"
-            except KeyboardInterrupt:
-                self.outcome = f"{interrupt(process)} by the user"
-                raise
-            finally:
-                self.seconds = round(time.monotonic() - started, 1)
-                end_group(process)
-
-
-def interrupt(process: subprocess.Popen) -> str:
-    """Ask the process to stop, so that it writes what it has; says how that went."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return "killed"
-    return "stopped, with what it had measured,"
-
-
-def end_group(process: subprocess.Popen) -> None:
-    """End the process and what it started, if any of it still runs."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    finally:
-        process.wait()
-
-
-def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[Step]:
-    """Everything a report consists of, the most wanted first."""
+def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[list[Step]]:
+    """Everything a report consists of, the most wanted first; those of a list run side by side."""
     python = sys.executable
 
     def bench(name: str, minutes: float, *options: str, command: str = "") -> Step:
         arguments = ["--device", device, "--json", str(folder / f"{name}.json"), *options]
         return Step(name, [python, "-m", "bench", command or name, *arguments], minutes)
 
-    build = Step(
-        "build", [python, "setup.py", "build_ext", "--inplace"], 8 if device == "cpu" else 4
-    )
-    if device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        # Only what runs here: every further architecture costs a compilation.
-        major, minor = torch.cuda.get_device_capability()
-        build.environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
+    build = Step("build", [python, "setup.py", "build_ext", "--inplace"], 8)
     train = [python, "-m", "model.train", "--epochs=1", "--max-minutes=1", f"--device={device}"]
     if data is not None:
         train += ["--dataset=mnist", f"--data-dir={data}"]
     training_run = Step("training-run", [*train, f"--save-dir={scratch / 'run'}"], 2)
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    gpu_tests = [*pytest, "-m", "gpu", "--continue-on-collection-errors"]
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     plots = ("--plots", str(folder))
     if device == "cpu":
-        return [
+        one_by_one = [
             build,
-            Step("tests", [*pytest, "tests/test_cpu.py", "tests/test_reference.py"], 10),
+            Step("tests", [*pytest, "-q", "tests/test_cpu.py", "tests/test_reference.py"], 10),
             bench("goals", 12),
             bench("routing", 10, "--shape", "MNIST", *plots),
             bench("memory", 5, *plots),
@@ -132,20 +83,49 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[S
             bench("training", 4),
             training_run,
         ]
+        return [[step] for step in one_by_one]
+    major, minor = torch.cuda.get_device_capability()
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        # Only what runs here: every further architecture costs a compilation.
+        build.environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
+    build.minutes = 4
+    training_run.command.append("--cuda-graph")
+    training_run.minutes = 0.75
+
+    def tests(name: str, minutes: float, which: str, *files: str) -> Step:
+        """Tests on the GPU in as many processes as make sense: most of them compile."""
+        command = [*pytest, "-v", "-m", "gpu", "-k", which, "--continue-on-collection-errors"]
+        if importlib.util.find_spec("xdist"):
+            half = max(1, len(os.sched_getaffinity(0)) // 2)
+            command += ["--numprocesses", str(half), "--maxschedchunk", "2"]
+        return Step(name, [*command, *files], minutes, {"OMP_NUM_THREADS": "1"})
+
+    everything = [*FIRST, "tests", *(f"--ignore={file}" for file in (*TRUST, SANITIZED))]
+    own = f"sm_{major}{minor}"
+    aot = ["aot", "--shape=MNIST", "--target", own if own in TARGETS else "sm_90", "--markdown"]
     return [
-        build,
-        Step("tests", [*gpu_tests, *(f"--ignore={file}" for file in TRUST), "tests"], 2),
-        bench("goals", 3),
-        bench("accuracy", 0.5),
-        bench("memory", 1, "--quick", "--no-max-autotune", *plots),
-        *sanitizer_steps(),
-        Step("trust", [*gpu_tests, *TRUST], 1),
-        bench("scaling", 0.75),
-        bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots),
-        bench("routing-tf32", 1, "--precision", "tf32", "--peers", "none", command="routing"),
-        bench("training", 0.5),
-        training_run,
-        Step("aot", [python, "-m", "bench", "aot", "--shape=MNIST", "--markdown"], 1),
+        [
+            build,
+            tests("tests-triton", 2.5, f"{TRITON} and {MAIN_TYPES}", *everything),
+            Step("compile", [python, "-m", "bench.compile"], 2.5),
+        ],
+        [
+            tests("tests", 1.25, OTHERS, *everything),
+            bench("accuracy", 1),
+            bench("memory", 1, "--quick", "--no-max-autotune", *plots),
+            *sanitizer_steps(),
+        ],
+        [bench("goals", 2.5)],
+        [bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots)],
+        [bench("routing-tf32", 0.5, "--precision", "tf32", "--peers", "none", command="routing")],
+        [bench("scaling", 0.75)],
+        [bench("training", 0.5)],
+        [training_run],
+        [
+            tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *everything),
+            tests("trust", 1, "", *TRUST),
+            Step("aot", [python, "-m", "bench", *aot], 1),
+        ],
     ]
 
 
@@ -158,7 +138,7 @@ def sanitizer_steps() -> list[Step]:
         step = Step(
             f"sanitizer-{tool}",
             [*command, sys.executable, "-m", "bench.small_calls"],
-            0.5,
+            1.25,
             {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
         if sanitizer is None:
@@ -170,6 +150,27 @@ def sanitizer_steps() -> list[Step]:
 def sanitizer_path() -> str:
     homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
     return os.pathsep.join([os.environ["PATH"], *(f"{home}/bin" for home in homes if home)])
+
+
+def toolchain() -> dict[str, str]:
+    """Where compilers are looked for: ninja beside this Python, and the toolkit of nvcc.
+
+    nvcc on the PATH may be a wrapper somewhere else: it knows best where its toolkit is.
+    """
+    found = {"PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])}
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None and "CUDA_HOME" not in os.environ:
+        dry = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=False
+        )
+        if home := re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE):
+            found["CUDA_HOME"] = str(Path(home[1]).resolve())
+    return found
+
+
+def missing_packages() -> dict[str, str]:
+    """Which packages are not here, and what will fail without them."""
+    return {name: what for name, what in PACKAGES.items() if importlib.util.find_spec(name) is None}
 
 
 def slug(text: str) -> str:
@@ -190,14 +191,16 @@ def make_anonymous(folder: Path, scratch: Path, data: Path | None) -> None:
     for path in filter(Path.is_file, folder.rglob("*")):
         text = path.read_text(errors="replace")
         for place in sorted(places, key=len, reverse=True):
-            text = text.replace(place, places[place])
+            if len(place) > 1:  # a home of / is in every path
+                text = text.replace(place, places[place])
         path.write_text(text)
 
 
-def write_report(folder: Path, device: str, done: list[Step]) -> None:
+def write_report(folder: Path, device: str, done: Iterable[Step], missing: Iterable[str]) -> None:
     content = {
         "machine": machine.describe(device),
         "kernels": {backend: digest(backend) for backend in BACKENDS[device]},
+        "missing_packages": list(missing),
         "steps": [asdict(step) for step in done],
     }
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -205,29 +208,38 @@ def write_report(folder: Path, device: str, done: list[Step]) -> None:
 
 def make_report(device: str, minutes: float, results: Path, data: Path | None = None) -> Path:
     """Run every step and write the folder; returns it."""
+    from rich.console import Console
+    from rich.table import Table
+
     screen = Console(stderr=True)
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     name = slug(f"{machine.device_name(device)} {machine.processors() if device == 'cpu' else ''}")
     folder = results / name / f"{date}-{machine.commit()}"
     folder.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
+    missing = missing_packages()
+    for package, what in missing.items():
+        screen.print(f"{package} is not installed: {what} will fail without it", highlight=False)
     with tempfile.TemporaryDirectory() as name_of_scratch:
         scratch = Path(name_of_scratch)
         planned = steps(device, folder, scratch, data)
+        every = [step for group in planned for step in group]
         try:
-            for step in planned:
-                if step.outcome == "not run":
-                    screen.print(f"{step.name} ...", end=" ")
-                    step.run(folder / f"{step.name}.log", end - time.monotonic())
-                screen.print(f"{step.name}: {step.outcome} ({step.seconds:.0f} s)", highlight=False)
+            for group in planned:
+                screen.print(", ".join(step.name for step in group), "...")
+                for step in run_together(group, folder, end):
+                    screen.print(
+                        f"{step.name}: {step.outcome} ({step.seconds:.0f} s)", highlight=False
+                    )
+                write_report(folder, device, every, missing)  # lest this process be killed
         except KeyboardInterrupt:
             screen.print("interrupted: here is what was measured")
         for metrics in scratch.rglob("metrics.jsonl"):
             shutil.copy(metrics, folder)
-    write_report(folder, device, planned)
+    write_report(folder, device, every, missing)
     make_anonymous(folder, scratch, data)
     table = Table("step", "outcome", "seconds")
-    for step in planned:
+    for step in every:
         table.add_row(step.name, step.outcome, f"{step.seconds:.0f}")
     Console().print(table)
     return folder
@@ -243,12 +255,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     if reason := reason_against_device(options.device):
-        parser.error(reason)
+        print(f"bench.report: {reason}", file=sys.stderr)
+        return 2
+    if "rich" in missing_packages():
+        parser.error("the package rich is not installed; requirements.txt lists what is needed")
     data = options.data_dir
     if data is not None and not data.is_dir():
         parser.error(f"--data-dir {data}: there is no such folder")
+    if options.device == "cuda":
+        os.environ.update(toolchain())
     minutes = options.minutes or TOTAL_MINUTES[options.device]
-    folder = make_report(options.device, minutes, options.results, data and data.resolve())
+    results = options.results.resolve()
+    folder = make_report(options.device, minutes, results, data and data.resolve())
     print(folder)
     return 0
 

@@ -42,6 +42,7 @@ class Settings:
     rounds: int = 5
     slice_seconds: float = 0.05
     threads: int | None = None  # torch's choice
+    means: bool = False  # of each turn, instead of its samples: see timing.interleave
 
     def apply(self) -> None:
         """Set torch's threads, and its precision of float32 products."""
@@ -155,7 +156,9 @@ def time_pass(
             samplers[name] = timer.sampler(calls)
         except Exception as error:
             failures[name] = reason_of(error)
-    timings = interleave(samplers, timer.how, settings.rounds, settings.slice_seconds)
+    timings = interleave(
+        samplers, timer.how, settings.rounds, settings.slice_seconds, settings.means
+    )
     return timings, operations / timings.pop(PRODUCT).median
 
 

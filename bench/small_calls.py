@@ -1,13 +1,39 @@
 """Small forward and backward calls of the GPU backends, for compute-sanitizer to watch."""
 
+from typing import Any
+
 import torch
 
 from capsule_kernels import backends, fused_routing
 
 from .peers import BACKENDS
 
-SIZES = ((3, 7, 5, 8, 16), (17, 40, 10, 8, 16), (1, 9, 33, 6, 10))
-"""B, I, J, K, D."""
+CALLS: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
+    ((3, 7, 5, 8, 16), {}),
+    ((33, 40, 10, 8, 16), {}),
+    ((3, 7, 5, 8, 10), {}),
+    ((3, 7, 33, 8, 16), {}),
+    ((20, 36, 10, 8, 16), {"weight_sharing": 9, "leaky": True}),
+)
+"""B, I, J, K, D, and options; the last one has log priors and a bias, too. All are cases of the
+tests as well, whose kernels Triton has compiled by then."""
+
+
+def call(backend: str, sizes: tuple[int, ...], options: dict[str, Any]) -> None:  # needs a GPU
+    """Forward and backward, waited for."""
+    B, I, J, K, D = sizes
+    inputs = {
+        "u": torch.randn(B, I, K, device="cuda", requires_grad=True),
+        "weight": torch.randn(
+            I // options.get("weight_sharing", 1), J, D, K, device="cuda", requires_grad=True
+        ),
+    }
+    if options:
+        inputs["logits"] = torch.randn(I, J, device="cuda", requires_grad=True)
+        inputs["bias"] = torch.randn(J, D, device="cuda", requires_grad=True)
+    v, _ = fused_routing(**inputs, **options, return_coupling=True, backend=backend)
+    torch.autograd.grad(v, list(inputs.values()), torch.ones_like(v))
+    torch.cuda.synchronize()
 
 
 def main() -> None:  # needs a GPU
@@ -16,17 +42,15 @@ def main() -> None:  # needs a GPU
         if not usable:
             print(f"{backend}: left out: {reason}")
             continue
-        for B, I, J, K, D in SIZES:
-            u = torch.randn(B, I, K, device="cuda", requires_grad=True)
-            weight = torch.randn(I, J, D, K, device="cuda", requires_grad=True)
+        for sizes, options in CALLS:
             try:
-                v = fused_routing(u, weight, backend=backend)
+                call(backend, sizes, options)
             except RuntimeError as error:
-                print(f"{backend} {(B, I, J, K, D)}: {error}")
+                if "can't be used" not in str(error):
+                    raise
+                print(f"{backend} {sizes}: {error}")
                 continue
-            torch.autograd.grad(v, (u, weight), torch.ones_like(v))
-            torch.cuda.synchronize()
-            print(f"{backend} {(B, I, J, K, D)}: done")
+            print(f"{backend} {sizes}: done", flush=True)
 
 
 if __name__ == "__main__":

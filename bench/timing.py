@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 
 PATIENCE = 20.0
+MOST_SAMPLES = 50
+"""Of a variant in a turn."""
 Call = Callable[[], object]
 Sampler = Callable[[], float]
 """Runs its calls once and returns the seconds that one of them took."""
@@ -114,13 +116,21 @@ def make_timer(device: str, replay: bool = True) -> Timer:
 
 
 def interleave(
-    samplers: Mapping[str, Sampler], how: str, rounds: int = 5, slice_seconds: float = 0.05
+    samplers: Mapping[str, Sampler],
+    how: str,
+    rounds: int = 5,
+    slice_seconds: float = 0.05,
+    means: bool = False,
 ) -> dict[str, Timing]:
     """Sample every variant in turn, ``rounds`` times round.
 
-    In its turn a variant is sampled until ``slice_seconds`` are over (once at least, 50 times at
-    most), so that fast variants get more samples than slow ones, and all see the same noise. No
-    round starts after ``PATIENCE`` seconds.
+    In its turn a variant is sampled until ``slice_seconds`` are over (once at least,
+    ``MOST_SAMPLES`` times at most), so that fast variants get more samples than slow ones, and all
+    see the same noise. No round starts after ``PATIENCE`` seconds.
+
+    ``means``: a turn is one sample, the mean over all of it. The median of short calls leaves out
+    what now and then disturbs the machine, which no long call escapes: where calls of different
+    lengths are compared with each other, the mean over the same time is fair.
     """
     started = time.perf_counter()
     for sample in samplers.values():
@@ -131,8 +141,8 @@ def interleave(
             break
         for name, sample in samplers.items():
             stop = time.perf_counter() + slice_seconds
-            for _ in range(50):
-                samples[name].append(sample())
-                if time.perf_counter() >= stop:
-                    break
+            turn = []
+            while (means or len(turn) < MOST_SAMPLES) and (not turn or time.perf_counter() < stop):
+                turn.append(sample())
+            samples[name] += [statistics.fmean(turn)] if means else turn
     return {name: Timing.of(values, how) for name, values in samples.items()}

@@ -1,9 +1,14 @@
 """Figures that tests count, such as calls tried or bits compared: a line each, after the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+
+# Convolutions round to TF32 by default, in sums whose order cuDNN chooses: what is the same network
+# to a test would differ by more than float32's rounding.
+torch.backends.cudnn.allow_tf32 = False
 
 LINES = pytest.StashKey[dict[str, str]]()
 
@@ -16,6 +21,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """``figure(what, amount)`` prints ``what: amount`` in the summary; the last amount counts."""
     return request.config.stash[LINES].__setitem__
+
+
+@pytest.fixture(autouse=True)
+def _give_memory_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A GPU's memory: several processes may test on it at a time."""
+    yield
+    if request.node.get_closest_marker("gpu") is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 
-from bench import fits, goals, scaling, tables
+from bench import fits, goals, scaling, tables, timing
 from bench.goals import Goal
 from bench.memory import CLEAR, extra_bytes, measure_memory, saved_bytes
 from bench.peers import (
@@ -105,6 +105,33 @@ def test_interleaving_samples_every_variant_in_every_round():
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 100.0], "clock").median == 3.0
 
 
+@pytest.mark.parametrize("means", [False, True])
+def test_the_mean_of_a_turn_is_fair_to_calls_of_any_length(means, monkeypatch):
+    """On a machine that does something else for 1 ms in 10, calls of 0.5 ms to 50 ms."""
+    now = 0.0
+
+    def sampler(work):
+        def sample():
+            nonlocal now
+            begun, left = now, work
+            while left > 0:  # a millisecond of something else after nine of ours
+                until_disturbed = max(0.0, 0.009 - now % 0.010)
+                step = min(left, until_disturbed)
+                now, left = now + step, left - step
+                if left > 0:
+                    now = (now // 0.010 + 1) * 0.010 + 1e-12
+            return now - begun
+
+        return sample
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    lengths = [0.0005, 0.005, 0.050]
+    samplers = {str(work): sampler(work) for work in lengths}
+    timings = interleave(samplers, "clock", rounds=10, means=means)
+    found = fits.exponent(lengths, [timings[str(work)].median for work in lengths])
+    assert (abs(found - 1) < 0.01) == means, found
+
+
 def test_cpu_timer_takes_turns():
     turns = []
     sample = CpuTimer().sampler([lambda: turns.append(0), lambda: turns.append(1)])
@@ -183,6 +210,7 @@ def test_sizes_of_an_axis_take_turns(monkeypatch):
 
     monkeypatch.setattr(scaling, "measure_routing", measure_routing)
     sizes = scaling.sizes_of("B", "cpu")
+    monkeypatch.setattr(scaling, "TURNS_OF_A_ROUND", 1)
     measured = scaling.measure_axis("B", [], Settings(rounds=3))
     records = [next(measured) for _ in sizes]
     with pytest.raises(KeyboardInterrupt):

@@ -1,7 +1,8 @@
 """``python -m bench`` and its report, run as a user runs them, on very little."""
 
+import importlib.util
+import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import report, steps
 from bench.__main__ import main, parse
 from bench.records import load
 
@@ -83,52 +84,38 @@ def test_a_file_that_is_no_report_is_named(tmp_path):
         load(tmp_path / "torn.json")
 
 
-HANGS_SECONDS = 6
-
-
-class OverOnceStarted(subprocess.Popen):
-    """A process whose limit of HANGS_SECONDS is over when it has printed something: not before,
-    however busy the machine is."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.output = options.get("stdout")
-
-    def wait(self, timeout=None):
-        if timeout != HANGS_SECONDS:
-            return super().wait(timeout)
-        while not os.fstat(self.output.fileno()).st_size and self.poll() is None:
-            time.sleep(0.01)
-        return super().wait(0.01)
-
-
 def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsys):
-    """Steps that work, fail, hang and come too late; and no path of this machine in the folder."""
-    monkeypatch.setattr(report.subprocess, "Popen", OverOnceStarted)
-    monkeypatch.setattr(report, "GRACE_SECONDS", 300)
+    """Steps that work, fail and hang; and no path of this machine in the folder."""
+    monkeypatch.setattr(steps, "GRACE_SECONDS", 300)
+    # Late as soon as it has started, however busy the machine is.
+    log = "hangs.log"
+    monkeypatch.setattr(
+        steps.Running,
+        "is_late",
+        lambda one: one.step.name == "hangs" and any(p.stat().st_size for p in tmp_path.rglob(log)),
+    )
 
-    def steps(device, folder, scratch, data):
-        def python(name, code, minutes=10.0):
-            return report.Step(name, [sys.executable, "-c", code], minutes)
+    def planned(device, folder, scratch, data):
+        def python(name, code):
+            return steps.Step(name, [sys.executable, "-c", code], 10.0)
 
         waits = (
             "import time\nprint('started', flush=True)\n"
             "try: time.sleep(600)\nexcept KeyboardInterrupt: print('kept')"
         )
         return [
-            python("works", f"print({str(ROOT)!r} + '/here')"),
-            python("fails", "raise SystemExit(3)"),
-            python("hangs", waits, minutes=HANGS_SECONDS / 60),
-            python("last", "print('done')"),
+            [python("works", f"print({str(ROOT)!r} + '/here')"), python("hangs", waits)],
+            [python("fails", "raise SystemExit(3)")],
+            [python("last", "print('done')")],
         ]
 
-    monkeypatch.setattr(report, "steps", steps)
+    monkeypatch.setattr(report, "steps", planned)
     folder = report.make_report("cpu", 60.0, tmp_path)
     content = json.loads((folder / "report.json").read_text())
     outcomes = {step["name"]: step["outcome"] for step in content["steps"]}
     assert outcomes["works"] == "ok"
     assert outcomes["fails"] == "exit code 3"
-    assert outcomes["hangs"] == f"stopped, with what it had measured, after {HANGS_SECONDS} s"
+    assert outcomes["hangs"] == "stopped, with what it had measured, after 600 s"
     assert outcomes["last"] == "ok"
     assert (folder / "works.log").read_text() == "./here\n"
     assert (folder / "hangs.log").read_text() == "started\nkept\n"
@@ -137,16 +124,95 @@ def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsy
         assert str(ROOT) not in path.read_text()
 
 
+def waiting(tmp_path, name="waits", code="pass"):
+    """A step that says that it started, then waits, and does ``code`` when it is interrupted."""
+    program = (
+        "import pathlib, time\ntry:\n"
+        f"    pathlib.Path({str(tmp_path / name)!r}).touch(); time.sleep(600)\n"
+        f"except KeyboardInterrupt: {code}"
+    )
+    return steps.Step(name, [sys.executable, "-c", program], 10.0)
+
+
+def test_steps_of_a_group_run_side_by_side(tmp_path):
+    """Each waits for the other to have started."""
+    meets = "import pathlib, sys, time\nown, other = map(pathlib.Path, sys.argv[1:])\n"
+    meets += "own.touch()\nwhile not other.exists(): time.sleep(0.01)"
+    places = [str(tmp_path / "a"), str(tmp_path / "b")]
+    group = [
+        steps.Step(name, [sys.executable, "-c", meets, *order], 10.0)
+        for name, order in (("one", places), ("two", places[::-1]))
+    ]
+    over = list(steps.run_together(group, tmp_path, time.monotonic() + 600))
+    assert {step.name for step in over} == {"one", "two"}
+    assert {step.outcome for step in group} == {"ok"}
+
+
+def test_an_interrupted_group_gets_the_time_to_write_what_it_has(tmp_path, monkeypatch):
+    step = waiting(tmp_path, code="print('kept')")
+
+    def interrupt(_seconds):
+        if (tmp_path / "waits").exists() and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        pause(0.01)
+
+    interrupted, pause = [], time.sleep
+    monkeypatch.setattr(steps.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(steps.run_together([step], tmp_path, time.monotonic() + 600))
+    assert step.outcome == "stopped, with what it had measured, by the user"
+    assert (tmp_path / "waits.log").read_text() == "kept\n"
+
+
+def test_a_step_that_does_not_stop_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(steps.Running, "is_late", lambda one: (tmp_path / "waits").exists())
+    step = waiting(tmp_path, code="time.sleep(600)")
+    list(steps.run_together([step], tmp_path, time.monotonic() + 600))
+    assert step.outcome == "killed after 600 s"
+
+
 def test_a_report_whose_time_is_over_says_so(tmp_path):
-    step = report.Step("late", [sys.executable, "-c", ""], 1.0)
-    step.run(tmp_path / "log", seconds_left=1.0)
+    skipped = steps.Step("other", [], 1.0, outcome="skipped: no reason")
+    step = steps.Step("late", [sys.executable, "-c", ""], 1.0)
+    list(steps.run_together([skipped, step], tmp_path, time.monotonic() + 1))
     assert step.outcome == "no time was left"
+    assert skipped.outcome == "skipped: no reason"
+
+
+def test_what_is_not_installed_is_told(tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name)
+    )
+    monkeypatch.setattr(report, "steps", lambda *_: [])
+    folder = report.make_report("cpu", 1.0, tmp_path)
+    assert "sklearn is not installed: the training run will fail" in capsys.readouterr().err
+    assert json.loads((folder / "report.json").read_text())["missing_packages"] == ["sklearn"]
+    monkeypatch.setattr(report, "missing_packages", lambda: {"rich": "every measurement"})
+    with pytest.raises(SystemExit):
+        report.main(["--device", "cpu", "--results", str(tmp_path)])
+    assert "the package rich is not installed" in capsys.readouterr().err
+
+
+def test_the_toolkit_is_the_one_nvcc_belongs_to(tmp_path, monkeypatch):
+    """nvcc on the PATH may be a wrapper of one elsewhere."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/toolkit/bin/..' >&2\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    (tmp_path / "toolkit" / "bin").mkdir(parents=True)
+    assert report.toolchain()["CUDA_HOME"] == str(tmp_path / "toolkit")
+    monkeypatch.setenv("CUDA_HOME", "/chosen")
+    assert "CUDA_HOME" not in report.toolchain()
 
 
 def test_every_step_of_a_report_is_a_command_that_parses(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     for device in ("cpu", "cuda"):
-        for step in report.steps(device, tmp_path, tmp_path, None):
+        for step in itertools.chain.from_iterable(report.steps(device, tmp_path, tmp_path, None)):
             if "bench" in step.command and "aot" not in step.command:
                 parse(step.command[step.command.index("bench") + 1 :])

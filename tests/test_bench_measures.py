@@ -151,8 +151,8 @@ def test_the_benchmarks_for_comparison_between_commits_run():
 
 
 def test_the_report_as_a_command(tmp_path, monkeypatch, capsys):
-    steps = [report.Step("one", [sys.executable, "-c", ""], 10)]
-    monkeypatch.setattr(report, "steps", lambda *_: steps)
+    step = report.Step("one", [sys.executable, "-c", ""], 10)
+    monkeypatch.setattr(report, "steps", lambda *_: [[step]])
     assert report.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
     assert Path(capsys.readouterr().out.splitlines()[-1]).is_dir()
     with pytest.raises(SystemExit):
@@ -162,8 +162,8 @@ def test_the_report_as_a_command(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report.Step, "run", interrupted)
-    steps[0].outcome = "not run"
+    monkeypatch.setattr(report, "run_together", interrupted)
+    step.outcome = "not run"
     folder = report.make_report("cpu", 1.0, tmp_path)
     assert '"outcome": "not run"' in (folder / "report.json").read_text()
 
