@@ -1,4 +1,5 @@
-"""Figures that tests count, such as calls tried or bits compared: a line each, after the run."""
+"""What all tests have in common: how a GPU is set and shared, failures told at once where wanted,
+and figures that tests count, such as calls tried or bits compared: a line each, after the run."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +14,33 @@ torch.backends.cudnn.allow_tf32 = False
 LINES = pytest.StashKey[dict[str, str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--failures-at-once",
+        action="store_true",
+        help="print a failure when it happens, too, for a run that may be cut short",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LINES] = {}
+    if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    """Prints what went wrong in a test when it happens."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line("")
+            terminal.write_line(f"{report.nodeid} failed in its {report.when}:", red=True)
+            terminal.write_line(report.longreprtext)
 
 
 @pytest.fixture(scope="session")
