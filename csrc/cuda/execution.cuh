@@ -202,6 +202,35 @@ inline cudaLaunchConfig_t in_clusters(const Grid& grid, void* stream,
   return config;
 }
 
+// All blocks wait for each other.
+template <class = void>
+__global__ void waiting_kernel() {
+  cooperative_groups::this_grid().sync();
+}
+
+// Whether the current device takes a launch that is both cooperative and in clusters: tried with
+// one cluster, on a stream of its own, as the documentation of CUDA does not promise it. May be
+// called while another stream is captured.
+inline bool takes_cooperative_clusters(const Grid& grid) {
+  const char* const exchange = "cudaThreadExchangeStreamCaptureMode";
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), exchange);
+  cudaStream_t stream = nullptr;
+  bool taken = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess;
+  if (taken) {
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config =
+        in_clusters({grid.cluster, grid.threads, 0, true, grid.cluster}, stream, attributes);
+    const auto kernel = reinterpret_cast<const void*>(waiting_kernel<>);
+    taken = cudaLaunchKernelExC(&config, kernel, nullptr) == cudaSuccess &&
+            cudaStreamSynchronize(stream) == cudaSuccess;
+    cudaStreamDestroy(stream);
+  }
+  if (!taken) cudaGetLastError();
+  check(cudaThreadExchangeStreamCaptureMode(&mode), exchange);
+  return taken;
+}
+
 // Lets a kernel have as much shared memory as a block of the device may have.
 inline void allow_shared_memory(const void* kernel, int device) {
   int most = 0;

@@ -169,6 +169,7 @@ struct Grid {
 };
 
 inline int resident_clusters(const void*, const Grid&) { return 0; }
+inline bool takes_cooperative_clusters(const Grid&) { return false; }
 
 template <class Arguments, class Plan>
 void launch(void (*kernel)(Arguments, Plan), const Grid& grid, void* /*stream*/,
