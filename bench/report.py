@@ -155,12 +155,17 @@ def sanitizer_path() -> str:
     return os.pathsep.join([os.environ["PATH"], *(f"{home}/bin" for home in homes if home)])
 
 
-def toolchain() -> dict[str, str]:
-    """Where compilers are looked for: ninja beside this Python, and the toolkit of nvcc.
+def surroundings() -> dict[str, str]:
+    """Where steps find ninja (beside this Python), this package, and the toolkit of nvcc.
 
-    nvcc on the PATH may be a wrapper somewhere else: it knows best where its toolkit is.
+    The package need not be installed. nvcc on the PATH may be a wrapper somewhere else: it knows
+    best where its toolkit is.
     """
-    found = {"PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])}
+    places = {"PATH": sysconfig.get_path("scripts"), "PYTHONPATH": str(ROOT)}
+    found = {
+        name: os.pathsep.join(filter(None, [place, os.environ.get(name)]))
+        for name, place in places.items()
+    }
     nvcc = shutil.which("nvcc")
     if nvcc is not None and "CUDA_HOME" not in os.environ:
         dry = subprocess.run(
@@ -266,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     if data is not None and not data.is_dir():
         parser.error(f"--data-dir {data}: there is no such folder")
     if options.device == "cuda":
-        os.environ.update(toolchain())
+        os.environ.update(surroundings())
     minutes = options.minutes or TOTAL_MINUTES[options.device]
     results = options.results.resolve()
     folder = make_report(options.device, minutes, results, data and data.resolve())

@@ -22,7 +22,7 @@ tests as well, whose kernels Triton has compiled by then."""
 def call(backend: str, sizes: tuple[int, ...], options: dict[str, Any]) -> None:  # needs a GPU
     """Forward and backward, waited for."""
     B, I, J, K, D = sizes
-    inputs = {
+    inputs: dict[str, Any] = {
         "u": torch.randn(B, I, K, device="cuda", requires_grad=True),
         "weight": torch.randn(
             I // options.get("weight_sharing", 1), J, D, K, device="cuda", requires_grad=True

@@ -141,7 +141,7 @@ def interleave(
             break
         for name, sample in samplers.items():
             stop = time.perf_counter() + slice_seconds
-            turn = []
+            turn: list[float] = []
             while (means or len(turn) < MOST_SAMPLES) and (not turn or time.perf_counter() < stop):
                 turn.append(sample())
             samples[name] += [statistics.fmean(turn)] if means else turn

@@ -204,9 +204,9 @@ def test_the_toolkit_is_the_one_nvcc_belongs_to(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     (tmp_path / "toolkit" / "bin").mkdir(parents=True)
-    assert report.toolchain()["CUDA_HOME"] == str(tmp_path / "toolkit")
+    assert report.surroundings()["CUDA_HOME"] == str(tmp_path / "toolkit")
     monkeypatch.setenv("CUDA_HOME", "/chosen")
-    assert "CUDA_HOME" not in report.toolchain()
+    assert "CUDA_HOME" not in report.surroundings()
 
 
 def test_every_step_of_a_report_is_a_command_that_parses(tmp_path, monkeypatch):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import goals, memory, plots, report, scaling, training
+from bench import compile, goals, memory, plots, report, scaling, training
 from bench.__main__ import main, parse
 from bench.records import load, select
 from bench.routing import PASSES, Settings
-from bench.shapes import Shape
+from bench.shapes import MNIST, SHAPES, Shape
 from bench.tables import training_table
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +138,15 @@ def test_plots_are_the_same_for_the_same_records(tmp_path):
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert plots.draw([], CEILINGS, tmp_path / "c") == []
+
+
+def test_what_is_compiled_ahead_is_what_is_measured():
+    points = set(compile.points())
+    ieee, tf32 = (Settings("cuda", precision=precision) for precision in ("ieee", "tf32"))
+    assert {(MNIST, 128, tf32), (MNIST, 1024, ieee), scaling.point("R", 30, ieee)} < points
+    assert {shape for shape, *_ in points} > set(SHAPES)
+    refused = compile.compile_point((MNIST, 1, Settings("cpu")))
+    assert refused.startswith("MNIST I=1152 J=10 B=1 R=3 torch.float32: fused_routing: backend")
 
 
 def test_the_benchmarks_for_comparison_between_commits_run():
