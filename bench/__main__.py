@@ -11,7 +11,7 @@ import sys
 from rich.console import Console
 
 from . import machine
-from .options import common_arguments, reason_against_device
+from .options import INTERRUPTED, common_arguments, reason_against_device
 from .records import Record, save
 from .routing import Settings
 from .tables import describe_record, tables
@@ -33,7 +33,6 @@ DESCRIPTION = (
     "Measure fused routing against its peers. Without a command: the table of goals. Whatever was "
     "measured is printed, and written where asked, even after Ctrl-C."
 )
-INTERRUPTED = 130
 WIDTH = 130
 """Columns of the tables where the output is no terminal."""
 

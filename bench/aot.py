@@ -12,6 +12,7 @@ from rich.console import Console
 
 from . import aot_cuda, aot_triton
 from .aot_rows import TARGETS, Row
+from .options import INTERRUPTED
 from .shapes import MNIST, SHAPES
 from .tables import Table
 
@@ -74,10 +75,17 @@ def run(options: argparse.Namespace) -> int:
     if (without_cuda := aot_cuda.missing()) is not None:
         progress.print(f"aot: the CUDA kernels are left out: {without_cuda}")
     rows: list[Row] = []
-    with progress.status("compiling") as status:
-        for row in compiled(options):
-            rows.append(row)
-            status.update(f"{len(rows)}: {row.kernel}, {row.shape}, {row.precision}, {row.target}")
+    interrupted = False
+    try:
+        with progress.status("compiling") as status:
+            for row in compiled(options):
+                rows.append(row)
+                status.update(
+                    f"{len(rows)}: {row.kernel}, {row.shape}, {row.precision}, {row.target}"
+                )
+    except KeyboardInterrupt:
+        progress.print("interrupted: here is what was compiled")
+        interrupted = True
     if options.markdown:
         print(table(rows).markdown())
     else:
@@ -87,4 +95,6 @@ def run(options: argparse.Namespace) -> int:
         progress.print(
             f"{row.kernel} spills {row.spilled_bytes} bytes ({row.precision}, {row.target})"
         )
+    if interrupted:
+        return INTERRUPTED
     return 1 if options.check and spilling else 0

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import torch
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+
 
 def positive(text: str) -> int:
     """A whole number of at least 1, for argparse."""

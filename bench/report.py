@@ -99,7 +99,8 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[l
         if importlib.util.find_spec("xdist"):
             half = max(1, len(os.sched_getaffinity(0)) // 2)
             command += ["--numprocesses", str(half), "--maxschedchunk", "2"]
-        return Step(name, [*command, *files], minutes, {"OMP_NUM_THREADS": "1"})
+        # Its log is written as it goes.
+        return Step(name, [*command, *files], minutes, {"OMP_NUM_THREADS": "1"}, grace=5)
 
     # By name: of folders pytest would choose the order.
     found = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}

@@ -11,7 +11,7 @@ from pathlib import Path
 from .sources import ROOT
 
 GRACE_SECONDS = 20
-"""What a step gets to write what it has after it was interrupted."""
+"""What a step gets to write what it has after it was interrupted, unless it says otherwise."""
 LEAST_SECONDS = 5
 """A step that would have less time is not begun."""
 NOT_RUN = "not run"
@@ -25,6 +25,7 @@ class Step:
     command: list[str]
     minutes: float
     environment: dict[str, str] = field(default_factory=dict)
+    grace: float = GRACE_SECONDS
     outcome: str = NOT_RUN
     seconds: float = 0.0
 
@@ -52,7 +53,7 @@ class Running:
     def stop(self, why: str) -> None:
         """Ask the process to stop, like by Ctrl-C, so that it writes what it has."""
         self.process.send_signal(signal.SIGINT)
-        self.stopped, self.patience = why, time.monotonic() + GRACE_SECONDS
+        self.stopped, self.patience = why, time.monotonic() + self.step.grace
 
     def is_late(self) -> bool:
         return time.monotonic() > self.started + self.limit

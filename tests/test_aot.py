@@ -71,6 +71,17 @@ def test_check_fails_on_a_spill_of_the_mnist_shape_only(rows, status, monkeypatc
     assert "62%" in capsys.readouterr().out
 
 
+def test_interrupted_it_prints_what_was_compiled(monkeypatch, capsys):
+    def compiled(_options):
+        yield ROW
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(aot, "compiled", compiled)
+    monkeypatch.setattr(aot_triton, "missing", lambda: None)
+    assert main(["aot", "--markdown"]) == 130
+    assert "| triton | kernel | MNIST |" in capsys.readouterr().out
+
+
 def test_what_is_missing_is_said(monkeypatch, capsys):
     monkeypatch.setattr(aot_triton, "missing", lambda: "Triton is not installed")
     assert main(["aot"]) == 2

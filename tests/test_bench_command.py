@@ -86,7 +86,6 @@ def test_a_file_that_is_no_report_is_named(tmp_path):
 
 def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsys):
     """Steps that work, fail and hang; and no path of this machine in the folder."""
-    monkeypatch.setattr(steps, "GRACE_SECONDS", 300)
     # Late as soon as it has started, however busy the machine is.
     log = "hangs.log"
     monkeypatch.setattr(
@@ -97,7 +96,7 @@ def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsy
 
     def planned(device, folder, scratch, data):
         def python(name, code):
-            return steps.Step(name, [sys.executable, "-c", code], 10.0)
+            return steps.Step(name, [sys.executable, "-c", code], 10.0, grace=300)
 
         waits = (
             "import time\nprint('started', flush=True)\n"
@@ -166,9 +165,9 @@ def test_an_interrupted_group_gets_the_time_to_write_what_it_has(tmp_path, monke
 
 
 def test_a_step_that_does_not_stop_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "GRACE_SECONDS", 0.1)
     monkeypatch.setattr(steps.Running, "is_late", lambda one: (tmp_path / "waits").exists())
     step = waiting(tmp_path, code="time.sleep(600)")
+    step.grace = 0.1
     list(steps.run_together([step], tmp_path, time.monotonic() + 600))
     assert step.outcome == "killed after 600 s"
 
