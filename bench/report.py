@@ -31,6 +31,7 @@ from .sources import ROOT, digest
 from .steps import Step, run_together
 
 RESULTS = ROOT / "bench" / "results"
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 TOTAL_MINUTES = {"cpu": 45.0, "cuda": 8.0}
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TRUST = ("tests/test_determinism.py", "tests/test_range.py", "tests/test_properties.py")
@@ -69,12 +70,11 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[l
     if data is not None:
         train += ["--dataset=mnist", f"--data-dir={data}"]
     training_run = Step("training-run", [*train, f"--save-dir={scratch / 'run'}"], 2)
-    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
     plots = ("--plots", str(folder))
     if device == "cpu":
         one_by_one = [
             build,
-            Step("tests", [*pytest, "-q", "tests/test_cpu.py", "tests/test_reference.py"], 10),
+            Step("tests", [*PYTEST, "-q", "tests/test_cpu.py", "tests/test_reference.py"], 10),
             bench("goals", 12),
             bench("routing", 10, "--shape", "MNIST", *plots),
             bench("memory", 5, *plots),
@@ -92,16 +92,6 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[l
     training_run.command.append("--cuda-graph")
     training_run.minutes = 0.75
 
-    def tests(name: str, minutes: float, which: str, *files: str) -> Step:
-        """Tests on the GPU in as many processes as make sense: most of them compile."""
-        command = [*pytest, "-v", "-m", "gpu", "--continue-on-collection-errors"]
-        command += ["--failures-at-once", "-k", which]
-        if importlib.util.find_spec("xdist"):
-            half = max(1, len(os.sched_getaffinity(0)) // 2)
-            command += ["--numprocesses", str(half), "--maxschedchunk", "2"]
-        # Its log is written as it goes.
-        return Step(name, [*command, *files], minutes, {"OMP_NUM_THREADS": "1"}, grace=5)
-
     # By name: of folders pytest would choose the order.
     found = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}
     everything = [*FIRST, *sorted(found.difference(FIRST, TRUST, [SANITIZED]))]
@@ -110,27 +100,38 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[l
     return [
         [
             build,
-            tests("tests-triton", 2.5, f"{TRITON} and {MAIN_TYPES}", *everything),
+            gpu_tests("tests-triton", 2.5, f"{TRITON} and {MAIN_TYPES}", *everything),
             Step("compile", [python, "-m", "bench.compile"], 2.5),
         ],
         [
-            tests("tests", 1.25, OTHERS, *everything),
+            gpu_tests("tests", 1.25, OTHERS, *everything),
             bench("accuracy", 1),
             bench("memory", 1, "--quick", "--no-max-autotune", *plots),
             *sanitizer_steps(),
         ],
-        [bench("goals", 2.5)],
+        [bench("goals", 3)],
         [bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots)],
         [bench("routing-tf32", 0.5, "--precision", "tf32", "--peers", "none", command="routing")],
         [bench("scaling", 0.75)],
         [bench("training", 0.5)],
         [training_run],
         [
-            tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *everything),
-            tests("trust", 1, "", *TRUST),
+            gpu_tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *everything),
+            gpu_tests("trust", 1, "", *TRUST),
             Step("aot", [python, "-m", "bench", *aot], 1),
         ],
     ]
+
+
+def gpu_tests(name: str, minutes: float, which: str, *files: str) -> Step:
+    """Tests on the GPU in as many processes as make sense: most of them compile."""
+    command = [*PYTEST, "-v", "-m", "gpu", "--continue-on-collection-errors"]
+    command += ["--failures-at-once", "-k", which]
+    if importlib.util.find_spec("xdist"):
+        half = max(1, len(os.sched_getaffinity(0)) // 2)
+        command += ["--numprocesses", str(half), "--maxschedchunk", "2"]
+    # Its log is written as it goes: nothing is lost where it does not stop at once.
+    return Step(name, [*command, *files], minutes, {"OMP_NUM_THREADS": "1"}, grace=5)
 
 
 def sanitizer_steps() -> list[Step]:
