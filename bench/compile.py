@@ -24,7 +24,7 @@ GOALS_BATCHES = (128, 1024)
 
 def points() -> Iterator[Point]:
     """Every call of our own that a report measures, the most wanted first."""
-    ieee, tf32 = (Settings("cuda", precision) for precision in ("ieee", "tf32"))
+    ieee, tf32 = (Settings("cuda", precision=precision) for precision in ("ieee", "tf32"))
     for B, settings in itertools.product((*GOALS_BATCHES, *routing.BATCHES), (tf32, ieee)):
         yield MNIST, B, settings
     for times in memory.TIMES_I:
@@ -32,11 +32,12 @@ def points() -> Iterator[Point]:
     yield MANY_CLASSES, memory.GROWTH_B, ieee
     for dtype in accuracy.DTYPES:
         yield MNIST, accuracy.SAMPLES, replace(ieee, dtype=dtype)
-    for shape, B in itertools.product(SHAPES, routing.FEW_BATCHES):
-        yield shape, B, tf32
+    without_peers = [(shape, B, tf32) for shape in SHAPES for B in routing.FEW_BATCHES]
     for axis in ("B", "I", "J", "R"):
-        for size in scaling.sizes_of(axis, "cuda"):
-            yield scaling.point(axis, size, ieee)
+        without_peers += [scaling.point(axis, n, ieee) for n in scaling.sizes_of(axis, "cuda")]
+    for shape, B, settings in without_peers:
+        yield shape, min(B, routing.CHECKED_SAMPLES), settings  # what is checked before
+        yield shape, B, settings
 
 
 def compile_point(point: Point) -> str:
