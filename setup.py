@@ -15,7 +15,7 @@ import platform
 import shlex
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def wants_cuda() -> bool:
 
 
 class Build(cpp_extension.BuildExtension):
-    """Compiles the CPU kernels once for each instruction set, while torch builds the rest."""
+    """Compiles the CPU kernels once for each instruction set, beside what torch builds."""
 
     def build_extensions(self) -> None:
         # csrc/cpu/kernels.cpp knows nothing of torch: plain compiler calls, with flags of its own.
@@ -106,6 +106,8 @@ class Build(cpp_extension.BuildExtension):
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             kernels = [pool.submit(compile_kernels, name) for name in INSTRUCTION_SETS]
+            if "MAX_JOBS" in os.environ:
+                wait(kernels)  # together with torch's jobs they would be more
 
             def link_with_kernels(objects: list[str], *rest: Any, **options: Any) -> None:
                 link([*objects, *(kernel.result() for kernel in kernels)], *rest, **options)
