@@ -20,6 +20,7 @@ from .shapes import MANY_CLASSES, MNIST, SHAPES, Shape, make_inputs
 
 Point = tuple[Shape, int, Settings]
 GOALS_BATCHES = (128, 1024)
+"""What the goals of a GPU are about."""
 
 
 def points() -> Iterator[Point]:
