@@ -106,7 +106,7 @@ def measure_routing(
             if reason := implementation.reason_to_skip(shape, B, settings.device):
                 raise CannotRunError(reason)
             routing = implementation.make()
-            check_equal(outputs_and_gradients(routing, checked, settings.R), expected)
+            check_equal(outputs_and_gradients(routing, checked, settings.R), expected, settings.R)
             routings[implementation.name] = routing
         except Exception as error:
             failures[implementation.name] = reason_of(error)

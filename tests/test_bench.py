@@ -59,14 +59,14 @@ def test_operations_are_those_of_the_paper_account():
 def test_eager_peers_equal_the_oracle(name, R):
     inputs = make_inputs(SMALL, 6, "cpu")
     expected = outputs_and_gradients(oracle, inputs, R)
-    check_equal(outputs_and_gradients(EAGER[name][0], inputs, R), expected)
+    check_equal(outputs_and_gradients(EAGER[name][0], inputs, R), expected, R)
 
 
 def test_a_peer_that_computes_something_else_is_told_apart():
     inputs = make_inputs(SMALL, 6, "cpu")
     expected = outputs_and_gradients(oracle, inputs, 3)
     with pytest.raises(ValueError, match=r"^v \[6, 3, 5\] is off the oracle's by"):
-        check_equal(outputs_and_gradients(oracle, inputs, 2), expected)
+        check_equal(outputs_and_gradients(oracle, inputs, 2), expected, 2)
 
 
 def test_wrong_and_failing_implementations_become_rows_and_the_rest_goes_on():
