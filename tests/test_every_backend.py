@@ -12,8 +12,10 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ from capsule_kernels import (
 from capsule_kernels.backends import triton
 from capsule_kernels.ops import OPERATORS, Operators
 
-from .cases import Case, make_inputs
+from .cases import Case, make_inputs, run
 from .targets import KERNELS, Target
 
 ROOT = Path(__file__).parent.parent
@@ -267,6 +269,24 @@ def test_checkpointing(target: Target, inputs: dict[str, Tensor]) -> None:
     found = torch.autograd.grad(v.sum(), leaves)
     expected = torch.autograd.grad(route(inputs, target.backend).sum(), leaves)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_many_threads(target: Target, dtype: torch.dtype) -> None:
+    """Calls of other sizes and options at once, as Triton's interpreter alone does not bear."""
+    cases = [CASE, Case(B=3, I=3, J=2, K=3, D=2, R=2), Case(B=1, I=2, J=3, K=2, D=4, R=1)]
+    calls = [
+        partial(run, fused_routing, case, make_inputs(case, dtype, target.device)) for case in cases
+    ]
+    alone = [call(backend=target.backend) for call in calls]
+    start = Barrier(len(calls))
+
+    def work(call: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
+        start.wait()
+        return call(backend=target.backend)
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        for found, expected in zip(pool.map(work, calls), alone, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_layer_is_a_module(target: Target, dtype: torch.dtype) -> None:

@@ -258,7 +258,7 @@ def test_tuning_is_by_request_and_leaves_the_order_of_sums_alone(monkeypatch):
         arg_names = ("u_ptr", "B", "t", "J")
 
         def __getitem__(self, grid):
-            return lambda **options: calls.append(options)
+            return lambda **options: calls.append((options, routing.ONE_AT_A_TIME.locked()))
 
     def autotune(configs, key):
         calls.append((configs, key))
@@ -267,14 +267,17 @@ def test_tuning_is_by_request_and_leaves_the_order_of_sums_alone(monkeypatch):
     monkeypatch.setattr(triton, "autotune", autotune)
     monkeypatch.delenv("CAPSULE_KERNELS_AUTOTUNE", raising=False)
     routing.run(Kernel(), (1,), 4, 2, B=3)
-    assert calls == [{"B": 3, "num_warps": 4, "num_stages": 2, **routing.OPTIONS}]
+    plain = {"B": 3, "num_warps": 4, "num_stages": 2, **routing.OPTIONS}
+    assert calls == [(plain, backend.INTERPRETED)]
     monkeypatch.setenv("CAPSULE_KERNELS_AUTOTUNE", "1")
     routing.run(Kernel(), (1,), 4, 2, B=3)
     configs, key = calls[1]
     assert {config.num_warps for config in configs} == {4}
     assert len({config.num_stages for config in configs}) == len(configs) > 1
     assert key == ["B", "J"]
-    assert calls[2] == {"B": 3, **routing.OPTIONS}
+    # An autotuner keeps the arguments it was last called with: threads take turns.
+    assert calls[2] == ({"B": 3, **routing.OPTIONS}, True)
+    assert not routing.ONE_AT_A_TIME.locked()
 
 
 SHAPE = RoutingShape(*MNIST, 3, 1)

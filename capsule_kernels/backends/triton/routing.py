@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,13 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import windows
-from . import config
+from . import INTERPRETED, config
 from .row_sum import row_sum_kernel
 from .statistics import routing_statistics_kernel
 from .windows import grid_gradient_kernel
 
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options of every launch; this one's default differs between versions of Triton."""
+
+ONE_AT_A_TIME = Lock()
+"""Held by interpreted and tuned launches, whose state Triton keeps in one place for all threads."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,12 @@ def run(
     kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any
 ) -> None:
     """Launch a kernel on the current device and stream."""
-    if os.environ.get("CAPSULE_KERNELS_AUTOTUNE") == "1":
-        tuned(kernel, num_warps)[grid](**arguments, **OPTIONS)
-    else:
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
+    tunes = os.environ.get("CAPSULE_KERNELS_AUTOTUNE") == "1"
+    with ONE_AT_A_TIME if tunes or INTERPRETED else nullcontext():
+        if tunes:
+            tuned(kernel, num_warps)[grid](**arguments, **OPTIONS)
+        else:
+            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
 
 
 @functools.cache
