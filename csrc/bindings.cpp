@@ -29,7 +29,8 @@ py::dict kernel_plan(int64_t B, int64_t I, int64_t J, int64_t K, int64_t D, int6
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+// Without Python's lock: what is shared by threads here is constant, atomic, or behind a mutex.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of capsule_kernels; importing registers them with torch.";
   m.attr("has_cuda") =
 #ifdef CAPSULE_CUDA

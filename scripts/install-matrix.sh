@@ -3,7 +3,8 @@
 # table for every environment.
 #   scripts/install-matrix.sh [ROW...]   a row is PYTHON:TORCH:TRITON:COMPILER, TORCH a version,
 #                                        TRITON a version, "own" (what torch brings) or "no",
-#                                        COMPILER "yes" or "no"
+#                                        COMPILER "yes" or "no"; python3.13t:2.12.0:own:yes is
+#                                        a row of a free-threaded Python, and not a usual one
 # Environments are made below build/install and removed again. Builds of torch with CUDA need 6 GB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -30,7 +31,8 @@ install_and_test() {
   mkdir -p "$DIRECTORY/tests"
   "$python" -m venv "$env" || fail "$python makes no environment"
   pip() { "$env/bin/python" -m pip --quiet --disable-pip-version-check "$@" >>"$log" 2>&1; }
-  pip install "torch==$torch" numpy "setuptools>=77" wheel ninja pybind11 pytest ||
+  # What is built from source where there is no wheel takes longer than all else.
+  pip install --prefer-binary "torch==$torch" numpy "setuptools>=77" wheel ninja pybind11 pytest ||
     fail "torch $torch can't be installed with $python: $(tail -1 "$log")"
   case $triton in
   own) ;;
@@ -70,7 +72,8 @@ skipped = Counter()
 for count, reason in re.findall(r"^SKIPPED \[(\d+)\] \S+: (.*)$", log, re.MULTILINE):
     skipped[reason] += int(count)
 reasons = "; ".join(f"{count}: {reason}" for reason, count in skipped.most_common())
-row = [platform.python_version(), torch.__version__, triton, sys.argv[2], usable]
+python = platform.python_version() + sys.abiflags
+row = [python, torch.__version__, triton, sys.argv[2], usable]
 print("|", " | ".join([*row, log.splitlines()[-1].strip("= "), reasons]), "|")
 END
   return $status

@@ -1,5 +1,9 @@
 """The op from many Python threads at once, as inference servers call it."""
 
+import os
+import subprocess
+import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -7,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from capsule_kernels import fused_routing, fused_routing_conv
+from capsule_kernels import backends, fused_routing, fused_routing_conv
 
 from . import conv_cases
 from .cases import Case, make_inputs
@@ -88,3 +92,30 @@ def test_modes_of_one_thread_are_not_those_of_another() -> None:
     assert b.requires_grad
     assert not c.requires_grad
     assert len(edges) == 2  # alive until here
+
+
+WITHOUT_LOCK = """
+import sys
+import torch
+assert not sys._is_gil_enabled(), "torch needs the lock"
+import capsule_kernels
+assert not sys._is_gil_enabled(), "capsule_kernels needs the lock"
+from tests.test_threads import test_the_same_bits_as_alone
+for threads in (1, 2):
+    test_the_same_bits_as_alone(threads)
+assert not sys._is_gil_enabled(), "routing needs the lock"
+"""
+
+
+@pytest.mark.skipif(
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="not a free-threaded Python"
+)
+@pytest.mark.skipif(not backends()["cpu"].usable, reason="there is no extension to import")
+def test_python_stays_without_its_lock() -> None:
+    """A fresh process, as other tests' imports may take the lock; Python warns where one does."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", WITHOUT_LOCK],
+        capture_output=True, text=True, check=False, timeout=300,
+        env={name: value for name, value in os.environ.items() if name != "PYTHON_GIL"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
