@@ -4,7 +4,8 @@
 ``routing_backward.cpu`` with right arguments of which up to three were spoilt, on every instruction
 set that this processor has. A call is refused with an ordinary exception, or its results have the
 shapes and dtypes that the operator's fake implementation promises. Anything else ends the process:
-a crash by its signal. ``--backend triton`` calls Triton's, under ``TRITON_INTERPRET=1``.
+a crash by its signal. ``--backend triton`` calls Triton's, under ``TRITON_INTERPRET=1``;
+``--backend cuda`` CUDA's, on a GPU, where an error of CUDA ends the process too.
 """
 
 import argparse
@@ -29,6 +30,9 @@ DTYPES = [
 SIZES = [0, 1, 2, 3, 5, 7, 8, 9, 16, 17, 33]
 ENORMOUS = 2**40
 INTEGERS = [-(2**63), -1, 0, 1, 2, 3, 5, 7, 2**31, 2**40, 2**62, 2**63 - 1]
+# Interpreted kernels take seconds where compiled ones take microseconds; a sample's outputs have to
+# fit in the registers that the CUDA kernels keep them in.
+SIZES_OF = {"cpu": SIZES, "triton": SIZES[:4], "cuda": SIZES[:8]}
 # Where torch refuses a bool among integers, before it calls any operator: with an internal assert.
 CONVERSION = "torch/csrc/utils/pybind.cpp"
 # AttributeError: None for a tensor beside a meta tensor, which the fakes in Python receive.
@@ -80,6 +84,15 @@ SPOIL_TENSOR: list[Callable[[random.Random, Tensor], Any]] = [
 ]  # fmt: skip
 
 
+def on_device(rng: random.Random, value: Any, device: str) -> Any:
+    """A tensor among those of ``device``, or now and then not."""
+    if device == "cpu" or not isinstance(value, Tensor):
+        return value
+    if value.is_meta or value.numel() >= ENORMOUS:
+        return value
+    return value.to(device if rng.random() < 0.9 else "cpu")
+
+
 def spoil(rng: random.Random, value: Any) -> Any:
     if isinstance(value, Tensor):
         return rng.choice(SPOIL_TENSOR)(rng, value)
@@ -124,12 +137,15 @@ def right_arguments(rng: random.Random, backward: bool, sizes: list[int]) -> lis
 def try_call(rng: random.Random, backend: str) -> str:
     """What became of one call: "accepted" or the name of the exception."""
     backward = rng.random() < 0.5
-    # Interpreted kernels take seconds where compiled ones take microseconds.
-    arguments = right_arguments(rng, backward, SIZES if backend == "cpu" else SIZES[:4])
+    device = "cuda" if backend == "cuda" else "cpu"
+    arguments = [
+        x.to(device) if isinstance(x, Tensor) else x
+        for x in right_arguments(rng, backward, SIZES_OF[backend])
+    ]
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
         position = rng.randrange(len(arguments))
         try:
-            arguments[position] = spoil(rng, arguments[position])
+            arguments[position] = on_device(rng, spoil(rng, arguments[position]), device)
         except REFUSALS:
             return "not made"  # torch itself has no such tensor
     if backend == "cpu":
@@ -139,6 +155,10 @@ def try_call(rng: random.Random, backend: str) -> str:
         results = operator(*arguments)
     except REFUSALS as error:
         of_torch = CONVERSION in str(error)
+        if device == "cuda":
+            torch.cuda.synchronize()  # raises again what a kernel has done to the device
+            if "CUDA error" in str(error) or "cudaError" in str(error):
+                raise SystemError("reached the device before it was refused") from error
         if not str(error) or ("INTERNAL ASSERT" in str(error) and not of_torch):
             raise SystemError("no sentence that a caller could act on") from error
         return type(error).__name__
@@ -148,8 +168,10 @@ def try_call(rng: random.Random, backend: str) -> str:
     for x, expected in zip(results, promised, strict=True):
         assert x.shape == expected.shape, f"{x.shape}, promised {expected.shape}"
         assert x.dtype == expected.dtype, f"{x.dtype}, promised {expected.dtype}"
-        if x.device.type == "cpu":
+        if not x.is_meta:
             x.clone()  # reads every element
+    if device == "cuda":
+        torch.cuda.synchronize()
     return "accepted"
 
 
@@ -157,12 +179,21 @@ def instruction_sets() -> list[str]:
     return extension.module.usable_instruction_sets()
 
 
+def where(backend: str) -> str:
+    """What the calls ran on."""
+    if backend == "cuda":
+        return torch.cuda.get_device_name()
+    return ", ".join(instruction_sets()) if backend == "cpu" else "the interpreter"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fuzz the raw operators.")
-    parser.add_argument("--backend", choices=["cpu", "triton"], default="cpu")
+    parser.add_argument("--backend", choices=list(SIZES_OF), default="cpu")
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory-gib", type=int, default=16, help="0 for no limit (sanitizers)")
+    parser.add_argument(
+        "--memory-gib", type=int, default=16, help="0 for no limit (sanitizers, CUDA)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # nested tensors are a prototype
@@ -182,8 +213,7 @@ def main() -> None:
             print(f"call {call} of seed {arguments.seed}", file=sys.stderr)
             raise
     listed = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
-    where = ", ".join(instruction_sets()) if arguments.backend == "cpu" else "the interpreter"
-    print(f"{arguments.calls} calls: {listed}; on {where}")
+    print(f"{arguments.calls} calls: {listed}; on {where(arguments.backend)}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from capsule_kernels import backends
-from capsule_kernels.backends import triton
+from capsule_kernels.backends import cuda, triton
 
 CALLS = int(os.environ.get("CAPSULE_FUZZ_CALLS", "3000"))
 INTERPRETED_CALLS = 150
@@ -44,3 +44,11 @@ def test_no_call_crashes(figure):
 def test_no_call_of_the_triton_operators_crashes(figure):
     printed = fuzz(INTERPRETED_CALLS, "--backend", "triton", TRITON_INTERPRET="1")
     figure("fuzz of the raw Triton operators", printed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(cuda.unavailable() is not None, reason=f"backend cuda: {cuda.unavailable()}")
+def test_no_call_of_the_cuda_operators_crashes(figure):
+    # CUDA reserves more addresses than the limit of the other calls allows.
+    printed = fuzz(CALLS, "--backend", "cuda", "--memory-gib", "0")
+    figure("fuzz of the raw CUDA operators", printed)

@@ -7,6 +7,8 @@
 #include <cuda_runtime_api.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <array>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -75,22 +77,15 @@ Device figures_of(int index) {
 // All windows [B, H', W', C, kh, kw, K] of a grid [B, H, W, C, K], in its memory; `window` as in
 // capsule_kernels/ops.py. The kernels take capsules [B, I, K], so that windows have to be copied.
 Tensor windows_of(const Tensor& grid, at::IntArrayRef window) {
-  return grid.unfold(1, window[0], window[2])
-      .unfold(2, window[1], window[3])
+  // A step past the end is one over all of it, whose stride can be counted.
+  return grid.unfold(1, window[0], std::min(window[2], grid.size(1)))
+      .unfold(2, window[1], std::min(window[3], grid.size(2)))
       .permute({0, 1, 2, 3, 5, 6, 4});
 }
 
 // Input capsules [B, I, K]: u itself, or a copy of its windows.
 Tensor capsules_of(const Tensor& u, at::IntArrayRef window) {
-  if (window.empty()) return u;
-  TORCH_CHECK_VALUE(window.size() == 4 && u.dim() == 5,
-                    "capsule_kernels: a window needs 4 numbers and u [B, H, W, C, K], got ", window,
-                    " and ", u.sizes());
-  for (int side = 0; side < 2; ++side)
-    TORCH_CHECK_VALUE(
-        window[side] >= 1 && window[side] <= u.size(1 + side) && window[2 + side] >= 1,
-        "capsule_kernels: the window must fit into the grid, got ", window, " and ", u.sizes());
-  return windows_of(u, window).flatten(0, 2).flatten(1, 3);
+  return window.empty() ? u : windows_of(u, window).flatten(0, 2).flatten(1, 3);
 }
 
 // The gradient of u [B, H, W, C, K] from that of capsules_of(u, window).
@@ -106,27 +101,6 @@ Tensor grid_gradient(const Tensor& gradient, const Tensor& u, at::IntArrayRef wi
   return grid.to(u.scalar_type());
 }
 
-// The sizes of a call, checked to be within what the kernels index with 32 bits.
-Shape shape_of(const Tensor& u, const Tensor& weight, int64_t R, int64_t weight_sharing) {
-  TORCH_CHECK_VALUE(
-      u.dim() == 3 && weight.dim() == 4 && weight_sharing >= 1 && R >= 1 &&
-          weight.size(0) * weight_sharing == u.size(1) && weight.size(3) == u.size(2) &&
-          weight.scalar_type() == u.scalar_type() && weight.device() == u.device(),
-      "capsule_kernels: weight must be [I // weight_sharing, J, D, K] for u [B, I, K] "
-      "of the same dtype and device, got ",
-      weight.sizes(), " and ", u.sizes());
-  for (const int64_t size : {u.size(0), u.size(1), u.size(2), weight.size(1), weight.size(2), R}) {
-    TORCH_CHECK_VALUE(size < std::numeric_limits<int>::max() / 16, "capsule_kernels: a size of ",
-                      size, " is too large for the cuda backend");
-  }
-  const int64_t J = weight.size(1), D = weight.size(2);
-  TORCH_CHECK_VALUE(D <= 32 && J <= 2 * kMaxFragments && tile_fits_registers(int(J), int(D)),
-                    "capsule_kernels: the cuda backend does not hold J = ", J, ", D = ", D,
-                    " in registers; use the triton backend");
-  return {int(u.size(0)), int(u.size(1)),     int(J), int(u.size(2)), int(D),
-          int(R),         int(weight_sharing)};
-}
-
 void check_fits(bool fits) {
   TORCH_CHECK_VALUE(fits,
                     "capsule_kernels: weight, or in the backward the states of all iterations "
@@ -134,14 +108,71 @@ void check_fits(bool fits) {
                     "fit in the shared memory of this device; use the triton backend");
 }
 
-// An optional input of the sizes and dtype the kernels read.
-void check_optional(const char* name, const Tensor& x, at::IntArrayRef sizes, const Tensor& u) {
-  TORCH_CHECK_VALUE(!x.defined() || (x.sizes() == sizes && x.scalar_type() == u.scalar_type() &&
-                                     x.device() == u.device()),
-                    "capsule_kernels: ", name, " must be ", sizes,
-                    " of the dtype and device of u, "
-                    "got ",
-                    x.sizes());
+// A size that the kernels can index with 32 bits.
+int64_t bounded(int64_t size) {
+  TORCH_CHECK_VALUE(size < std::numeric_limits<int>::max() / 16, "capsule_kernels: a size of ",
+                    size, " is too large for the cuda backend");
+  return size;
+}
+
+void check_like(const char* name, const Tensor& x, const Tensor& u, at::IntArrayRef shape) {
+  TORCH_CHECK_TYPE(x.scalar_type() == u.scalar_type(), "capsule_kernels: ", name,
+                   " must have the dtype of u, ", u.scalar_type(), ", got ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.device() == u.device(), "capsule_kernels: ", name, " must be on ", u.device(),
+                    " as u is, got ", x.device());
+  TORCH_CHECK_VALUE(x.sizes() == shape, "capsule_kernels: ", name, " must have shape ", shape,
+                    ", got ", x.sizes());
+}
+
+// Samples and input capsules of the windows of u.
+std::array<int64_t, 2> sizes_of_grid(const Tensor& u, at::IntArrayRef window,
+                                     int64_t weight_sharing) {
+  TORCH_CHECK_VALUE(window.size() == 4 && u.dim() == 5 && weight_sharing == 1,
+                    "capsule_kernels: a window needs 4 numbers, u [B, H, W, C, K] and "
+                    "weight_sharing 1, got ",
+                    window, ", ", u.sizes(), " and ", weight_sharing);
+  int64_t B = bounded(u.size(0)), I = bounded(u.size(3));
+  for (int side = 0; side < 2; ++side) {
+    const int64_t grid = bounded(u.size(1 + side)), length = window[side], step = window[2 + side];
+    TORCH_CHECK_VALUE(length >= 1 && length <= grid && step >= 1,
+                      "capsule_kernels: the window must fit into the grid and move by 1 or more, "
+                      "got ",
+                      window, " and ", u.sizes());
+    B = bounded(B * ((grid - length) / step + 1));
+    I = bounded(I * length);
+  }
+  return {B, I};
+}
+
+// The sizes of a call. The operators can be called directly, past the checks of fused_routing: what
+// would be read out of bounds, or is too large to be counted, is refused here, before any copy.
+Shape checked_shape(const Tensor& u, const Tensor& weight, const optional<Tensor>& logits,
+                    int64_t R, int64_t weight_sharing, at::IntArrayRef window) {
+  scalar_of(u);  // or its error
+  TORCH_CHECK_VALUE(u.is_cuda(), "capsule_kernels: u must be a CUDA tensor, got ", u.device());
+  TORCH_CHECK_VALUE(u.dim() == 3 || !window.empty(),
+                    "capsule_kernels: u must have shape [B, I, K], got ", u.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 4,
+                    "capsule_kernels: weight must have shape [I // weight_sharing, J, D, K], got ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(R >= 1, "capsule_kernels: num_iterations must be >= 1, got ", R);
+  const auto [B, I] = window.empty()
+                          ? std::array<int64_t, 2>{bounded(u.size(0)), bounded(u.size(1))}
+                          : sizes_of_grid(u, window, weight_sharing);
+  const int64_t J = weight.size(1), D = weight.size(2), K = u.size(-1);
+  TORCH_CHECK_VALUE(I >= 1 && J >= 1 && D >= 1 && K >= 1,
+                    "capsule_kernels: I, J, K and D must be >= 1, got u ", u.sizes(),
+                    " and weight ", weight.sizes());
+  TORCH_CHECK_VALUE(weight_sharing >= 1 && I % weight_sharing == 0,
+                    "capsule_kernels: weight_sharing must divide I = ", I, ", got ",
+                    weight_sharing);
+  TORCH_CHECK_VALUE(D <= 32 && J <= 2 * kMaxFragments && tile_fits_registers(int(J), int(D)),
+                    "capsule_kernels: the cuda backend does not hold J = ", J, ", D = ", D,
+                    " in registers; use the triton backend");
+  check_fits(K <= 1 << 20);  // nowhere near: so the plan can count the elements of W_i in an int
+  check_like("weight", weight, u, {I / weight_sharing, J, D, K});
+  if (logits) check_like("logits", *logits, u, {I, J});
+  return {int(B), int(I), int(J), int(K), int(D), int(bounded(R)), int(weight_sharing)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& grid, const Tensor& weight_,
@@ -149,15 +180,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& grid, const Tensor& wei
                                            const optional<Tensor>& bias_, int64_t num_iterations,
                                            bool leaky, int64_t weight_sharing, bool return_coupling,
                                            at::OptionalIntArrayRef window_) {
-  const c10::cuda::CUDAGuard guard(grid.device());
   const at::IntArrayRef window = window_.value_or(at::IntArrayRef());
-  const Tensor u_ = capsules_of(grid, window);
-  const Shape shape = shape_of(u_, weight_, num_iterations, weight_sharing);
-  const Scalar scalar = scalar_of(u_);
-  const Tensor u = prepared(u_), weight = prepared(weight_);
+  const Shape shape = checked_shape(grid, weight_, logits_, num_iterations, weight_sharing, window);
+  if (bias_) check_like("bias", *bias_, grid, {shape.J, shape.D});
+  const c10::cuda::CUDAGuard guard(grid.device());
+  const Scalar scalar = scalar_of(grid);
+  const Tensor u = prepared(capsules_of(grid, window)), weight = prepared(weight_);
   const Tensor logits = prepared(logits_), bias = prepared(bias_);
-  check_optional("logits", logits, {shape.I, shape.J}, u);
-  check_optional("bias", bias, {shape.J, shape.D}, u);
 
   const Tensor v = at::empty({shape.B, shape.J, shape.D}, u.options());
   const Tensor s = at::empty({shape.R, shape.B, shape.J, shape.D}, u.options().dtype(at::kFloat));
@@ -179,18 +208,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_v_, const Tensor& grid, const Tensor& weight_,
     const optional<Tensor>& logits_, const Tensor& s_, bool leaky, int64_t weight_sharing,
     bool full_gradient, std::array<bool, 4> output_mask, at::OptionalIntArrayRef window_) {
-  const c10::cuda::CUDAGuard guard(grid.device());
   const at::IntArrayRef window = window_.value_or(at::IntArrayRef());
-  const Tensor u_ = capsules_of(grid, window);
-  const Shape shape = shape_of(u_, weight_, s_.size(0), weight_sharing);
-  const Scalar scalar = scalar_of(u_);
-  const Tensor u = prepared(u_), weight = prepared(weight_), logits = prepared(logits_);
-  const Tensor grad_v = prepared(grad_v_), s = prepared(s_);
-  check_optional("logits", logits, {shape.I, shape.J}, u);
-  check_optional("grad_v", grad_v, {shape.B, shape.J, shape.D}, u);
-  TORCH_CHECK_VALUE(s.sizes() == at::IntArrayRef({shape.R, shape.B, shape.J, shape.D}) &&
-                        s.scalar_type() == at::kFloat && s.device() == u.device(),
-                    "capsule_kernels: s must be float32 [R, B, J, D], got ", s.sizes());
+  TORCH_CHECK_VALUE(s_.dim() == 4, "capsule_kernels: s must have shape [R, B, J, D], got ",
+                    s_.sizes());
+  const Shape shape = checked_shape(grid, weight_, logits_, s_.size(0), weight_sharing, window);
+  check_like("grad_v", grad_v_, grid, {shape.B, shape.J, shape.D});
+  TORCH_CHECK_VALUE(s_.sizes() == at::IntArrayRef({shape.R, shape.B, shape.J, shape.D}) &&
+                        s_.scalar_type() == at::kFloat && s_.device() == grid.device(),
+                    "capsule_kernels: s must be the s [R, B, J, D] of the forward, got ",
+                    s_.sizes(), " ", s_.scalar_type(), " on ", s_.device());
+  const c10::cuda::CUDAGuard guard(grid.device());
+  const Scalar scalar = scalar_of(grid);
+  const Tensor u = prepared(capsules_of(grid, window)), weight = prepared(weight_);
+  const Tensor logits = prepared(logits_), grad_v = prepared(grad_v_), s = prepared(s_);
 
   // An empty batch has no samples to sum over: every gradient is 0.
   const auto gradient = [&](bool wanted, at::IntArrayRef sizes) {
