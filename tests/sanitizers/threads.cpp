@@ -110,7 +110,7 @@ std::vector<T> call(const Inputs<T>& x, bool full, index threads) {
     at[n] = results.data() + total;
     total += sizes[n];
   }
-  Driver<T, Parallel, decltype(allocate)> driver(problem, kernels<T>(), threads, Parallel(),
+  Driver<T, Parallel, decltype(allocate)> driver(problem, kernels<T>(B), threads, Parallel(),
                                                  allocate);
   driver.forward(x.bias.data(), at[0], at[1], at[2]);
   driver.backward(x.grad_v.data(), at[0], full, at[3], at[4], at[5], at[6]);
