@@ -15,6 +15,8 @@ from capsule_kernels.backends import cuda
 from . import cases, conv_cases
 from .cases import OPTIONS, Case, check_case, copies, make_inputs, reordered, run
 from .cuda_emulation.emulator import KERNELS, Device, Emulator, Shape, build, compiler
+from .test_determinism import REPEATS, assert_same_bits, bits
+from .test_range import assert_finite_where_the_oracle_is, inputs_at_the_end_of_the_range
 from .tolerance import assert_as_good_as_reference
 
 pytestmark = [
@@ -175,6 +177,18 @@ def test_any_schedule_gives_the_same_bits(emulator: Emulator, clustered: bool, s
         assert torch.equal(first[name], second[name]), name
 
 
+def test_a_hundred_schedules_give_the_same_bits(emulator: Emulator, figure) -> None:
+    case = Case(B=9, I=6, J=3, K=4, D=4, logits=True, bias=True, leaky=True)
+    emulator.device = Device(4, 227 * 1024)
+    inputs = make_inputs(case, torch.float32)
+    first = run(fused_routing, case, inputs, backend="cuda")
+    for seed in range(REPEATS):
+        emulator.configure(seed=seed + 1)
+        assert_same_bits(run(fused_routing, case, inputs, backend="cuda"), first)
+    compared = REPEATS * bits(first)
+    figure("repeats of the emulated CUDA kernels", f"{REPEATS} schedules, {compared} bits equal")
+
+
 # In these calls every barrier matters: several tiles, groups of samples and of capsules, also with
 # more sums than blocks; more input capsules of a block than warps, and no room for the states of
 # two tiles; several clusters and passes.
@@ -257,6 +271,13 @@ def test_a_silent_capsule_stays_silent(emulator: Emulator) -> None:
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-19, 1e-18, 1e18])
 def test_no_square_of_a_length_leaves_the_range(emulator: Emulator, scale: float, R: int) -> None:
     check_case(Case(R=R, scale=scale), torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("emulator")
+def test_values_at_the_end_of_the_range(dtype: torch.dtype) -> None:
+    for inputs in inputs_at_the_end_of_the_range(Case(logits=True, leaky=True), dtype, "cpu"):
+        assert_finite_where_the_oracle_is("cuda", Case(logits=True, leaky=True), inputs)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
