@@ -20,10 +20,11 @@ from capsule_kernels.backends import triton
 @pytest.mark.parametrize(
     ("file", "chosen"),
     # Of test_range.py the smaller batch, as the kernels have one layout for both, and what they
-    # compute in: they widen 16-bit values as they load them.
+    # compute in: they widen 16-bit values as they load them. Rounding those it stores is all that
+    # is left to go wrong.
     [
         ("test_properties.py", "triton-cpu"),
-        ("test_range.py", "triton-cpu-3 and not float16"),
+        ("test_range.py", "triton-cpu-3 and (not float16 or huge or end_of_the_range)"),
     ],
 )
 def test_in_the_interpreter(file, chosen, figure):
