@@ -58,7 +58,8 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         found.rows.append([
             row.backend, row.kernel, row.shape, row.precision, row.target, str(row.warps),
-            str(row.registers), f"{row.spilled_bytes} B", f"{row.shared_bytes} B",
+            str(row.registers), f"{row.spilled_bytes} B",
+            f"{row.shared_bytes} B ({row.shared_share:.0%})",
             str(row.matrix_instructions), str(row.blocks), f"{row.occupancy:.0%}",
             f"{row.useful:.0%}", row.loops,
         ])  # fmt: skip

@@ -22,6 +22,8 @@ class Multiprocessor:
 
 TARGETS = {
     "sm_80": Multiprocessor(64, 32, 65536, 8, 164 << 10, 1 << 10),
+    "sm_86": Multiprocessor(48, 16, 65536, 8, 100 << 10, 1 << 10),
+    "sm_89": Multiprocessor(48, 24, 65536, 8, 100 << 10, 1 << 10),
     "sm_90": Multiprocessor(64, 32, 65536, 8, 228 << 10, 1 << 10),
     "sm_100": Multiprocessor(64, 32, 65536, 8, 228 << 10, 1 << 10),
     "gfx942": Multiprocessor(32, 16, 4 * 512 * 64, 8, 64 << 10, 0, lanes=64),
@@ -48,6 +50,12 @@ class Row:
     matrix_instructions: int
     useful: float
     loops: str = ""
+
+    @property
+    def shared_share(self) -> float:
+        """Share of the shared memory that a block may have; above 1 it can't be launched."""
+        limits = TARGETS[self.target]
+        return self.shared_bytes / (limits.shared_bytes - limits.reserved_bytes)
 
     @property
     def blocks(self) -> int:

@@ -35,7 +35,7 @@ POINTERS = {
     torch.int32: "*i32",
 }
 
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+PROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 """Multiprocessors of the usual GPU of each target."""
 
 
@@ -167,10 +167,12 @@ def compile_for(
             "matrix_instructions": len(re.findall(r"\bv_mfma_", code)),
         }
     usage, listing = examine_cubin(compiled.asm["cubin"])
+    local = r"\b(?:STL|LDL)\b"
     matrix = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
     return {
         "registers": number(r"REG:(\d+)", usage),
-        "spilled_bytes": number(r"STACK:(\d+)", usage),
+        # A stack frame that nothing is stored to or loaded from holds no spill.
+        "spilled_bytes": number(r"STACK:(\d+)", usage) if re.search(local, listing) else 0,
         "shared_bytes": compiled.metadata.shared + number(r"SHARED:(\d+)", usage),
         "matrix_instructions": len(re.findall(matrix, compiled.asm["ptx"])),
         "loops": loops(listing),

@@ -95,6 +95,9 @@ def test_blocks_that_fit():
     assert replace(ROW, shared_bytes=99328).blocks == 2  # 228 KiB, one KiB of each block reserved
     assert replace(ROW, registers=32).blocks == 6  # shared memory again
     assert replace(ROW, target="gfx942", registers=144, shared_bytes=0).blocks == 3
+    assert ROW.shared_share == 35840 / (227 << 10)
+    assert replace(ROW, target="sm_86", shared_bytes=100 << 10).shared_share > 1
+    assert replace(ROW, target="sm_86", shared_bytes=99 << 10).blocks == 1
 
 
 def test_loops_are_found_in_machine_code():

@@ -7,6 +7,7 @@ because Triton reads TRITON_INTERPRET once, when it is first imported.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,31 @@ def test_warps_hold_what_fits(J, K, D, columns):
         assert warps.output_capsules >= J  # the published networks need no statistics
 
 
+@pytest.mark.parametrize("shared_bytes", [64 << 10, 99 << 10, 163 << 10, 227 << 10])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sweeps_fit_into_shared_memory(sizes, shared_bytes):
+    """99 KiB are what a block may have with compute capability 8.6 and 8.9."""
+    _, J, K, D = sizes
+    for backward, precision in ((False, "tf32"), (True, "tf32"), (False, "tf32x3")):
+        columns = config.state_columns(backward, precision)
+        wanted = config.warps_of(J, K, D, columns)
+        warps, stages = config.fitting(wanted, 4, 2 if backward else 1, shared_bytes)
+        assert config.fitting(warps, 4, 2 if backward else 1, shared_bytes) == (warps, stages)
+        assert replace(warps, STEP_I=wanted.STEP_I) == wanted
+        assert warps.STEP_I * warps.BLOCK_K >= config.MATRIX_ROWS
+        if shared_bytes > 64 << 10:
+            assert config.sweep_bytes(warps, stages, 4, 2 if backward else 1) <= shared_bytes
+        if shared_bytes == 227 << 10:
+            assert (warps, stages) == (wanted, 3)
+
+
+def test_split_float32_of_mnist_takes_shorter_steps_where_shared_memory_is_small():
+    _, J, K, D = MNIST
+    wanted = config.warps_of(J, K, D, config.state_columns(True, "tf32x3"))
+    warps, stages = config.fitting(wanted, 4, 4, 99 << 10)
+    assert (wanted.STEP_I, warps.STEP_I, stages) == (4, 2, 2)
+
+
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(("uniform", "rows"), [(True, 64), (False, 32)])
 def test_large_batches_share_weights_in_eight_warps_that_see_all_of_J(sizes, uniform, rows):
@@ -134,7 +160,9 @@ def test_only_the_rows_that_do_not_fill_the_machine_are_cut():
     assert (split.whole, split.cut, split.pieces, split.batch_tiles) == (264, 24, 11, 12)
     for rows, tiles_B, counts in ((264, 128, True), (288, 1, True), (288, 16, False)):
         assert config.split(rows, 1, 4, tiles_B, 132, counts).programs == rows
-    assert config.split(288, 1, 4, 128, 132, counts=False).pieces == 4
+    split = config.split(288, 1, 4, 128, 132, counts=False)
+    assert split.pieces == 4
+    assert not split.counted
 
 
 def test_large_batches_are_cut_by_samples_and_small_ones_by_capsules():

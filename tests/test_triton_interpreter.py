@@ -140,10 +140,11 @@ def test_highest_precision_is_float32_on_tf32_hardware(case, matrix_unit):
         torch.set_float32_matmul_precision("highest")
 
 
-def test_two_iterations_at_once_in_the_last_sweep():
+def test_two_iterations_at_once_in_the_last_sweep(monkeypatch):
     """What TF32 takes where R = 3; the interpreter multiplies exactly, so the tolerance holds."""
     from capsule_kernels.backends.triton import launch
 
+    monkeypatch.setattr(launch, "UNROLLS", True)
     unrolled = []
 
     def spy(kernel, *rest, **arguments):

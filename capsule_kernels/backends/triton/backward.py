@@ -164,13 +164,12 @@ def routing_state_kernel(
     G_before_ptr,  # [B, J, D]: G^(t+1); None where it is 0
     G_ptr,  # [B, J, D]: G^t, written; None where it is 0
     ds_ptr,  # [R, B, J, D]: ds^t, written
-    table_ptr,  # [R, table_size]: V^(t-1) and ds^t from t on, for the last sweep, written; or None
+    table_ptr,  # as in the last sweep: V^(t-1) and ds^t from t on, written; or None
     finished_ptr,  # [finished_rows]: counters of the last sweep, set to 0; or None
     B,
     t,  # the iteration, from 1
     groups,
     iterations,  # R
-    table_size,  # elements of one iteration's table
     finished_rows,
     J: tl.constexpr,
     D: tl.constexpr,
@@ -215,14 +214,15 @@ def routing_state_kernel(
         j = (i_j + tl.arange(0, BLOCK_J))[None, :, None]
         d = tl.arange(0, BLOCK_D)[None, None, :]
         m_table = (j < PADDED_J) & (d < BLOCK_D)
-        p_table = table_ptr + wide(t - 1, OFFSET) * table_size + j * CELL
-        p_table += (i_b // 8)[:, None, None] * (2 * PADDED_J * CELL)
+        TABLE: tl.constexpr = 2 * PADDED_J * CELL  # of an iteration and a tile of samples
+        iteration = (i_b // 8)[:, None, None] * iterations + (t - 1)
+        p_table = table_ptr + iteration * TABLE + j * CELL
         b = (i_b % 8)[:, None, None]
         V = agreement_vectors(s_ptr, offsets, mask, size, t - 1, ACC)
         first = ds / (J + LEAKY) if UNIFORM else ds
         store_in_table(p_table, first, V, b, d, m_table, PADDED_J * CELL, PAIRED)
         for later in range(t + 1, iterations + 1):
-            p_table += table_size
+            p_table += TABLE
             V += squash(tl.load(s_ptr + (later - 2) * size + offsets, mask=mask, other=0.0))
             ds = tl.load(ds_ptr + (later - 1) * size + offsets, mask=mask, other=0.0)
             store_in_table(p_table, ds, V, b, d, m_table, PADDED_J * CELL, PAIRED)

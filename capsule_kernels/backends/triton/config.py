@@ -56,6 +56,9 @@ MOST_COUNTED = 16
 MAX_STEP = 10240
 """Most weights of a step of a sweep: 40 KiB of shared memory, twice."""
 
+SCRATCH = 8 << 10
+"""Shared memory of a sweep's program beside what is counted (``sweep_bytes``), at most."""
+
 STATISTICS_CAPSULES = 16
 """Input capsules of a program that tables softmax statistics."""
 
@@ -230,6 +233,31 @@ def warps_of_large(B: int, J: int, K: int, D: int, uniform: bool) -> Warps | Non
     return warps if fits and warps.output_capsules >= J else None
 
 
+def sweep_bytes(warps: Warps, stages: int, element_bytes: int, states: int) -> int:
+    """Shared memory that a program of a sweep takes, at most.
+
+    Steps of W and u are on their way in all stages but one. States that no other warp needs are
+    operands, which Triton 3.9 keeps in shared memory and 3.6 in registers.
+    """
+    columns = warps.STEP_I * warps.BLOCK_K
+    W = warps.number * warps.UNROLL_J * warps.BLOCK_D * columns
+    u = warps.WARPS_I * warps.BLOCK_B * columns
+    state = warps.output_capsules * warps.BLOCK_B * warps.BLOCK_D
+    kept = 4 * states * state if warps.WARPS_I == 1 else 0
+    return (stages - 1) * element_bytes * (W + u) + kept + SCRATCH
+
+
+def fitting(warps: Warps, element_bytes: int, states: int, shared_bytes: int) -> tuple[Warps, int]:
+    """The warps, with shorter steps if they must be, and the stages that fit into shared memory."""
+    for stages in (3, 2):
+        if sweep_bytes(warps, stages, element_bytes, states) <= shared_bytes:
+            return warps, stages
+    if warps.STEP_I * warps.BLOCK_K // 2 < MATRIX_ROWS:
+        return warps, 2
+    shorter = replace(warps, STEP_I=warps.STEP_I // 2)
+    return fitting(shorter, element_bytes, states, shared_bytes)
+
+
 def warps_of_gradients(J: int, K: int, D: int) -> Warps:
     """For the last sweep of the backward, whose programs hold 8 samples of two arrays.
 
@@ -306,6 +334,12 @@ class Split:
     capsules: int
     pieces: int
     batch_tiles: int
+    counts: bool  # whether programs may count who of them is the last
+
+    @property
+    def share(self) -> dict[str, int]:
+        """What a program needs to know to find its share (``parts.py``)."""
+        return {name: value for name, value in vars(self).items() if name != "counts"}
 
     @property
     def programs(self) -> int:
@@ -319,7 +353,7 @@ class Split:
     @property
     def counted(self) -> bool:
         """Whether the last of these to finish can add their parts, without a launch of its own."""
-        return 1 < self.contributors <= MOST_COUNTED
+        return self.counts and 1 < self.contributors <= MOST_COUNTED
 
 
 @lru_cache(maxsize=1024)
@@ -341,7 +375,8 @@ def split(
     def cut(whole: int, most: int) -> Split:
         batch_tiles = ceil_div(tiles_B, min(most, tiles_B))
         pieces = ceil_div(tiles_B, batch_tiles)
-        return Split(whole, units - whole, parts, steps_of_part * step, pieces, batch_tiles)
+        capsules = steps_of_part * step
+        return Split(whole, units - whole, parts, capsules, pieces, batch_tiles, counts)
 
     def cost(split: Split) -> float:
         """Steps of the busiest multiprocessor, with what a part costs for each of its pieces.

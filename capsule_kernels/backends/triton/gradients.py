@@ -105,23 +105,24 @@ def input_columns_twice(
 ):  # fmt: skip
     """u of 8 samples, once for each array and warp, [WARPS_J, N, 16]; 0 from ``end`` on.
 
-    Loaded in the order in which the threads hold a product: half of a capsule's k a thread.
+    Loaded in the order in which the threads hold a product: half of a capsule's k a thread, two
+    quarters of two samples. The threads of all warps make one axis (``table.cells``).
     """
-    lane = tl.arange(0, 8 * STEP_I)[:, None, None, None, None]
-    half = tl.arange(0, 2)[None, None, :, None, None] + tl.zeros([1, WARPS_J, 1, 1, 1], tl.int32)
-    pair = tl.arange(0, 2)[None, None, None, :, None]
-    part = half * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)[None, None, None, None, :]
+    QUARTER: tl.constexpr = BLOCK_K // 4
+    x = tl.arange(0, WARPS_J * 8 * STEP_I * QUARTER)[None, :]
+    lane = x // QUARTER % (8 * STEP_I)
+    rest = tl.arange(0, 4)[:, None]
     i = start + lane // 8
-    k = lane // 4 % 2 * (BLOCK_K // 2) + part
-    b = (b_start + lane % 4 * 2 + pair).to(OFFSET)
+    k = lane // 4 % 2 * (2 * QUARTER) + rest // 2 * QUARTER + x % QUARTER
+    b = (b_start + lane % 4 * 2 + rest % 2).to(OFFSET)
     mask = (b < B) & (i < end) & (k < K)
     if WINDOW is None:
         capsule = (b * I + i) * K
     else:
         capsule = sample_offset(b, K, WINDOW) + capsule_offset(i, K, WINDOW)
     u = tl.load(u_ptr + capsule + k, mask=mask, other=0.0).to(ACC)
-    u = tl.reshape(u, [2 * STEP_I, 4, WARPS_J, 2, 2, BLOCK_K // 4])
-    u = tl.permute(u, (2, 3, 5, 0, 1, 4))
+    u = tl.reshape(u, [2, 2, WARPS_J, 2 * STEP_I, 4, QUARTER])
+    u = tl.permute(u, (2, 0, 5, 3, 4, 1))
     u = tl.reshape(u, [WARPS_J, STEP_I * BLOCK_K, 1, 8])
     u = tl.broadcast_to(u, [WARPS_J, STEP_I * BLOCK_K, 2, 8])
     return tl.reshape(u, [WARPS_J, STEP_I * BLOCK_K, 16])
@@ -218,7 +219,7 @@ def routing_gradients_kernel(
     u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     logits_ptr,  # [I, J] or None
-    table_ptr,  # [R, tiles of 8 samples, 2, J padded to whole tiles, 16 BLOCK_D] (table_offsets)
+    table_ptr,  # [tiles of 8 samples, R, 2, J padded to whole tiles, 16 BLOCK_D] (table_offsets)
     statistics_ptr,  # [R, 3, B, I]: of the softmax where J takes several tiles, else None
     grad_u_ptr,  # [B, I, K] or None, written
     du_ptr,  # [B, I, K]: sums over the tiles of J, where there are several; may be grad_u
@@ -232,7 +233,6 @@ def routing_gradients_kernel(
     I,
     first,  # the first iteration whose coupling is not uniform
     iterations,  # R
-    table_size,  # elements of one iteration's table
     parts,  # into which the capsules of a row are cut
     capsules,  # of a part
     whole,  # rows that a program takes alone; 0 where rows have parts
@@ -271,6 +271,7 @@ def routing_gradients_kernel(
     CELL: tl.constexpr = 16 * BLOCK_D
     TILE_J: tl.constexpr = WARPS_J * UNROLL_J
     PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J
+    TABLE: tl.constexpr = 2 * PADDED_J * CELL  # of an iteration and a tile of samples
     PRESENT_J: tl.constexpr = J if J <= TILE_J else PADDED_J  # of a tile's first ones
     ROW_CAPSULES: tl.constexpr = STEP_I if WEIGHT_SHARING == 1 else WEIGHT_SHARING
     ROW_WEIGHTS: tl.constexpr = J * D * K * (STEP_I if WEIGHT_SHARING == 1 else 1)
@@ -311,35 +312,20 @@ def routing_gradients_kernel(
                     WARPS_J, STEP_I, BLOCK_K, ACC, OFFSET,
                 )  # fmt: skip
                 du = tl.zeros([WARPS_J, N, 16], ACC)
-                p_over_d = table_ptr + wide(tile, OFFSET) * (2 * PADDED_J * CELL) + i_j * CELL
-                p_over_b = p_over_d + PADDED_J * CELL
-                if UNIFORM:  # ds^1 of the table bears the coupling; V^0 is 0
-                    dW_new = ()
-                    for n in tl.static_range(UNROLL_J):
-                        x = states_over_d(
-                            p_over_d + n * WARPS_J * CELL,
-                            PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
-                        )  # fmt: skip
-                        du += product(W[n], x, ACC, PRECISION)
-                        x = states_over_b(
-                            p_over_b + n * WARPS_J * CELL,
-                            PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
-                        )  # fmt: skip
-                        dW_new += (dW[n] + product(operand_columns(u, PAIRED), x, ACC, PRECISION),)
-                    dW = dW_new
+                p_tile = table_ptr + wide(tile, OFFSET) * iterations * TABLE + i_j * CELL
                 i_b = (tile * 8 + s_b).to(OFFSET)
                 for t in tl.range(
                     FIRST_T if UNROLL_T > 1 else first,
                     FIRST_T + UNROLL_T if UNROLL_T > 1 else iterations + 1,
                     loop_unroll_factor=UNROLL_T,
                 ):
-                    to_iteration = wide(t - 1, OFFSET) * table_size
+                    p_iteration = p_tile + (t - 1) * TABLE
                     P = ()
                     b = ()
                     dc = ()
                     for n in tl.static_range(UNROLL_J):
                         x_n = states_over_d(
-                            p_over_d + to_iteration + n * WARPS_J * CELL,
+                            p_iteration + n * WARPS_J * CELL,
                             PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
                         )  # fmt: skip
                         P_n = product(W[n], x_n, ACC, PRECISION)
@@ -380,7 +366,7 @@ def routing_gradients_kernel(
                         y = for_every_row(y, STEP_I, BLOCK_K)
                         du += y * P[n]
                         x_n = states_over_b(
-                            p_over_b + to_iteration + n * WARPS_J * CELL,
+                            p_iteration + (PADDED_J + n * WARPS_J) * CELL,
                             PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
                         )  # fmt: skip
                         dW_next += (
@@ -388,6 +374,20 @@ def routing_gradients_kernel(
                         )
                     dW = dW_next
                     dprior = dprior_new
+                if UNIFORM:  # ds^1 of the table bears the coupling; V^0 is 0
+                    dW_new = ()
+                    for n in tl.static_range(UNROLL_J):
+                        x = states_over_d(
+                            p_tile + n * WARPS_J * CELL,
+                            PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
+                        )  # fmt: skip
+                        du += product(W[n], x, ACC, PRECISION)
+                        x = states_over_b(
+                            p_tile + (PADDED_J + n * WARPS_J) * CELL,
+                            PRESENT_J - n * WARPS_J, WARPS_J, BLOCK_D, PAIRED,
+                        )  # fmt: skip
+                        dW_new += (dW[n] + product(operand_columns(u, PAIRED), x, ACC, PRECISION),)
+                    dW = dW_new
                 if grad_u_ptr is not None:
                     du = tl.sum(tl.sum(tl.reshape(du, [WARPS_J, N, 2, 8]), axis=2), axis=0)
                     u_b = (tile * 8 + tl.arange(0, 8)).to(OFFSET)

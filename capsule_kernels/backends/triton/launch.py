@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from ...ops import backward_shapes, forward_shapes
@@ -13,6 +14,10 @@ from .checks import check_backward, check_forward
 from .forward import routing_forward_kernel, routing_output_kernel
 from .gradients import routing_gradients_kernel
 from .routing import Gpu, Routing, device_guard, run
+
+UNROLLS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+"""Whether the last sweep may take two iterations at once. They keep W in registers, of which only
+plain TF32 has enough, and only with the assembler of older versions: the newer one spills."""
 
 
 def routing_forward(
@@ -129,19 +134,19 @@ def routing_backward(
         counts=not routing.gpu.hip,
     )  # fmt: skip
 
+    # Parts that programs leave of a row of each gradient; one is the gradient itself.
+    number_weight = 1 if grad_weight is None else split.contributors
+    number_logits = 1 if grad_logits is None else split.pieces
+    finished = None
+    if split.counted and max(number_weight, number_logits) > 1:
+        finished = torch.empty(rows - split.whole, dtype=torch.int32, device=u.device)
+
     def parts_of(gradient: Tensor | None, number: int) -> Tensor | None:
-        """Where ``number`` parts of a gradient's rows that are cut go, if it is more than one."""
+        """Where ``number`` parts of a gradient's rows that are cut go."""
         if gradient is None or number == 1:
             return None
         cut = len(gradient) - min(len(gradient), split.whole * config.ceil_div(len(gradient), rows))
         return s.new_empty(number, cut, *gradient.shape[1:])
-
-    has_parts = (grad_weight is not None and split.contributors > 1) or (
-        grad_logits is not None and split.pieces > 1
-    )
-    finished = None
-    if has_parts and split.counted and not routing.gpu.hip:
-        finished = torch.empty(rows - split.whole, dtype=torch.int32, device=u.device)
 
     def state(t: int) -> dict[str, Any]:
         """What ds^t and G^t are made from, and where G^t goes."""
@@ -161,7 +166,6 @@ def routing_backward(
                     tiles_B * last_sweep.BLOCK_B, tiles_J * last_sweep.output_capsules,
                     groups=sweep.groups, **state(t),
                     table_ptr=table if last else None, iterations=R,
-                    table_size=routing.table_size,
                     finished_ptr=finished if last else None,
                     finished_rows=0 if finished is None else len(finished),
                     LEAKY=routing.leaky, UNIFORM=uniform, PAIRED=routing.paired,
@@ -178,15 +182,14 @@ def routing_backward(
                     SUM_INPUT=one_tile,
                 )  # fmt: skip
         partials = None  # the parts below take its memory
-        weight_parts = parts_of(grad_weight, split.contributors)
-        logits_parts = parts_of(grad_logits, split.pieces)
+        weight_parts = parts_of(grad_weight, number_weight)
+        logits_parts = parts_of(grad_logits, number_logits)
         grad_capsules = routing.capsule_gradients(grad_u)
         du = grad_capsules
         if du is not None and tiles_J > 1 and du.dtype != s.dtype:
             du = torch.empty_like(du, dtype=s.dtype)
         first = 2 if uniform else earliest
-        # Two iterations at once keep W in registers, which only plain TF32 has enough of.
-        unrolled = R - first == 1 and routing.precision == "tf32"
+        unrolled = UNROLLS and R - first == 1 and routing.precision == "tf32"
         if not (grad_u is None and grad_weight is None and grad_logits is None):
             routing.over_capsules(
                 routing_gradients_kernel, (split.programs,),
@@ -196,7 +199,7 @@ def routing_backward(
                 grad_weight_ptr=grad_weight, grad_logits_ptr=grad_logits,
                 weight_parts_ptr=weight_parts, logits_parts_ptr=logits_parts,
                 finished_ptr=finished,
-                first=first, iterations=R, table_size=routing.table_size, **vars(split),
+                first=first, iterations=R, **split.share,
                 UNROLL_T=2 if unrolled else 1, FIRST_T=first if unrolled else 0,
                 UNIFORM=uniform, FULL=full_gradient, PAIRED=routing.paired,
             )  # fmt: skip

@@ -39,9 +39,9 @@ class Gpu:
 def gpu_of(device: torch.device) -> Gpu:
     """The device's description; the interpreter counts as a small GPU, so that groups are cut."""
     if device.type == "cpu":
-        return Gpu(processors=4, hip=False)
+        return Gpu(processors=4, hip=False, shared_bytes=227 << 10)
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    shared = getattr(properties, "shared_memory_per_block_optin", Gpu.shared_bytes)
     return Gpu(properties.multi_processor_count, torch.version.hip is not None, shared)
 
 
@@ -135,7 +135,8 @@ class Routing:
     @cached_property
     def sweep(self) -> config.Sweep:
         B, I, J, K, D, _ = self.sizes
-        warps = config.warps_of(J, K, D, config.state_columns(self.backward, self.precision))
+        columns = config.state_columns(self.backward, self.precision)
+        warps, _ = self.fitting(config.warps_of(J, K, D, columns))
         # 16-bit weights are half as much to read, and split float32 has no registers for more.
         if not self.backward and self.precision == "tf32" and not self.paired:
             warps = self.large(uniform=False) or warps
@@ -157,13 +158,16 @@ class Routing:
         B, _, J, K, D, _ = self.sizes
         return config.warps_of_large(B, J, K, D, uniform)
 
-    @property
-    def stages(self) -> int:
-        """Of a sweep's load pipeline: on CUDA a step's weights are on their way during another.
+    def fitting(self, warps: config.Warps) -> tuple[config.Warps, int]:
+        """What fits of a sweep's warps, and the stages of its load pipeline.
 
-        gfx942 has 64 KiB of shared memory, which hold one step, and prefetches into registers.
+        On CUDA a step's weights are on their way during another, if both fit into shared memory.
+        gfx942 has 64 KiB of it, which hold one step, and prefetches into registers.
         """
-        return 2 if self.gpu.hip else 3
+        if self.gpu.hip:
+            return warps, 2
+        states = (2 if self.backward else 1) * (2 if self.precision == "tf32x3" else 1)
+        return config.fitting(warps, self.u.element_size(), states, self.gpu.shared_bytes)
 
     @cached_property
     def last_sweep(self) -> config.Warps:
@@ -231,7 +235,7 @@ class Routing:
         """Launch a sweep of the forward or backward."""
         self.over_capsules(
             kernel, (sweep.tiles_B, sweep.groups, sweep.tiles_J),
-            sweep.warps.number, self.stages, sweep.warps,
+            sweep.warps.number, self.fitting(sweep.warps)[1], sweep.warps,
             capsules=sweep.capsules, **arguments,
         )  # fmt: skip
 

@@ -30,17 +30,16 @@ def table_offsets(which, b, d, PAIRED: tl.constexpr):
 def cells(p, PRESENT_J: tl.constexpr, WARPS_J: tl.constexpr, BLOCK_D: tl.constexpr):
     """Cells of WARPS_J output capsules, [WARPS_J, BLOCK_D // 8, 8, 4, 2, 2].
 
-    The threads of a warp come first, so that each loads 16 bytes beside its neighbour's. Warps
-    beyond PRESENT_J read what the last one before them reads, so nothing more is fetched: their W
-    and c are 0.
+    The threads of all warps make one axis, along which each loads 16 bytes beside its neighbour's:
+    so every version of Triton gives a thread its own. Warps beyond PRESENT_J read what the last
+    one before them reads, so nothing more is fetched: their W and c are 0.
     """
-    lane = tl.arange(0, 32)[:, None, None, None]
-    w = tl.minimum(tl.arange(0, WARPS_J), PRESENT_J - 1)[None, :, None, None]
-    n = tl.arange(0, BLOCK_D // 8)[None, None, :, None]
-    x = tl.load(
-        p + (w * (16 * BLOCK_D) + n * 128 + lane * 4 + tl.arange(0, 4)[None, None, None, :])
-    )
-    return tl.reshape(tl.permute(x, (1, 2, 0, 3)), [WARPS_J, BLOCK_D // 8, 8, 4, 2, 2])
+    x = tl.arange(0, WARPS_J * 128)[None, :]
+    n = tl.arange(0, BLOCK_D // 8)[:, None]
+    w = tl.minimum(x // 128, PRESENT_J - 1)
+    x = tl.load(p + (w * (16 * BLOCK_D) + n * 128 + x % 128))
+    x = tl.permute(tl.reshape(x, [BLOCK_D // 8, WARPS_J, 128]), (1, 0, 2))
+    return tl.reshape(x, [WARPS_J, BLOCK_D // 8, 8, 4, 2, 2])
 
 
 @triton.jit
