@@ -243,7 +243,7 @@ def sweep_bytes(warps: Warps, stages: int, element_bytes: int, states: int) -> i
     W = warps.number * warps.UNROLL_J * warps.BLOCK_D * columns
     u = warps.WARPS_I * warps.BLOCK_B * columns
     state = warps.output_capsules * warps.BLOCK_B * warps.BLOCK_D
-    kept = 4 * states * state if warps.WARPS_I == 1 else 0
+    kept = max(4, element_bytes) * states * state if warps.WARPS_I == 1 else 0
     return (stages - 1) * element_bytes * (W + u) + kept + SCRATCH
 
 

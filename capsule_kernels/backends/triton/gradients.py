@@ -319,7 +319,7 @@ def routing_gradients_kernel(
                     FIRST_T + UNROLL_T if UNROLL_T > 1 else iterations + 1,
                     loop_unroll_factor=UNROLL_T,
                 ):
-                    p_iteration = p_tile + (t - 1) * TABLE
+                    p_iteration = p_tile + wide(t - 1, OFFSET) * TABLE
                     P = ()
                     b = ()
                     dc = ()
