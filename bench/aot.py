@@ -16,12 +16,19 @@ from .options import INTERRUPTED
 from .shapes import MNIST, SHAPES
 from .tables import Table
 
+USUAL = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""What is compiled for where no target is named: one for each generation of large GPUs."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [shape.name.split()[0] for shape in SHAPES]
     parser.add_argument("--shape", nargs="+", choices=names, default=names, help="shapes (all)")
     parser.add_argument(
-        "--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="targets (all)"
+        "--target",
+        nargs="+",
+        choices=TARGETS,
+        default=list(USUAL),
+        help=f"targets ({', '.join(USUAL)})",
     )
     parser.add_argument(
         "--precision",
