@@ -188,6 +188,24 @@ def test_tiles_of_a_large_batch(J, monkeypatch):
     assert warps[:2] == [(8, 64), (8, 32)]
 
 
+def test_shorter_steps_where_shared_memory_is_small(monkeypatch):
+    """As with compute capability 8.6 and 8.9."""
+    from capsule_kernels.backends.triton import config, routing
+
+    steps = []
+
+    def spy(*arguments):
+        warps, stages = fitting(*arguments)
+        steps.append((warps.STEP_I, stages))
+        return warps, stages
+
+    fitting = config.fitting
+    monkeypatch.setattr(config, "fitting", spy)
+    monkeypatch.setattr(routing, "gpu_of", lambda device: routing.Gpu(4, False, 99 << 10))
+    check_case(Case(B=17, I=5, J=10, R=2, logits=True), torch.float32, "triton")
+    assert (2, 2) in steps
+
+
 def test_wide_offsets_give_the_same_bits(monkeypatch):
     from capsule_kernels.backends.triton import config
 
