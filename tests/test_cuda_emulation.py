@@ -207,37 +207,29 @@ def test_a_missing_barrier_is_found(emulator: Emulator) -> None:
     """Each barrier of the kernels is left out in turn: some schedule must then give other bits."""
     inputs = [make_inputs(case, torch.float32) for case, _ in BARRIER_CASES]
 
-    def results() -> list[dict[str, torch.Tensor]]:
-        found = []
-        for (case, device), x in zip(BARRIER_CASES, inputs, strict=True):
-            emulator.device = device
-            found.append(run(fused_routing, case, x, backend="cuda"))
-        return found
+    def result(n: int) -> dict[str, torch.Tensor]:
+        case, emulator.device = BARRIER_CASES[n]
+        return run(fused_routing, case, inputs[n], backend="cuda")
 
-    def differs(whole: list[dict[str, torch.Tensor]]) -> bool:
+    def differs(n: int) -> bool:
         try:
-            broken = results()
+            broken = result(n)
         except RuntimeError:  # a deadlock, or lanes that stand at different collectives
             return True
-        return any(
-            not torch.equal(x[name], y[name])
-            for x, y in zip(whole, broken, strict=True)
-            for name in x
-        )
+        return any(not torch.equal(whole[n][name], x) for name, x in broken.items())
 
-    whole = results()
+    cases = range(len(BARRIER_CASES))
+    whole = [result(n) for n in cases]
     barriers = emulator.barriers()
     assert len(barriers) >= 15
     unnoticed = []
     for barrier in barriers:
-        noticed = False
-        for seed in range(8):
+        for seed, n in itertools.product(range(8), cases):
             emulator.configure(seed, skip=barrier)
-            noticed = differs(whole)
-            if noticed:
+            if differs(n):
                 break
-        if not noticed:
-            file, line = barrier.split(":")
+        else:
+            file, line, _ = barrier.split(":")
             unnoticed.append((KERNELS / file).read_text().splitlines()[int(line) - 1].strip())
     assert unnoticed == [ORDERS_MEMORY_ONLY]
 

@@ -22,7 +22,8 @@ struct BackwardWorkspace {
     const Padded padded(shape);
     tile_size = padded.tile_floats() / 4;
     state_size = padded.tiles * tile_size;
-    partial = reinterpret_cast<float4*>(arguments.workspace);
+    // The sweeps' counters lie before all of them.
+    partial = reinterpret_cast<float4*>(arguments.workspace + plan.sweep.counter_floats);
     float4* const copies = partial + plan.sweep.partials * state_size;
     const std::size_t copy_size = 2 * shape.R * state_size;
     G = copies + copy * copy_size;

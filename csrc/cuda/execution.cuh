@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace capsule_kernels::cuda {
 
@@ -106,8 +107,30 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" : : : "memory");
 }
 
-// All blocks of a cooperative launch; what was written before is seen after by everybody.
-__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+// All blocks of a cooperative launch, in two halves: what was written before one arrives is seen by
+// those that have waited.
+using GridArrival = cooperative_groups::grid_group::arrival_token;
+__device__ __forceinline__ GridArrival grid_arrive() {
+  return cooperative_groups::this_grid().barrier_arrive();
+}
+__device__ __forceinline__ void grid_wait(GridArrival arrival) {
+  cooperative_groups::this_grid().barrier_wait(std::move(arrival));
+}
+
+// A barrier for the blocks, all resident, that count their arrivals in `arrived`; passed when there
+// are `expected` of them. Nothing is awaited of the addition itself, so that the first look at the
+// count sets off at once.
+__device__ __forceinline__ void counted_barrier(unsigned* arrived, unsigned expected) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" : : "l"(arrived) : "memory");
+    unsigned count;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(arrived) : "memory");
+    } while (count < expected);
+  }
+  __syncthreads();
+}
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kHasClusters = false;
@@ -149,14 +172,6 @@ __device__ __forceinline__ float4 load_from_block(const float4* shared, int rank
   __trap();
 #endif
   return x;
-}
-
-// To the nearest TF32 value, ties away from zero; infinities and NaN stay. Volatile: the compiler
-// must not hoist it out of a loop, where the rounded copies would take registers.
-__device__ __forceinline__ unsigned round_to_tf32(float x) {
-  unsigned bits;
-  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
 }
 
 // c [16, 8] += a [16, 8] b [8, 8]; the low 13 bits of the operands are ignored by the hardware.

@@ -34,7 +34,8 @@ constexpr int kStepDims = 8;       // of K, the contraction of one mma
 constexpr int kMaxFragments = 10;  // mma results of a tile [J * D, 8] that fit in registers
 constexpr int kFragmentBytes = kTileSamples * kTileRows * 4;
 constexpr int kWarpSize = 32;
-constexpr int kClusterBlocks = 8;  // the most that every device with clusters has
+constexpr int kClusterBlocks = 8;   // the most that every device with clusters has
+constexpr int kCounterStride = 32;  // from counter to counter: each has a cache line of its own
 // Warps of a block, as the registers of a thread allow: they hold V, ds and the sum, or V, ds,
 // du_hat and dW, beside u_hat.
 constexpr int kSweepWarps = 8;
@@ -55,7 +56,8 @@ struct Divisor {
     factor = unsigned(((1ull << shift) + divisor - 1) / divisor);
   }
   CAPSULE_KERNELS_BOTH int divide(int x) const {
-    return int((unsigned long long)(x)*factor >> shift);
+    // Of no negative x: nothing to extend the sign of.
+    return int((unsigned long long)(unsigned(x)) * factor >> shift);
   }
 };
 
@@ -119,9 +121,10 @@ struct SweepPlan {
   // chip and keeps states of its own, so that only clusters have to wait for each other, once an
   // iteration; then the partial sums of one iteration are read while those of the next are written.
   int cluster = 1;
-  int sums = 0;      // partial sums of a tile that are added through memory
-  int partials = 0;  // of which there is room
-  int copies = 1;    // of the states
+  int sums = 0;                    // partial sums of a tile that are added through memory
+  int partials = 0;                // of which there is room
+  int copies = 1;                  // of the states
+  std::size_t counter_floats = 0;  // room for the counter of each group of samples
   // What kernels would otherwise compute, and keep in registers.
   int tiles = 0;
   std::size_t state_size = 0;  // of a state [tiles][tile] in float4s
@@ -148,6 +151,7 @@ inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& d
   plan.sums = plan.capsule_groups / cluster;
   plan.partials = cluster > 1 ? 2 * plan.sums : plan.sums;
   plan.copies = cluster > 1 ? plan.sums : 1;
+  plan.counter_floats = std::size_t(sample_groups) * kCounterStride;
   plan.by_capsule_groups = Divisor(plan.capsule_groups);
   plan.by_tiles_per_pass = Divisor(tiles_per_pass);
   // The sums of half of the warps, or a fragment of each; where a cluster reads those of one pass
@@ -204,13 +208,14 @@ struct ForwardPlan {
   std::size_t workspace_floats = 0;
 };
 
-// Workspace: partial sums [partials][tiles][tile], then V [copies][tiles][tile].
+// Workspace: counters, partial sums [partials][tiles][tile], then V [copies][tiles][tile].
 inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   ForwardPlan plan;
   plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.workspace_floats =
-      std::size_t(plan.sweep.partials + plan.sweep.copies) * padded.tiles * padded.tile_floats();
+      std::size_t(plan.sweep.partials + plan.sweep.copies) * padded.tiles * padded.tile_floats() +
+      plan.sweep.counter_floats;
   return plan;
 }
 
@@ -283,16 +288,17 @@ struct BackwardPlan {
   std::size_t workspace_floats = 0;
 };
 
-// Workspace: partial sums of G [partials][tiles][tile]; for each copy of the states G, V^1..V^(R-1)
-// and ds^1..ds^R [tiles][tile] each; then partial sums of dW [splits, I, J, D, K] and of dprior
-// [splits, I, J].
+// Workspace: counters; partial sums of G [partials][tiles][tile]; for each copy of the states G,
+// V^1..V^(R-1) and ds^1..ds^R [tiles][tile] each; then partial sums of dW [splits, I, J, D, K] and
+// of dprior [splits, I, J].
 inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   BackwardPlan plan;
   plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.gradients = plan_gradients(shape, scalar_bytes, device);
   plan.workspace_floats = std::size_t(plan.sweep.partials + plan.sweep.copies * 2 * shape.R) *
-                          padded.tiles * padded.tile_floats();
+                              padded.tiles * padded.tile_floats() +
+                          plan.sweep.counter_floats;
   if (plan.gradients.partial_sums) {
     plan.workspace_floats += std::size_t(plan.gradients.splits) * shape.I * shape.J *
                              (std::size_t(shape.D) * shape.K + 1);

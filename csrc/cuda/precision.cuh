@@ -32,13 +32,18 @@ struct Tf32 {
     unsigned bits[N];
   };
 
+  // Rounding in one instruction: the tensor cores cut the result off 0.64 units of its last place
+  // from x at most (rounded to nearest: 0.5), as often below as above; TF32 values stay what they
+  // are.
+  static __device__ __forceinline__ float nearly_rounded(float x) { return x * 1.000352f; }
+
   // `T`: the type the values were stored in; 16-bit values are TF32 values already.
   template <class T, int N>
   static __device__ __forceinline__ Operand<N> operand(const float (&x)[N]) {
     Operand<N> result;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      result.bits[n] = sizeof(T) > 2 ? round_to_tf32(x[n]) : bits_of(x[n]);
+      result.bits[n] = bits_of(sizeof(T) > 2 ? nearly_rounded(x[n]) : x[n]);
     }
     return result;
   }
@@ -49,10 +54,7 @@ struct Tf32 {
 
   template <class T>
   static __device__ __forceinline__ T prepared(T x) {
-    if constexpr (kPrepares<T>) {
-      // As round_to_tf32 does, but for the bits that the hardware ignores.
-      if (fabsf(x) < INFINITY) return float_of(bits_of(x) + 0x1000u);
-    }
+    if constexpr (kPrepares<T>) return nearly_rounded(x);
     return x;
   }
 
@@ -63,11 +65,6 @@ struct Tf32 {
     for (int n = 0; n < N; ++n) result.bits[n] = bits_of(x[n]);
     return result;
   }
-
-  // A sum on its way to be an operand, in one instruction where rounding takes three: the tensor
-  // cores cut the result off 0.64 units of its last place from x at most (rounded: 0.5), and as
-  // often below as above.
-  static __device__ __forceinline__ float nearly_rounded(float x) { return x * 1.000352f; }
 
   static __device__ __forceinline__ void multiply(float (&c)[4], const Operand<4>& a,
                                                   const Operand<2>& b) {

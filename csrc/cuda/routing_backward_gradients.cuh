@@ -37,7 +37,7 @@ struct GradientStore {
 // for element g of K. There are two products, rows g' and rows g' + 8; half of each is of no use,
 // since the left side has room for 16 samples.
 template <class P, class T, class Tile>
-__device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
+__device__ __forceinline__ void write_grad_u(T* grad_u, const T* u, const float4* du_hat,
                                              const Columns<T>* all_weight,
                                              const InputRow<T, Tile>& row, int i,
                                              const Shape& shape, const Lane& lane) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const float4* du_hat,
     const float du[2] = {low[0] + high[2], low[1] + high[3]};
     const int k = k0 + 2 * lane.q;
     if (!row.inside || k >= shape.K) continue;
-    T* const to = grad_u + row.offset + (i * shape.K + k0);  // as of u
+    T* const to = grad_u + (row.u - u) + (i * shape.K + k0);
     if (Tile::kKnown || shape.K % 2 == 0) {
       Pair<T> pair;
       store(&pair.first, du[0]);
@@ -300,6 +300,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
         if (arguments.full_gradient && t > 1) {
           forget_loads();  // for all of V there is no room beside what the softmax needs
           load_state<Tile>(V, states + (t - 2) * tile_size, shape.J, lane, 1);
+          for (auto& x : dl) x[0] *= kLn2, x[1] *= kLn2;  // V is log2(e) V
           add_scaled<Tile>(du_hat, dl, V, shape.J);
         }
       }
@@ -319,8 +320,8 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
               make_float4(du_hat[n][0], du_hat[n][2], du_hat[n][1], du_hat[n][3]);
         });
         __syncwarp();  // du_hat is there for the other lanes
-        write_grad_u<P, T, Tile>(static_cast<T*>(arguments.grad_u), shown, weight, row[0], i, shape,
-                                 lane);
+        write_grad_u<P, T, Tile>(static_cast<T*>(arguments.grad_u), u, shown, weight, row[0], i,
+                                 shape, lane);
       }
     }
   }

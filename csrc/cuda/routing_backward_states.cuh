@@ -1,6 +1,6 @@
-// Backward, first launch: V^t, and ds^t from t = R down, a sweep and two grid barriers, or one and
-// two of the clusters, for each step. With `full_gradient` off only V and ds^R are needed, and
-// there is no sweep.
+// Backward, first launch: V^t, and ds^t from t = R down, a sweep and two barriers of the blocks
+// that share samples, or one and two of the clusters, for each step. With `full_gradient` off only
+// V and ds^R are needed, and there is no sweep.
 #pragma once
 
 #include "backward_workspace.cuh"
@@ -13,14 +13,19 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_backward_states_kernel(BackwardArguments arguments, BackwardPlan plan) {
   constexpr int kCapsuleLanes = Tile::D / 4;
   const Shape& shape = arguments.shape;
-  const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u, arguments.weight);
+  const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u, arguments.weight,
+                                     reinterpret_cast<unsigned*>(arguments.workspace));
   const Lane& lane = block.lane;
   const auto grad_v = static_cast<const T*>(arguments.grad_v);
   const auto logits = static_cast<const T*>(arguments.logits);
-  const BackwardWorkspace w(arguments, plan, block.copy());
+  const BackwardWorkspace w(arguments, plan, block.share.copy());
   const int R = shape.R;
   const bool sweeps = arguments.full_gradient && R > 1;
-  if (sweeps) block.send_for_weight();
+  GridArrival reset = 0;
+  if (sweeps) {
+    reset = block.share.reset_counter();
+    block.send_for_weight();
+  }
 
   // x_d ... x_(d + 3) of output capsule j of sample b, 0 past the batch, J and D.
   const auto load = [&](float (&x)[4], const auto* from, int b, int j, int d) {
@@ -49,7 +54,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     for (int t = 1; t < R; ++t) {
       load_s(s, t, b, j, d);
       squash<kCapsuleLanes>(v, s);
-      for (int n = 0; n < 4; ++n) sum[n] += v[n];
+      for (int n = 0; n < 4; ++n) sum[n] += v[n] * kLog2E;
       store_state(w.V + (t - 1) * w.state_size, sum, b, j, d);
     }
     float g[4];
@@ -59,7 +64,8 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     store_state(w.ds + (R - 1) * w.state_size, g, b, j, d);
   });
   if (!sweeps) return;
-  block.state_barrier();
+  block.share.wait_for_counters(reset);
+  block.share.state_barrier(0, 1);
 
   for (int t = R; t > 1; --t) {
     float4* const partial = block.partial_of(w.partial, t);
@@ -77,7 +83,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
           softmax_backward<Tile>(dl, c, shape.J);
           add_scaled<Tile>(sum, dl, u_hat, shape.J);
         });
-    block.sum_barrier();
+    block.share.sum_barrier(R - t + 1, R - t + 1);
 
     // G^(t-1) and ds^(t-1); G is read and written by the same lanes, in the order of the sums.
     block.add_partial_sums(partial, [&](float (&sum)[4], int b, int j, int d) {
@@ -91,7 +97,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
       squash_backward<kCapsuleLanes>(sum, s);
       store_state(w.ds + (t - 2) * w.state_size, sum, b, j, d);
     });
-    if (t > 2) block.state_barrier();
+    if (t > 2) block.share.state_barrier(R - t + 1, R - t + 2);
   }
 }
 

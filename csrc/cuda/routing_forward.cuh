@@ -1,5 +1,5 @@
-// The whole forward in one cooperative launch: R sweeps, between two of them two grid barriers, or
-// one and two of the clusters.
+// The whole forward in one cooperative launch: R sweeps, between two of them two barriers of the
+// blocks that share samples, or one and two of the clusters.
 #pragma once
 
 #include "routing.h"
@@ -11,17 +11,20 @@ template <class P, class T, class Tile>
 __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_forward_kernel(ForwardArguments arguments, ForwardPlan plan) {
   const Shape& shape = arguments.shape;
-  const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u, arguments.weight);
+  const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u, arguments.weight,
+                                     reinterpret_cast<unsigned*>(arguments.workspace));
   constexpr int kCapsuleLanes = Tile::D / 4;
   const Lane& lane = block.lane;
   const auto logits = static_cast<const T*>(arguments.logits);
   const auto bias = static_cast<const T*>(arguments.bias);
   // [partials][B][J][D], and [tiles][tile].
-  const auto partials = reinterpret_cast<float4*>(arguments.workspace);
-  float4* const V = partials + (plan.sweep.partials + block.copy()) * block.state_size;
+  const auto partials = reinterpret_cast<float4*>(arguments.workspace + plan.sweep.counter_floats);
+  float4* const V = partials + (plan.sweep.partials + block.share.copy()) * block.state_size;
   // Without a prior the first couplings are all the same: one factor for the whole sum.
   const bool uniform = logits == nullptr && (shape.R > 1 || arguments.coupling == nullptr);
+  const GridArrival reset = block.share.reset_counter();
   block.send_for_weight();
+  block.share.wait_for_counters(reset);
 
   for (int t = 1; t <= shape.R; ++t) {
     float4* const partial = block.partial_of(partials, t);
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     } else {
       block.template sweep<1>(false, {V}, partial, add_weighted(false, false));
     }
-    block.sum_barrier();
+    block.share.sum_barrier(t, t - 1);
 
     // s^t, v^t and V^t.
     float* const s_out = arguments.s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
@@ -78,22 +81,22 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
         const bool inside = j < shape.J && d + e < shape.D;
         s[e] *= factor;
         if (bias != nullptr && inside) s[e] += to_float(bias[j * shape.D + d + e]);
-        if (b < shape.B && inside && block.copy() == 0) s_out[index + e] = s[e];
+        if (b < shape.B && inside && block.share.copy() == 0) s_out[index + e] = s[e];
       }
       float v[4];
       squash<kCapsuleLanes>(v, s);
       for (int e = 0; e < 4; ++e) {
         if (t == shape.R) {
-          if (b < shape.B && j < shape.J && d + e < shape.D && block.copy() == 0) {
+          if (b < shape.B && j < shape.J && d + e < shape.D && block.share.copy() == 0) {
             store(static_cast<T*>(arguments.v) + index + e, v[e]);
           }
         } else {
           float& to = reinterpret_cast<float*>(V)[state_offset<Tile>(b, j, d + e, block.fragments)];
-          to = t > 1 ? to + v[e] : v[e];
+          to = t > 1 ? to + v[e] * kLog2E : v[e] * kLog2E;
         }
       }
     });
-    if (t < shape.R) block.state_barrier();
+    if (t < shape.R) block.share.state_barrier(t, t);
   }
 }
 

@@ -8,36 +8,12 @@
 // are added on chip first, and each cluster adds those of the others for itself.
 #pragma once
 
+#include "coefficients.cuh"
+#include "share.cuh"
 #include "squash.cuh"
 #include "weight.cuh"
 
 namespace capsule_kernels::cuda {
-
-// What a block of the grid, and a warp of it, works on.
-struct Share {
-  int sample_group, capsule_group;
-  int first_capsule, last_capsule;
-  int first_row;  // of W on chip
-  int warp;
-  int lane_of_capsules;  // which of the `lanes` interleaved shares of the capsules
-  int slot;              // which tile of a pass
-  int lanes;
-
-  // Which of the clusters that share the samples, and which of its blocks.
-  __device__ __forceinline__ int cluster() const { return capsule_group / kClusterBlocks; }
-  __device__ __forceinline__ int rank() const { return capsule_group % kClusterBlocks; }
-
-  __device__ __forceinline__ Share(const Shape& shape, const SweepPlan& plan)
-      : sample_group(plan.by_capsule_groups.divide(blockIdx.x)),
-        capsule_group(blockIdx.x - sample_group * plan.capsule_groups),
-        first_capsule(capsule_group * plan.capsules),
-        last_capsule(min(first_capsule + plan.capsules, shape.I)),
-        first_row(plan.by_weight_sharing.divide(first_capsule)),
-        warp(threadIdx.x / kWarpSize),
-        lane_of_capsules(plan.by_tiles_per_pass.divide(warp)),
-        slot(warp - lane_of_capsules * plan.tiles_per_pass),
-        lanes(plan.by_tiles_per_pass.divide(kSweepWarps)) {}
-};
 
 // A block of the persistent grid.
 template <class P, class T, class Tile>
@@ -65,10 +41,10 @@ struct SweepBlock {
   float4* const exchange;        // on chip
 
   __device__ __forceinline__ SweepBlock(const Shape& shape, const SweepPlan& plan, const void* u,
-                                        const void* weight)
+                                        const void* weight, unsigned* counters)
       : shape(shape),
         plan(plan),
-        share(shape, plan),
+        share(shape, plan, counters),
         u(static_cast<const T*>(u)),
         all_weight(static_cast<const T*>(weight)),
         tiles(plan.tiles),
@@ -86,20 +62,10 @@ struct SweepBlock {
     for (int n = 0; n < kPiecesAhead; ++n) send_for_piece(share.first_capsule + n * kPiece);
   }
 
-  // Whether the block is in a cluster.
-  __device__ __forceinline__ bool clustered() const { return kHasClusters && plan.cluster > 1; }
-
-  // Which copy of the states is the block's, and whether it is the one that outputs are from.
-  __device__ __forceinline__ int copy() const { return clustered() ? share.cluster() : 0; }
-
-  // Barriers for those who read a partial sum, or a state, that one of them wrote.
-  __device__ __forceinline__ void sum_barrier() const { barrier(clustered() && plan.sums == 1); }
-  __device__ __forceinline__ void state_barrier() const { barrier(clustered()); }
-
   // The partial sums of sweep t, of `all`: where clusters wait for each other but once, one may
   // still read those of the last.
   __device__ __forceinline__ float4* partial_of(float4* all, int t) const {
-    return clustered() && t % 2 == 1 ? all + here(plan.sums) * state_size : all;
+    return share.clustered() && t % 2 == 1 ? all + here(plan.sums) * state_size : all;
   }
 
   // One sweep. `add(sum, predict, states, tile, i)` adds u_hat of capsule i, weighted, to the sum;
@@ -151,19 +117,20 @@ struct SweepBlock {
 
   // Calls visit(item) for the items of the block, 32 float4s [B][J][D] of a state each, or -1 where
   // there are no more, as often in every warp; `teams` of warps take turns. The blocks that share a
-  // copy of the states share its items: of all samples, or of the cluster's.
+  // copy of the samples' states, all or those of a cluster, share its items.
   template <class Visit>
   __device__ __forceinline__ void for_each_item(int teams, int team, Visit visit) const {
-    const int width = clustered() ? plan.tiles_per_pass : tiles;
-    const int stride = clustered() ? kClusterBlocks : here(gridDim.x);
-    for (int first = clustered() ? share.sample_group * width : 0; first < tiles;
-         first += clustered() ? plan.sample_groups * width : width) {
-      const int end = min(first + width, tiles) * fragments;
-      for (int block = first * fragments + (clustered() ? share.rank() : blockIdx.x); block < end;
-           block += stride * teams) {
-        const int item = block + team * stride;
-        visit(item < end ? item : -1);
-      }
+    const int of_pass = plan.tiles_per_pass * fragments, end = tiles * fragments;
+    const int start = share.sample_group_again() * of_pass;
+    const int stride = share.clustered() ? kClusterBlocks : plan.capsule_groups;
+    // The first item of each pass of the block's samples, and `n` items of its own from there.
+    const auto item_of = [&](int n) {
+      return start + n / of_pass * plan.sample_groups * of_pass + n % of_pass;
+    };
+    for (int n = share.clustered() ? share.rank() : share.capsule_group; item_of(n) < end;
+         n += stride * teams) {
+      const int item = item_of(n + team * stride);
+      visit(item < end ? item : -1);
     }
   }
 
@@ -172,7 +139,7 @@ struct SweepBlock {
   template <class Finish>
   __device__ __forceinline__ void add_partial_sums(const float4* partial, Finish finish) const {
     // Many sums are split among the warps of half of the block.
-    const int warps = clustered() ? 1 : here(kSweepWarps / 2), warp = share.warp % warps;
+    const int warps = share.clustered() ? 1 : here(kSweepWarps / 2), warp = share.warp % warps;
     for_each_item(kSweepWarps / warps, share.warp / warps, [&](int item) {
       constexpr int kAhead = 12;
       const int e = item * kWarpSize + here(lane.index);
@@ -203,15 +170,6 @@ struct SweepBlock {
   }
 
  private:
-  __device__ __forceinline__ void barrier(bool of_cluster) const {
-    if (of_cluster) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
-      grid_barrier();
-    }
-  }
-
   // The row of W on chip of input capsule i.
   __device__ __forceinline__ int row_of(int i) const {
     return plan.by_weight_sharing.divide(i) - share.first_row;
@@ -263,7 +221,7 @@ struct SweepBlock {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) set_zero(sums[m]);
       if (first < tiles) sweep(sums, first, arrives && first == start);
-      if (clustered() && first > start) {
+      if (share.clustered() && first > start) {
         cluster_wait();
         add_over_cluster<kTiles>(partial, place, first - step);
         place = place == exchange ? exchange + kSweepWarps / 2 * tile_size : exchange;
@@ -276,13 +234,13 @@ struct SweepBlock {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         if (lane_of_capsules > 0) continue;
-        if (clustered()) {
+        if (share.clustered()) {
           store_tile(place + (m * slots + slot) * tile_size, sums[m]);
         } else {
           write_partial(partial, sums[m], first + slot * kTiles + m);
         }
       }
-      if (clustered()) cluster_arrive();
+      if (share.clustered()) cluster_arrive();
     }
   }
 
@@ -325,15 +283,19 @@ struct SweepBlock {
                                                    const InputRow<T, Tile> (&rows)[kTiles],
                                                    int lane_of_capsules, int lanes,
                                                    Visit visit) const {
+    int i = share.first_capsule + lane_of_capsules, end = share.first_capsule;
     float next_u[kTiles][2] = {};
-    const auto load = [&](int i) {
+    InputRow<T, Tile> next[kTiles];  // from u of the next capsule on
+    const auto load = [&](int distance) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        rows[m].load(next_u[m], min(i, shape.I - 1), 0, shape.K, lane);
+        next[m].u += distance * shape.K;
+        next[m].load(next_u[m], 0, 0, shape.K, lane);
       }
     };
-    int i = share.first_capsule + lane_of_capsules, end = share.first_capsule;
-    load(i);
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) next[m] = rows[m];
+    load(min(i, shape.I - 1));
     do {
       if (arrives) receive_piece(end);
       end = arrives ? min(end + kPiece, share.last_capsule) : share.last_capsule;
@@ -343,7 +305,7 @@ struct SweepBlock {
         for (int m = 0; m < kTiles; ++m) {
           for (int e = 0; e < 2; ++e) first_u[m][e] = next_u[m][e];
         }
-        load(i + lanes);
+        load(i + lanes < share.last_capsule ? lanes : 0);
         visit(i, first_u);
       }
     } while (end < share.last_capsule);

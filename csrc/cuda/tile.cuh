@@ -190,14 +190,12 @@ __device__ __forceinline__ Pair<T> load_pair(const T* x, bool is_row, int k, int
 // u of sample g of a tile.
 template <class T, class Tile>
 struct InputRow {
-  const T* u;
-  std::size_t offset;  // of the lane's first element of the sample
-  bool inside;         // the batch
+  const T* u;   // the lane's first element of the sample
+  bool inside;  // the batch
 
   InputRow() = default;
   __device__ __forceinline__ InputRow(const T* u, int tile, const Shape& shape, const Lane& lane)
-      : u(u),
-        offset(std::size_t(tile * kTileSamples + lane.g) * shape.I * shape.K + 2 * lane.q),
+      : u(u + (std::size_t(tile * kTileSamples + lane.g) * shape.I * shape.K + 2 * lane.q)),
         inside(tile * kTileSamples + lane.g < shape.B) {}
 
   // Elements k0 + 2q and k0 + 2q + 1 of input capsule i, as the right side of a product: in its
@@ -205,7 +203,7 @@ struct InputRow {
   // load. What fits on chip has few enough elements a sample for 32 bits.
   __device__ __forceinline__ void load(float (&x)[2], int i, int k0, int K,
                                        const Lane& lane) const {
-    const auto pair = load_pair<Tile>(u + offset + (i * K + k0), inside, k0 + 2 * lane.q, K);
+    const auto pair = load_pair<Tile>(u + (i * K + k0), inside, k0 + 2 * lane.q, K);
     x[0] = to_float(pair.first);
     x[1] = to_float(pair.second);
   }
@@ -320,124 +318,6 @@ __device__ __forceinline__ void load_state(typename Tile::Values& x, const float
     x[n][1] = y.y;
     x[n][2] = y.z;
     x[n][3] = y.w;
-  });
-}
-
-// own_j = x_j . y_j over d.
-template <class Tile>
-__device__ __forceinline__ void dots(typename Tile::Row& own, const typename Tile::Values& x,
-                                     const typename Tile::Values& y, int J) {
-  set_zero(own);
-  for_each_fragment<Tile>(J, [&](int group, int n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) own[group][e % 2] += x[n][e] * y[n][e];
-  });
-  for_each_group<Tile>(J, [&](auto group) {
-#pragma unroll
-    for (int step = 1; step < Tile::sharers(group.value); step *= 2) {
-      for (float& dot : own[group.value]) dot += shuffle_xor(dot, 4 * step);
-    }
-  });
-}
-
-// sum_j += own_j x_j.
-template <class Tile>
-__device__ __forceinline__ void add_scaled(typename Tile::Values& sum,
-                                           const typename Tile::Row& own,
-                                           const typename Tile::Values& x, int J) {
-  for_each_fragment<Tile>(J, [&](int group, int n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sum[n][e] += own[group][e % 2] * x[n][e];
-  });
-}
-
-// b += log priors of input capsule i, where there are any.
-template <class T, class Tile>
-__device__ __forceinline__ void add_prior(typename Tile::Row& b, const T* logits, int i, int J,
-                                          const Lane& lane) {
-  if (logits == nullptr) return;
-  for_each_group<Tile>(J, [&](auto group) {
-    const int j = lane.capsule<Tile>(group.value);
-    const float prior = Tile::kKnown || j < J ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
-    for (float& x : b[group.value]) x += prior;
-  });
-}
-
-// sum_j x_j for each sample.
-template <class Tile>
-__device__ __forceinline__ void sum_over_capsules(float (&sum)[2], const typename Tile::Row& x,
-                                                  int J) {
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    sum[e] = 0.0f;
-    for_each_group<Tile>(J, [&](auto group) {
-      constexpr float kShare = 1.0f / float(Tile::sharers(group.value));
-      sum[e] += x[group.value][e] * kShare;
-    });
-#pragma unroll
-    for (int step = 4; step < kWarpSize; step *= 2) sum[e] += shuffle_xor(sum[e], step);
-  }
-}
-
-// Softmax over j in place; `leaky` puts one more logit, fixed at 0, beside them.
-template <class Tile>
-__device__ __forceinline__ void softmax(typename Tile::Row& b, int J, bool leaky,
-                                        const Lane& lane) {
-  constexpr float kLog2E = 1.4426950408889634f;
-  constexpr float kFar = 64.0f;  // beyond it, and for NaN, exp(b) comes near the ends of the range
-  bool far = false;
-  for_each_group<Tile>(J, [&](auto group) {
-    for (const float x : b[group.value]) far = far | !(fabsf(x) < kFar);
-  });
-  float shift[2] = {};
-  if (any_lane(far)) {
-    // The samples with such logits are shifted by their largest; the others stay as they are.
-    for (int e = 0; e < 2; ++e) {
-      float largest = leaky ? 0.0f : -INFINITY, is_far = 0.0f;
-      for_each_group<Tile>(J, [&](auto group) {
-        if (Tile::kKnown || lane.capsule<Tile>(group.value) < J) {
-          largest = fmaxf(largest, b[group.value][e]);
-          if (!(fabsf(b[group.value][e]) < kFar)) is_far = 1.0f;
-        }
-      });
-      for (int step = 4; step < kWarpSize; step *= 2) {
-        largest = fmaxf(largest, shuffle_xor(largest, step));
-        is_far = fmaxf(is_far, shuffle_xor(is_far, step));
-      }
-      if (is_far > 0) {
-        shift[e] = largest;
-        for_each_group<Tile>(J, [&](auto group) { b[group.value][e] -= largest; });
-      }
-    }
-  }
-  for_all_groups<Tile>([&](auto group) {
-    const bool inside = Tile::kKnown || lane.capsule<Tile>(group.value) < J;
-    for (float& x : b[group.value]) x = inside ? exp2_approximate(x * kLog2E) : 0.0f;
-  });
-  float total[2];
-  sum_over_capsules<Tile>(total, b, J);
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    if (leaky) total[e] += exp2_approximate(-shift[e] * kLog2E);
-    const float inverse = reciprocal(total[e]);
-    for_each_group<Tile>(J, [&](auto group) { b[group.value][e] *= inverse; });
-  }
-}
-
-// dl_j = c_j (dc_j - sum_k c_k dc_k), from dc, in place: softmax backwards.
-template <class Tile>
-__device__ __forceinline__ void softmax_backward(typename Tile::Row& dc,
-                                                 const typename Tile::Row& c, int J) {
-  typename Tile::Row products;
-  for_each_group<Tile>(J, [&](auto group) {
-    for (int e = 0; e < 2; ++e) products[group.value][e] = c[group.value][e] * dc[group.value][e];
-  });
-  float mean[2];
-  sum_over_capsules<Tile>(mean, products, J);
-  for_each_group<Tile>(J, [&](auto group) {
-    for (int e = 0; e < 2; ++e) {
-      dc[group.value][e] = c[group.value][e] * (dc[group.value][e] - mean[e]);
-    }
   });
 }
 

@@ -117,7 +117,7 @@ class Emulator:
         self.library.configure(seed, skip.encode())
 
     def barriers(self) -> list[str]:
-        """Where the barriers stand that were reached so far, ``file:line``."""
+        """Where the barriers stand that were reached so far, ``file:line:call``."""
         return self.library.barriers().decode().split()
 
     def plan(self, shape: Shape, dtype: torch.dtype) -> Plan:

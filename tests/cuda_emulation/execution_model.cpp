@@ -36,6 +36,9 @@ struct Fiber {
   ucontext_t start;
   bool started = false, waits = false, done = false;
   int arrivals = 0;  // at its cluster's barrier
+  // A counter that it waits for, to reach this much.
+  const unsigned* counter = nullptr;
+  unsigned expected = 0;
   std::vector<Copy> copies;
   int groups = 0;  // of copies that were ended
 };
@@ -46,6 +49,7 @@ struct Warp {
   int arrived = 0;
   Collective collective;
   unsigned priority = 0;
+  bool singled_out = false;
 };
 
 struct Block {
@@ -59,7 +63,15 @@ struct Cluster {
   std::vector<Fiber*> waiting;
 };
 
+bool is_ready(const Fiber& f) {
+  return !f.waits && !f.done && (f.counter == nullptr || *f.counter >= f.expected);
+}
+
+enum class Schedule { kRandom, kBlockAhead, kBlockBehind, kWarpBehind };
+
 std::mt19937 random_engine;
+Schedule schedule = Schedule::kRandom;
+std::string call;  // "forward" or "backward"
 std::string skipped_barrier;
 std::vector<std::string> barriers_seen;
 
@@ -90,9 +102,25 @@ class Launch {
     if (threads % kWarp != 0 || blocks < 1) throw std::runtime_error("a launch of broken warps");
     if (blocks % cluster != 0) throw std::runtime_error("a launch of broken clusters");
     for (Block& block : blocks_) block.shared.assign(shared_bytes + kFenceBytes, kPoison);
-    for (Warp& warp : warps_) warp.priority = random_engine();
+    const std::size_t warps_per_block = threads / kWarp;
+    const std::size_t block = random_engine() % blocks,
+                      of_block = random_engine() % warps_per_block;
+    for (std::size_t w = 0; w < warps_.size(); ++w) {
+      const bool singled_out = schedule == Schedule::kWarpBehind ? w % warps_per_block == of_block
+                                                                 : w / warps_per_block == block;
+      warps_[w].singled_out = schedule != Schedule::kRandom && singled_out;
+      warps_[w].priority = random_engine();
+    }
     block_size = {unsigned(threads)};
     grid_size = {unsigned(blocks)};
+  }
+
+  // Whether a warp goes on before another.
+  static bool precedes(const Warp& warp, const Warp& other) {
+    if (warp.singled_out != other.singled_out) {
+      return warp.singled_out == (schedule == Schedule::kBlockAhead);
+    }
+    return warp.priority > other.priority;
   }
 
   void run() {
@@ -101,16 +129,16 @@ class Launch {
     while (alive > 0) {
       Warp* chosen = nullptr;
       for (Warp& warp : warps_) {
-        const bool ready = std::any_of(std::begin(warp.lanes), std::end(warp.lanes),
-                                       [](const Fiber& f) { return !f.waits && !f.done; });
-        if (ready && (chosen == nullptr || warp.priority > chosen->priority)) chosen = &warp;
+        const bool ready = std::any_of(std::begin(warp.lanes), std::end(warp.lanes), is_ready);
+        if (ready && (chosen == nullptr || precedes(warp, *chosen))) chosen = &warp;
       }
       if (chosen == nullptr) throw std::runtime_error("deadlock: every thread waits at a barrier");
       if (random_engine() % 32 == 0) chosen->priority = random_engine();
       const int first = int(random_engine() % kWarp);
       for (int n = 0; n < kWarp; ++n) {
         Fiber& fiber = chosen->lanes[(first + n) % kWarp];
-        if (fiber.waits || fiber.done) continue;
+        if (!is_ready(fiber)) continue;
+        fiber.counter = nullptr;
         resume(*chosen, (first + n) % kWarp);
         if (!failure_.empty()) throw std::runtime_error(failure_);
         if (fiber.done) --alive;
@@ -148,7 +176,17 @@ class Launch {
     wait(blocks_[block()].arrived, threads_, block() * threads_ / kWarp, threads_ / kWarp);
   }
 
-  void grid_barrier() { wait(arrived_, int(warps_.size()) * kWarp, 0, warps_.size()); }
+  // Once in a launch; in two halves.
+  void grid_arrive() { ++arrived_; }
+  void grid_wait() { wait_for(&arrived_, unsigned(warps_.size() * kWarp)); }
+
+  void counted_barrier(unsigned* arrived, unsigned expected, bool waits) {
+    if (waits) block_barrier();
+    if (thread_index.x == 0) ++*arrived;
+    if (!waits) return;
+    if (thread_index.x == 0) wait_for(arrived, expected);
+    block_barrier();
+  }
 
   // A thread may do other things between arriving and waiting, but not arrive again.
   void cluster_arrive() {
@@ -201,6 +239,13 @@ class Launch {
     leave();
   }
 
+  void wait_for(const unsigned* counter, unsigned expected) {
+    fiber().counter = counter;
+    fiber().expected = expected;
+    if (!is_ready(fiber())) leave();
+    fiber().counter = nullptr;
+  }
+
   void resume(Warp& warp, int lane) {
     const std::size_t index = &warp - warps_.data();
     const std::size_t block = index / (threads_ / kWarp);
@@ -237,7 +282,7 @@ class Launch {
   std::vector<Block> blocks_;
   std::vector<Cluster> clusters_;
   std::vector<Warp> warps_;
-  int arrived_ = 0;
+  unsigned arrived_ = 0;
   Warp* warp_ = nullptr;
   int lane_ = 0;
   jmp_buf scheduler_;
@@ -249,7 +294,8 @@ Launch* Launch::running = nullptr;
 // Whether the barrier that stands here is left out; remembers that it was reached.
 bool skipped(const char* file, int line) {
   const std::string path = file;
-  const std::string site = path.substr(path.rfind('/') + 1) + ":" + std::to_string(line);
+  const std::string site =
+      path.substr(path.rfind('/') + 1) + ":" + std::to_string(line) + ":" + call;
   if (std::find(barriers_seen.begin(), barriers_seen.end(), site) == barriers_seen.end()) {
     barriers_seen.push_back(site);
   }
@@ -260,8 +306,11 @@ bool skipped(const char* file, int line) {
 
 void configure(unsigned seed, const std::string& skip) {
   random_engine.seed(seed);
+  schedule = Schedule(seed % 4);
   skipped_barrier = skip;
 }
+
+void begin_call(const std::string& name) { call = name; }
 
 std::string barriers() {
   std::string all;
@@ -282,70 +331,9 @@ void join(Collective collective, float* operands, int count, void (*act)(Operand
   Launch::running->join(collective, operands, count, act);
 }
 
-float from_float16(std::uint16_t bits) {
-  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  float x;
-  if (exponent == 31) {
-    x = mantissa != 0 ? NAN : INFINITY;
-  } else if (exponent == 0) {
-    x = std::ldexp(float(mantissa), -24);
-  } else {
-    x = std::ldexp(float(1024 + mantissa), exponent - 25);
-  }
-  return bits >> 15 != 0 ? -x : x;
-}
-
-std::uint16_t to_float16(float x) {
-  const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  if (std::isnan(x)) return 0x7fff;
-  // The spacing of float16 values near x; nearbyint rounds to the nearest, ties to even.
-  const float size = std::fabs(x);
-  const int exponent = size >= std::ldexp(1.0f, -14) ? std::ilogb(size) : -14;
-  const float units = std::isinf(x) ? INFINITY : std::nearbyint(std::ldexp(size, 10 - exponent));
-  const float rounded = std::ldexp(units, exponent - 10);
-  if (rounded >= 65520.0f) return sign | 0x7c00;
-  if (rounded < std::ldexp(1.0f, -14)) return sign | std::uint16_t(std::ldexp(rounded, 24));
-  const int e = std::ilogb(rounded);
-  return sign | std::uint16_t((e + 15) << 10 | (int(std::ldexp(rounded, 10 - e)) - 1024));
-}
-
 }  // namespace capsule_kernels::cuda::emulation
 
 namespace capsule_kernels::cuda {
-
-void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  float operands[10];
-  std::copy(c, c + 4, operands);
-  std::memcpy(operands + 4, a, 16);
-  std::memcpy(operands + 8, b, 8);
-  emulation::join(emulation::Collective::kMma, operands, 10, [](emulation::Operands all) {
-    // As the hardware: the low 13 bits are dropped, the sum is cut off (not rounded) to float32.
-    const auto tf32 = [](float x) {
-      unsigned bits;
-      std::memcpy(&bits, &x, 4);
-      bits &= 0xffffe000u;
-      std::memcpy(&x, &bits, 4);
-      return double(x);
-    };
-    double A[16][8], B[8][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const int g = lane / 4, q = lane % 4;
-      for (int n = 0; n < 4; ++n) A[g + n % 2 * 8][q + n / 2 * 4] = tf32(all[lane][4 + n]);
-      for (int n = 0; n < 2; ++n) B[q + n * 4][g] = tf32(all[lane][8 + n]);
-    }
-    for (int lane = 0; lane < 32; ++lane) {
-      for (int n = 0; n < 4; ++n) {
-        const int row = lane / 4 + n / 2 * 8, column = lane % 4 * 2 + n % 2;
-        double sum = all[lane][n];
-        for (int k = 0; k < 8; ++k) sum += A[row][k] * B[k][column];
-        float cut = float(sum);
-        if (std::fabs(double(cut)) > std::fabs(sum)) cut = std::nextafter(cut, 0.0f);
-        all[lane][n] = cut;
-      }
-    }
-  });
-  std::copy(operands, operands + 4, c);
-}
 
 namespace emulation {
 
@@ -384,8 +372,19 @@ void wait_for_copies() {
   emulation::wait_for_copies_before(0);
 }
 
-void grid_barrier(const char* file, int line) {
-  if (!emulation::skipped(file, line)) emulation::Launch::running->grid_barrier();
+GridArrival grid_arrive(const char* file, int line) {
+  if (!emulation::skipped(file, line)) emulation::Launch::running->grid_arrive();
+  return 0;
+}
+
+void grid_wait(GridArrival, const char* file, int line) {
+  if (!emulation::skipped(file, line)) emulation::Launch::running->grid_wait();
+}
+
+void counted_barrier(unsigned* arrived, unsigned expected, const char* file, int line) {
+  // Left out, the count goes on, as later barriers expect it, but nobody waits.
+  const bool waits = !emulation::skipped(file, line);
+  emulation::Launch::running->counted_barrier(arrived, expected, waits);
 }
 
 void cluster_arrive(const char* file, int line) {

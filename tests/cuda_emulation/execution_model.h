@@ -3,7 +3,9 @@
 // Every thread of every block is a fiber of its own; they switch only where they meet: at warp
 // collectives, at block, cluster and grid barriers. Which warp goes on is drawn at random (from a
 // seed, with changing priorities, so that some warps run far ahead), and its threads one after
-// another: a missing barrier is a read before the write. Shared memory starts as NaN and is fenced.
+// another: a missing barrier is a read before the write. Every fourth seed leaves it at that; with
+// the others, by their remainder, one block is as far ahead of all others as the barriers let it,
+// or as far behind, or one warp of each block is behind. Shared memory starts as NaN and is fenced.
 #pragma once
 
 #include <algorithm>
@@ -127,12 +129,6 @@ inline bool any_lane(bool x) {
 
 inline float reciprocal(float x) { return 1.0f / x; }
 
-inline unsigned round_to_tf32(float x) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return std::isfinite(x) ? (bits + 0x1000u) & 0xffffe000u : bits;
-}
-
 inline void forget_loads() {}
 inline int here(int x) { return x; }
 
@@ -154,7 +150,12 @@ void wait_for_all_but() {
 void wait_for_copies();
 
 void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
-void grid_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+using GridArrival = unsigned;
+GridArrival grid_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE());
+void grid_wait(GridArrival arrival, const char* file = __builtin_FILE(),
+               int line = __builtin_LINE());
+void counted_barrier(unsigned* arrived, unsigned expected, const char* file = __builtin_FILE(),
+                     int line = __builtin_LINE());
 constexpr bool kHasClusters = true;
 void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE());
 void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE());

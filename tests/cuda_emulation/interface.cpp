@@ -69,6 +69,7 @@ const char* forward(const Call* call, const void* u, const void* weight, const v
   return guarded([&] {
     const auto scalar = Scalar(call->scalar);
     const ForwardPlan plan = plan_forward(call->shape, scalar_bytes(scalar), call->device);
+    emulation::begin_call("forward");
     Workspace workspace(plan.workspace_floats);
     routing_forward(
         {call->shape, call->leaky != 0, 1.0f / float(call->shape.J + (call->leaky != 0)), u, weight,
@@ -84,6 +85,7 @@ const char* backward(const Call* call, const void* grad_v, const void* u, const 
   return guarded([&] {
     const auto scalar = Scalar(call->scalar);
     const BackwardPlan plan = plan_backward(call->shape, scalar_bytes(scalar), call->device);
+    emulation::begin_call("backward");
     Workspace workspace(plan.workspace_floats);
     const float uniform_coupling = 1.0f / float(call->shape.J + (call->leaky != 0));
     routing_backward(
