@@ -120,17 +120,16 @@ struct SweepBlock {
   // copy of the samples' states, all or those of a cluster, share its items.
   template <class Visit>
   __device__ __forceinline__ void for_each_item(int teams, int team, Visit visit) const {
-    const int of_pass = plan.tiles_per_pass * fragments, end = tiles * fragments;
-    const int start = share.sample_group_again() * of_pass;
+    const int width = plan.tiles_per_pass;
+    const int place = share.clustered() ? share.rank() : here(share.capsule_group);
     const int stride = share.clustered() ? kClusterBlocks : plan.capsule_groups;
-    // The first item of each pass of the block's samples, and `n` items of its own from there.
-    const auto item_of = [&](int n) {
-      return start + n / of_pass * plan.sample_groups * of_pass + n % of_pass;
-    };
-    for (int n = share.clustered() ? share.rank() : share.capsule_group; item_of(n) < end;
-         n += stride * teams) {
-      const int item = item_of(n + team * stride);
-      visit(item < end ? item : -1);
+    for (int first = share.sample_group_again() * width; first < tiles;
+         first += plan.sample_groups * width) {
+      const int end = min(first + width, tiles) * fragments;
+      for (int block = first * fragments + place; block < end; block += stride * teams) {
+        const int item = block + team * stride;
+        visit(item < end ? item : -1);
+      }
     }
   }
 
