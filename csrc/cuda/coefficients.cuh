@@ -3,16 +3,11 @@
 //
 // They come from dot products of u_hat with a state, and weigh u_hat or a state in a sum. All of
 // them stay in the registers of a warp; the lanes that share an output capsule have the same.
-//
-// Logits are to base 2, c_j = 2^b_j / sum_k 2^b_k: the states V on the device are log2(e) V.
 #pragma once
 
 #include "tile.cuh"
 
 namespace capsule_kernels::cuda {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // own_j = x_j . y_j over d.
 template <class Tile>
@@ -49,8 +44,7 @@ __device__ __forceinline__ void add_prior(typename Tile::Row& b, const T* logits
   if (logits == nullptr) return;
   for_each_group<Tile>(J, [&](auto group) {
     const int j = lane.capsule<Tile>(group.value);
-    const float prior =
-        Tile::kKnown || j < J ? to_float(logits[std::size_t(i) * J + j]) * kLog2E : 0.0f;
+    const float prior = Tile::kKnown || j < J ? to_float(logits[std::size_t(i) * J + j]) : 0.0f;
     for (float& x : b[group.value]) x += prior;
   });
 }
@@ -75,7 +69,8 @@ __device__ __forceinline__ void sum_over_capsules(float (&sum)[2], const typenam
 template <class Tile>
 __device__ __forceinline__ void softmax(typename Tile::Row& b, int J, bool leaky,
                                         const Lane& lane) {
-  constexpr float kFar = 64.0f;  // beyond it, and for NaN, 2^b comes near the ends of the range
+  constexpr float kLog2E = 1.4426950408889634f;
+  constexpr float kFar = 64.0f;  // beyond it, and for NaN, exp(b) comes near the ends of the range
   bool far = false;
   for_each_group<Tile>(J, [&](auto group) {
     for (const float x : b[group.value]) far = far | !(fabsf(x) < kFar);
@@ -103,13 +98,13 @@ __device__ __forceinline__ void softmax(typename Tile::Row& b, int J, bool leaky
   }
   for_all_groups<Tile>([&](auto group) {
     const bool inside = Tile::kKnown || lane.capsule<Tile>(group.value) < J;
-    for (float& x : b[group.value]) x = inside ? exp2_approximate(x) : 0.0f;
+    for (float& x : b[group.value]) x = inside ? exp2_approximate(x * kLog2E) : 0.0f;
   });
   float total[2];
   sum_over_capsules<Tile>(total, b, J);
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
-    if (leaky) total[e] += exp2_approximate(-shift[e]);
+    if (leaky) total[e] += exp2_approximate(-shift[e] * kLog2E);
     const float inverse = reciprocal(total[e]);
     for_each_group<Tile>(J, [&](auto group) { b[group.value][e] *= inverse; });
   }

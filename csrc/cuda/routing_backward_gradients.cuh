@@ -300,7 +300,6 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
         if (arguments.full_gradient && t > 1) {
           forget_loads();  // for all of V there is no room beside what the softmax needs
           load_state<Tile>(V, states + (t - 2) * tile_size, shape.J, lane, 1);
-          for (auto& x : dl) x[0] *= kLn2, x[1] *= kLn2;  // V is log2(e) V
           add_scaled<Tile>(du_hat, dl, V, shape.J);
         }
       }

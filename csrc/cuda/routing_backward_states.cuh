@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     for (int t = 1; t < R; ++t) {
       load_s(s, t, b, j, d);
       squash<kCapsuleLanes>(v, s);
-      for (int n = 0; n < 4; ++n) sum[n] += v[n] * kLog2E;
+      for (int n = 0; n < 4; ++n) sum[n] += v[n];
       store_state(w.V + (t - 1) * w.state_size, sum, b, j, d);
     }
     float g[4];

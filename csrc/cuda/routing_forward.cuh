@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
           }
         } else {
           float& to = reinterpret_cast<float*>(V)[state_offset<Tile>(b, j, d + e, block.fragments)];
-          to = t > 1 ? to + v[e] * kLog2E : v[e] * kLog2E;
+          to = t > 1 ? to + v[e] : v[e];
         }
       }
     });
