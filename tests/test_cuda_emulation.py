@@ -191,13 +191,14 @@ def test_a_hundred_schedules_give_the_same_bits(emulator: Emulator, figure) -> N
 
 # In these calls every barrier matters: several tiles, groups of samples and of capsules, also with
 # more sums than blocks; more input capsules of a block than warps, and no room for the states of
-# two tiles; several clusters and passes.
+# two tiles; several clusters and passes; one cluster with all of W.
 BARRIER_CASES = [
     (Case(B=50, I=8, J=3, D=10, bias=True), Device(5, 227 * 1024)),
     (Case(B=5, I=20, J=7, K=3, D=8), Device(5, 227 * 1024)),
     (Case(B=50, I=12, J=7, K=17, D=8), Device(3, 40 * 1024)),
     (Case(B=20, I=20, J=3, D=10, logits=True), Device(2, 75 * 1024)),
     (Case(B=50, I=128, J=1, D=8), Device(16, 18 * 1024, 2)),
+    CLUSTERED[-1][:2],
 ]
 # The products before it let no lane run ahead either, but only a barrier orders memory.
 ORDERS_MEMORY_ONLY = "__syncwarp();  // the du_hat of another capsule is read"

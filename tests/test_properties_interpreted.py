@@ -1,49 +1,9 @@
-"""The properties and ranges of every backend, for the interpreted Triton kernels, on few examples.
+"""The properties of every backend, for the interpreted Triton kernels, on few examples."""
 
-Triton reads TRITON_INTERPRET when it is imported, hence the processes of their own.
-"""
+from .interpreted import MARKS, check_in_the_interpreter
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-
-from capsule_kernels.backends import triton
+pytestmark = MARKS
 
 
-@pytest.mark.interpreter
-@pytest.mark.slow
-@pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")
-@pytest.mark.skipif(triton.INTERPRETED, reason="this is the process with TRITON_INTERPRET=1")
-@pytest.mark.parametrize(
-    ("file", "chosen"),
-    # Of test_range.py the smaller batch, as the kernels have one layout for both, and what they
-    # compute in: they widen 16-bit values as they load them. Rounding those it stores is all that
-    # is left to go wrong.
-    [
-        ("test_properties.py", "triton-cpu"),
-        ("test_range.py", "triton-cpu-3 and (not float16 or huge or end_of_the_range)"),
-    ],
-)
-def test_in_the_interpreter(file, chosen, figure):
-    # Not under coverage, which doubles the time: test_triton_interpreter.py reaches the same lines.
-    environment = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, f"tests/{file}"],
-        cwd=Path(__file__).parent.parent,
-        env=environment
-        | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
-    assert "skipped" not in done.stdout
-    for line in done.stdout.splitlines():
-        what, separator, amount = line.rpartition(": ")
-        if separator and what.startswith(("properties, triton-cpu", "ranges, triton-cpu")):
-            figure(what, amount)
+def test_properties_in_the_interpreter(figure):
+    check_in_the_interpreter("test_properties.py", "triton-cpu", figure)
