@@ -16,12 +16,11 @@ from .shapes import Shape
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 DEVICES = {
-    "sm_80": (108, 163 << 10, 0),
-    "sm_90": (132, 227 << 10, 16),
-    "sm_100": (148, 227 << 10, 16),
+    "sm_80": (108, 163 << 10),
+    "sm_90": (132, 227 << 10),
+    "sm_100": (148, 227 << 10),
 }
-"""Multiprocessors, bytes of shared memory a block may have, and (assumed) clusters of 8 blocks, of
-the usual GPU of each target."""
+"""Multiprocessors, and bytes of shared memory a block may have, of the usual GPU of each target."""
 
 PRECISIONS = {
     "float32": ("SplitTf32", "float", 4),
@@ -46,7 +45,7 @@ int main(int, char** a) {
   const auto n = [&](int i) { return std::atoi(a[i]); };
   const Shape shape{n(1), n(2), n(3), n(4), n(5), n(6), 1};
   const bool fits = tile_fits_registers(shape.J, shape.D);
-  const BackwardPlan plan = fits ? plan_backward(shape, n(7), {n(8), n(9), n(10)}) : BackwardPlan();
+  const BackwardPlan plan = fits ? plan_backward(shape, n(7), {n(8), n(9)}) : BackwardPlan();
   const TileChoice tile = choose_tile(shape);
   std::printf("%d %d %d %d %d %d", tile.D, tile.J, kSweepWarps, plan.sweep.shared_bytes,
               plan.gradients.warps, plan.gradients.shared_bytes);

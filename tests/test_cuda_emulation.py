@@ -129,7 +129,7 @@ def test_tf32_is_as_good_as_products_of_rounded_inputs(emulator: Emulator, case:
 
 @pytest.mark.parametrize(
     ("sm_count", "expected"),
-    [(2, (1, 2, 4)), (5, (1, 4, 2)), (7, (1, 7, 1)), (40, (5, 7, 1))],
+    [(2, (2, 1, 4)), (5, (2, 2, 4)), (7, (3, 2, 4)), (40, (5, 7, 1))],
 )
 def test_layouts_over_devices_of_many_sizes(
     emulator: Emulator, sm_count: int, expected: tuple[int, int, int]
@@ -141,34 +141,9 @@ def test_layouts_over_devices_of_many_sizes(
     check_case(case, torch.float32, "cuda")
 
 
-# Two clusters that share samples, in two passes over them and with two groups of samples; and one.
-CLUSTERED = [
-    (Case(B=50, I=128, J=3, D=10, logits=True, bias=True), Device(16, 36 * 1024, 2), (16, 1, 4)),
-    (Case(B=20, I=96, J=5, leaky=True), Device(32, 26 * 1024, 4), (16, 2, 2)),
-    (Case(B=5, I=24, J=10, D=8, R=2, weight_sharing=3), Device(8, 227 * 1024, 1), (8, 1, 1)),
-]
-
-
-@pytest.mark.parametrize(
-    ("case", "device", "expected"), CLUSTERED, ids=["two passes", "two groups", "one cluster"]
-)
-def test_clusters_agree_with_the_oracle(
-    emulator: Emulator, case: Case, device: Device, expected: tuple[int, int, int]
-) -> None:
-    emulator.device = device
-    sizes = (case.B, case.I, case.J, case.K, case.D, case.R, case.weight_sharing)
-    plan = emulator.plan(Shape(*sizes), torch.float32)
-    assert plan[:3] == expected
-    assert plan.cluster == 8
-    check_case(case, torch.float32, "cuda")
-
-
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("clustered", [False, True])
-def test_any_schedule_gives_the_same_bits(emulator: Emulator, clustered: bool, seed: int) -> None:
+def test_any_schedule_gives_the_same_bits(emulator: Emulator, seed: int) -> None:
     case = Case(B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=9)
-    if clustered:
-        case, emulator.device, _ = CLUSTERED[0]
     inputs = make_inputs(case, torch.float32)
     first = run(fused_routing, case, inputs, backend="cuda")
     emulator.configure(seed=seed + 1)
@@ -190,15 +165,14 @@ def test_a_hundred_schedules_give_the_same_bits(emulator: Emulator, figure) -> N
 
 
 # In these calls every barrier matters: several tiles, groups of samples and of capsules, also with
-# more sums than blocks; more input capsules of a block than warps, and no room for the states of
-# two tiles; several clusters and passes; one cluster with all of W.
+# more sums than blocks; more input capsules of a block than warps, with room for the states of one
+# tile and of four.
 BARRIER_CASES = [
     (Case(B=50, I=8, J=3, D=10, bias=True), Device(5, 227 * 1024)),
     (Case(B=5, I=20, J=7, K=3, D=8), Device(5, 227 * 1024)),
     (Case(B=50, I=12, J=7, K=17, D=8), Device(3, 40 * 1024)),
     (Case(B=20, I=20, J=3, D=10, logits=True), Device(2, 75 * 1024)),
-    (Case(B=50, I=128, J=1, D=8), Device(16, 18 * 1024, 2)),
-    CLUSTERED[-1][:2],
+    (Case(B=50, I=18, J=3, D=10, logits=True), Device(2, 227 * 1024)),
 ]
 # The products before it let no lane run ahead either, but only a barrier orders memory.
 ORDERS_MEMORY_ONLY = "__syncwarp();  // the du_hat of another capsule is read"
@@ -306,8 +280,7 @@ def test_a_prior_of_minus_infinity_closes_a_path(emulator: Emulator) -> None:
 def test_python_and_the_plan_agree_on_what_fits(
     built: Emulator, figures: cuda.Figures, dtype: torch.dtype
 ) -> None:
-    clusters = 16 if figures.capability >= (9, 0) else 0
-    built.device = Device(figures.sm_count, figures.shared_per_block, clusters)
+    built.device = Device(figures.sm_count, figures.shared_per_block)
     answers = set()
     for I in (1, 7, 132, 133, 1152, 2048, 4608, 6000, 9216, 20000):
         for J, D in ((1, 1), (1, 32), (5, 16), (10, 16), (10, 8), (20, 8), (5, 32)):

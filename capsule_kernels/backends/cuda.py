@@ -20,6 +20,7 @@ SERVES = (
 MAX_FRAGMENTS = 10
 FRAGMENT_BYTES = 16 * 8 * 4
 SWEEP_WARPS = 8
+ARRIVALS_BYTES = 8
 
 
 class Figures(NamedTuple):
@@ -82,13 +83,11 @@ def does_not_fit(figures: Figures, dtype: torch.dtype, shape: tuple[int, ...]) -
     # A block has `capsules` consecutive ones, which touch at most `rows` weights.
     capsules = -(-I // min(I, figures.sm_count))
     rows = (capsules + weight_sharing - 2) // weight_sharing + 1
-    forward = (
-        rows * elements * dtype.itemsize
-        + max(SWEEP_WARPS // 2 * fragments, SWEEP_WARPS) * FRAGMENT_BYTES
-    )
+    forward = rows * elements * dtype.itemsize + SWEEP_WARPS * fragments * FRAGMENT_BYTES
     # The gradients of one input capsule: the states of all iterations, du_hat, dprior, weight, dW.
     gradients = (
-        2 * R * fragments * FRAGMENT_BYTES
+        2 * ARRIVALS_BYTES
+        + 2 * R * fragments * FRAGMENT_BYTES
         + padded_J * 32 * 4
         + elements * (dtype.itemsize if known else dtype.itemsize + 4)
     )

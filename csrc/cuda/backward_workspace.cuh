@@ -1,5 +1,4 @@
-// The arrays of the backward's workspace, padded, counted in float4s; tiles as in tile.cuh. Of the
-// states there may be several copies.
+// The arrays of the backward's workspace, padded, counted in float4s; tiles as in tile.cuh.
 #pragma once
 
 #include "execution.cuh"
@@ -17,19 +16,17 @@ struct BackwardWorkspace {
   float* partial_logits;  // [splits, I, J]
 
   __device__ __forceinline__ BackwardWorkspace(const BackwardArguments& arguments,
-                                               const BackwardPlan& plan, int copy = 0) {
+                                               const BackwardPlan& plan) {
     const Shape& shape = arguments.shape;
     const Padded padded(shape);
     tile_size = padded.tile_floats() / 4;
     state_size = padded.tiles * tile_size;
     // The sweeps' counters lie before all of them.
     partial = reinterpret_cast<float4*>(arguments.workspace + plan.sweep.counter_floats);
-    float4* const copies = partial + plan.sweep.partials * state_size;
-    const std::size_t copy_size = 2 * shape.R * state_size;
-    G = copies + copy * copy_size;
-    V = G + state_size;
+    V = reinterpret_cast<float4*>(arguments.workspace) + plan.first_state;
+    G = V - state_size;
     ds = V + (shape.R - 1) * state_size;
-    partial_weight = reinterpret_cast<float*>(copies + plan.sweep.copies * copy_size);
+    partial_weight = reinterpret_cast<float*>(ds + shape.R * state_size);
     partial_logits =
         partial_weight + std::size_t(plan.gradients.splits) * shape.I * shape.J * shape.D * shape.K;
   }

@@ -70,7 +70,6 @@ Device figures_of(int index) {
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, index));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.shared_per_block,
                                         cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-  device.clusters = resident_clusters_of_sweeps(device.shared_per_block);
   return known[index] = device;
 }
 

@@ -72,6 +72,11 @@ __device__ __forceinline__ int here(int x) {
   return x;
 }
 
+// Brings what is there closer, for a load to come.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L1 [%0];" : : "l"(global));
+}
+
 // Copies 4, 8 or 16 bytes to shared memory in the background, or zeros where there is nothing to
 // copy; they are there after `wait_for_copies`, for other threads after a
 // barrier behind it.
@@ -132,47 +137,41 @@ __device__ __forceinline__ void counted_barrier(unsigned* arrived, unsigned expe
   __syncthreads();
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kHasClusters = false;
-#else
-constexpr bool kHasClusters = true;
-#endif
+// Counts arrivals of a block's threads on chip, `count` for each use: use 0, 1, 2, ... is complete
+// when all of them have arrived, which lets the next begin.
+struct Arrivals {
+  unsigned long long barrier;
 
-// The blocks of a cluster. All threads of all of them arrive, and then wait; what was written
-// before one arrives, to memory or on chip, is seen by those that have waited.
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" : : : "memory");
-#else
-  __trap();
-#endif
-}
-
-__device__ __forceinline__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" : : : "memory");
-#else
-  __trap();
-#endif
-}
-
-// What lies at the same place of the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float4 load_from_block(const float4* shared, int rank) {
-  float4 x = {};
-#if __CUDA_ARCH__ >= 900
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(there)
-               : "r"(unsigned(__cvta_generic_to_shared(shared))), "r"(rank));
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(there)
-               : "memory");
-#else
-  __trap();
-#endif
-  return x;
-}
+  __device__ __forceinline__ unsigned address() const {
+    return unsigned(__cvta_generic_to_shared(this));
+  }
+  // By one thread; for the others it is there after a barrier.
+  __device__ __forceinline__ void start(int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" : : "r"(address()), "r"(count) : "memory");
+  }
+  __device__ __forceinline__ void arrive() {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }"
+                 :
+                 : "r"(address())
+                 : "memory");
+  }
+  // Arrives when the copies are there that this thread has begun.
+  __device__ __forceinline__ void arrive_after_copies() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(address()) : "memory");
+  }
+  // What was written before the arrivals is seen then. The use after this one must not be complete.
+  __device__ __forceinline__ void wait(int use) const {
+    unsigned complete;
+    do {
+      asm volatile(
+          "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; "
+          "selp.u32 %0, 1, 0, p; }"
+          : "=r"(complete)
+          : "r"(address()), "r"(unsigned(use) & 1)
+          : "memory");
+    } while (complete == 0);
+  }
+};
 
 // c [16, 8] += a [16, 8] b [8, 8]; the low 13 bits of the operands are ignored by the hardware.
 // With g = lane / 4 and q = lane % 4: a holds (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4);
@@ -193,103 +192,31 @@ inline void check(cudaError_t status, const char* call) {
   }
 }
 
-// What a kernel is launched with. A cooperative grid may be in clusters of blocks.
+// What a kernel is launched with.
 struct Grid {
   int blocks, threads, shared_bytes;
   bool cooperative;
-  int cluster = 1;
 };
-
-// Launches as cudaLaunchKernelExC has it; `attributes` must live as long as the result.
-inline cudaLaunchConfig_t in_clusters(const Grid& grid, void* stream,
-                                      cudaLaunchAttribute (&attributes)[2]) {
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {unsigned(grid.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid.blocks);
-  config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  return config;
-}
-
-// All blocks wait for each other.
-template <class = void>
-__global__ void waiting_kernel() {
-  cooperative_groups::this_grid().sync();
-}
-
-// Whether the current device takes a launch that is both cooperative and in clusters: tried with
-// one cluster, on a stream of its own, as the documentation of CUDA does not promise it. May be
-// called while another stream is captured.
-inline bool takes_cooperative_clusters(const Grid& grid) {
-  const char* const exchange = "cudaThreadExchangeStreamCaptureMode";
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  check(cudaThreadExchangeStreamCaptureMode(&mode), exchange);
-  cudaStream_t stream = nullptr;
-  bool taken = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess;
-  if (taken) {
-    cudaLaunchAttribute attributes[2];
-    const cudaLaunchConfig_t config =
-        in_clusters({grid.cluster, grid.threads, 0, true, grid.cluster}, stream, attributes);
-    const auto kernel = reinterpret_cast<const void*>(waiting_kernel<>);
-    taken = cudaLaunchKernelExC(&config, kernel, nullptr) == cudaSuccess &&
-            cudaStreamSynchronize(stream) == cudaSuccess;
-    cudaStreamDestroy(stream);
-  }
-  if (!taken) cudaGetLastError();
-  check(cudaThreadExchangeStreamCaptureMode(&mode), exchange);
-  return taken;
-}
-
-// Lets a kernel have as much shared memory as a block of the device may have.
-inline void allow_shared_memory(const void* kernel, int device) {
-  int most = 0;
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
-        "cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize)");
-}
-
-// How many clusters of a cooperative grid the current device holds at a time; 0 where it has no
-// clusters, or does not launch such grids.
-inline int resident_clusters(const void* kernel, const Grid& grid) {
-  int device = 0, has_clusters = 0, clusters = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device),
-        "cudaDeviceGetAttribute(cudaDevAttrClusterLaunch)");
-  if (!has_clusters) return 0;
-  allow_shared_memory(kernel, device);
-  cudaLaunchAttribute attributes[2];
-  const cudaLaunchConfig_t config = in_clusters(grid, nullptr, attributes);
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return clusters;
-}
 
 // How many blocks of a kernel the current device holds at a time. The device is asked once: its
 // answers would cost as much as a launch.
 inline int resident_blocks(const void* kernel, const Grid& grid) {
   static std::mutex mutex;
-  static std::map<std::tuple<int, const void*, int, int, int>, int> known;
+  static std::map<std::tuple<int, const void*, int, int>, int> known;
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(device, kernel, grid.threads, grid.shared_bytes, grid.cluster);
+  const auto key = std::make_tuple(device, kernel, grid.threads, grid.shared_bytes);
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
-  if (grid.cluster > 1) return known[key] = resident_clusters(kernel, grid) * grid.cluster;
 
-  int sm_count = 0, blocks_per_sm = 0;
+  int sm_count = 0, blocks_per_sm = 0, most_shared = 0;
   check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute(cudaDevAttrMultiProcessorCount)");
-  allow_shared_memory(kernel, device);
+  check(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared),
+        "cudaFuncSetAttribute(cudaFuncAttributeMaxDynamicSharedMemorySize)");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, kernel, grid.threads,
                                                       grid.shared_bytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
@@ -313,12 +240,6 @@ void launch(void (*kernel)(Arguments, Plan), const Grid& grid, void* stream, Arg
     throw std::runtime_error(
         "capsule_kernels: a cooperative grid of " + std::to_string(grid.blocks) +
         " blocks does not fit on this device, which holds " + std::to_string(resident));
-  }
-  if (grid.cluster > 1) {
-    cudaLaunchAttribute attributes[2];
-    const cudaLaunchConfig_t config = in_clusters(grid, stream, attributes);
-    check(cudaLaunchKernelExC(&config, function, parameters), "cudaLaunchKernelExC");
-    return;
   }
   check(cudaLaunchCooperativeKernel(function, dim3(grid.blocks), dim3(grid.threads), parameters,
                                     grid.shared_bytes, static_cast<cudaStream_t>(stream)),

@@ -9,8 +9,7 @@
 namespace capsule_kernels::cuda {
 
 inline Grid sweep_grid(const SweepPlan& plan) {
-  return {plan.blocks, kSweepWarps * kWarpSize, plan.shared_bytes, /*cooperative=*/true,
-          plan.cluster};
+  return {plan.blocks, kSweepWarps * kWarpSize, plan.shared_bytes, /*cooperative=*/true};
 }
 
 template <class P, class T, class Tile>

@@ -25,7 +25,6 @@ struct Shape {
 struct Device {
   int sm_count;
   int shared_per_block;  // bytes, what a block may opt in to
-  int clusters;          // of kClusterBlocks blocks of the sweeps that it holds at a time; or 0
 };
 
 constexpr int kTileSamples = 8;    // samples of a tile: the columns of one mma
@@ -34,7 +33,6 @@ constexpr int kStepDims = 8;       // of K, the contraction of one mma
 constexpr int kMaxFragments = 10;  // mma results of a tile [J * D, 8] that fit in registers
 constexpr int kFragmentBytes = kTileSamples * kTileRows * 4;
 constexpr int kWarpSize = 32;
-constexpr int kClusterBlocks = 8;   // the most that every device with clusters has
 constexpr int kCounterStride = 32;  // from counter to counter: each has a cache line of its own
 // Warps of a block, as the registers of a thread allow: they hold V, ds and the sum, or V, ds,
 // du_hat and dW, beside u_hat.
@@ -117,13 +115,6 @@ struct SweepPlan {
   int capsules = 0;      // of a group, at most
   int weight_bytes = 0;  // of the slice of W on chip
   int shared_bytes = 0;
-  // Blocks of a cluster, consecutive capsule groups, or 1. A cluster adds the sums of its blocks on
-  // chip and keeps states of its own, so that only clusters have to wait for each other, once an
-  // iteration; then the partial sums of one iteration are read while those of the next are written.
-  int cluster = 1;
-  int sums = 0;                    // partial sums of a tile that are added through memory
-  int partials = 0;                // of which there is room
-  int copies = 1;                  // of the states
   std::size_t counter_floats = 0;  // room for the counter of each group of samples
   // What kernels would otherwise compute, and keep in registers.
   int tiles = 0;
@@ -131,15 +122,13 @@ struct SweepPlan {
   Divisor by_capsule_groups, by_tiles_per_pass, by_weight_sharing;
 };
 
-// A plan for blocks in clusters or not; `blocks == 0` where it does not fit.
-inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& device, int cluster,
+// A plan for some groups of samples; `blocks == 0` where it does not fit.
+inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& device,
                            int tiles_per_pass, int sample_groups) {
   const Padded padded(shape);
-  const int blocks = cluster > 1 ? device.clusters * cluster : device.sm_count;
-  const int most_groups = blocks / sample_groups / cluster * cluster;
+  const int most_groups = device.sm_count / sample_groups;
   SweepPlan plan;
   if (most_groups == 0) return plan;
-  plan.cluster = cluster;
   plan.tiles = padded.tiles;
   plan.state_size = padded.tiles * padded.tile_floats() / 4;
   plan.by_weight_sharing = Divisor(shape.weight_sharing);
@@ -147,18 +136,11 @@ inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& d
   plan.tiles_per_pass = tiles_per_pass;
   plan.capsules = ceil_div(shape.I, std::min(shape.I, most_groups));
   plan.capsule_groups = ceil_div(shape.I, plan.capsules);
-  if (plan.capsule_groups % cluster != 0) return plan;
-  plan.sums = plan.capsule_groups / cluster;
-  plan.partials = cluster > 1 ? 2 * plan.sums : plan.sums;
-  plan.copies = cluster > 1 ? plan.sums : 1;
   plan.counter_floats = std::size_t(sample_groups) * kCounterStride;
   plan.by_capsule_groups = Divisor(plan.capsule_groups);
   plan.by_tiles_per_pass = Divisor(tiles_per_pass);
-  // The sums of half of the warps, or a fragment of each; where a cluster reads those of one pass
-  // while the next is worked on, twice.
-  const bool twice = cluster > 1 && sample_groups * tiles_per_pass < padded.tiles;
-  const int exchange_bytes =
-      std::max((twice ? 2 : 1) * kSweepWarps / 2 * padded.fragments, kSweepWarps) * kFragmentBytes;
+  // The sum of each warp.
+  const int exchange_bytes = kSweepWarps * padded.fragments * kFragmentBytes;
   // The rows of W that this many consecutive capsules touch, at most.
   const int rows = (plan.capsules + shape.weight_sharing - 2) / shape.weight_sharing + 1;
   const double weight_bytes = double(rows) * padded.weight_elements * scalar_bytes;
@@ -173,30 +155,25 @@ inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& 
   const Padded padded(shape);
   SweepPlan best;
   double best_cost = 0;
-  for (const int cluster : {1, kClusterBlocks}) {
-    for (const int tiles_per_pass : {1, 2, 4}) {
-      if (tiles_per_pass > padded.tiles) break;
-      const int passes = ceil_div(padded.tiles, tiles_per_pass);
-      const int lanes = kSweepWarps / tiles_per_pass;
-      for (int sample_groups = 1; sample_groups <= std::min(passes, device.sm_count);
-           ++sample_groups) {
-        const SweepPlan plan =
-            try_sweep(shape, scalar_bytes, device, cluster, tiles_per_pass, sample_groups);
-        if (plan.blocks == 0) continue;
-        // In cycles, roughly: a capsule of a tile takes a warp 40 a fragment when 8 warps share the
-        // SM, and a pass as much as two of them; partial sums are written once and read once at
-        // 3000 bytes a cycle; a second barrier of the grid takes 2000, the sums of a pass over a
-        // cluster 500.
-        const int block_passes = ceil_div(passes, sample_groups);
-        const double sweep =
-            40.0 * padded.fragments * block_passes * (ceil_div(plan.capsules, lanes) + 2);
-        const double exchange =
-            2.0 * plan.sums * padded.tiles * padded.fragments * kFragmentBytes / 3000;
-        const double cost = sweep + exchange + (cluster > 1 ? 500.0 * block_passes : 2000.0);
-        if (best.blocks == 0 || cost < best_cost) {
-          best = plan;
-          best_cost = cost;
-        }
+  for (const int tiles_per_pass : {1, 2, 4}) {
+    if (tiles_per_pass > padded.tiles) break;
+    const int passes = ceil_div(padded.tiles, tiles_per_pass);
+    const int lanes = kSweepWarps / tiles_per_pass;
+    for (int sample_groups = 1; sample_groups <= std::min(passes, device.sm_count);
+         ++sample_groups) {
+      const SweepPlan plan = try_sweep(shape, scalar_bytes, device, tiles_per_pass, sample_groups);
+      if (plan.blocks == 0) continue;
+      // In cycles, roughly: a capsule of a tile takes a warp 90 a fragment when 8 warps share the
+      // SM, and a pass as much as two of them; partial sums are written once and read once at
+      // 3000 bytes a cycle.
+      const double sweep = 90.0 * padded.fragments * ceil_div(passes, sample_groups) *
+                           (ceil_div(plan.capsules, lanes) + 2);
+      const double exchange =
+          2.0 * plan.capsule_groups * padded.tiles * padded.fragments * kFragmentBytes / 3000;
+      const double cost = sweep + exchange;
+      if (best.blocks == 0 || cost < best_cost) {
+        best = plan;
+        best_cost = cost;
       }
     }
   }
@@ -208,13 +185,13 @@ struct ForwardPlan {
   std::size_t workspace_floats = 0;
 };
 
-// Workspace: counters, partial sums [partials][tiles][tile], then V [copies][tiles][tile].
+// Workspace: counters, partial sums [G_i][tiles][tile], then V [tiles][tile].
 inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   ForwardPlan plan;
   plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.workspace_floats =
-      std::size_t(plan.sweep.partials + plan.sweep.copies) * padded.tiles * padded.tile_floats() +
+      std::size_t(plan.sweep.capsule_groups + 1) * padded.tiles * padded.tile_floats() +
       plan.sweep.counter_floats;
   return plan;
 }
@@ -226,9 +203,12 @@ struct GradientPlan {
   int warps = 0;     // of a block; 0 where shared memory does not hold even one capsule
   int capsules = 0;  // of a block
   int splits = 0;
-  int buffers = 0;  // tiles of states on chip: with two of them one is loaded ahead of time
+  // Tiles of states on chip: with two of them one is loaded ahead of time, with four two are, and a
+  // warp may be a tile behind the others.
+  int buffers = 0;
   int shared_bytes = 0;
   bool partial_sums = false;  // dW and dprior go through the workspace
+  Divisor by_buffers;
 };
 
 // Where J is a constant K is at most 8, and the dW of a warp's own capsule stays in registers.
@@ -239,12 +219,15 @@ CAPSULE_KERNELS_BOTH inline int stored_capsules(const Shape& shape, int capsules
 // The states of a tile that the gradients need: V^1..V^(R-1) and ds^1..ds^R.
 CAPSULE_KERNELS_BOTH inline int gradient_states(const Shape& shape) { return 2 * shape.R - 1; }
 
-// On chip: states of the tiles, dW of the capsules whose dW is stored, sums of dprior for each lane
-// of every capsule, du_hat of a tile for each warp, W_i.
+constexpr int kArrivalsBytes = 8;
+
+// On chip: two counts of arrivals for each buffer, states of the tiles, dW of the capsules whose dW
+// is stored, sums of dprior for each lane of every capsule, du_hat of a tile for each warp, W_i.
 inline std::size_t gradient_bytes(const Shape& shape, const Padded& padded, int scalar_bytes,
                                   const GradientPlan& plan) {
   const std::size_t tile_bytes = std::size_t(padded.fragments) * kFragmentBytes;
-  return tile_bytes * (plan.buffers * gradient_states(shape) + plan.warps) +
+  return std::size_t(2 * kArrivalsBytes) * plan.buffers +
+         tile_bytes * (plan.buffers * gradient_states(shape) + plan.warps) +
          std::size_t(padded.weight_elements) *
              (4 * stored_capsules(shape, plan.capsules, plan.warps) +
               scalar_bytes * plan.capsules) +
@@ -264,7 +247,8 @@ inline GradientPlan plan_gradients(const Shape& shape, int scalar_bytes, const D
       return gradient_bytes(shape, padded, scalar_bytes, plan) <=
              std::size_t(device.shared_per_block);
     };
-    if (!fits(2) && !fits(1)) break;
+    if (!fits(4) && !fits(2) && !fits(1)) break;
+    plan.by_buffers = Divisor(plan.buffers);
     plan.shared_bytes = int(gradient_bytes(shape, padded, scalar_bytes, plan));
     const int groups = ceil_div(shape.I, capsules);
     // Splitting the samples costs sums through memory: only as far as it fills the device.
@@ -285,20 +269,22 @@ inline GradientPlan plan_gradients(const Shape& shape, int scalar_bytes, const D
 struct BackwardPlan {
   SweepPlan sweep;
   GradientPlan gradients;
+  std::size_t first_state = 0;  // V^1, in float4s from the beginning of the workspace
   std::size_t workspace_floats = 0;
 };
 
-// Workspace: counters; partial sums of G [partials][tiles][tile]; for each copy of the states G,
-// V^1..V^(R-1) and ds^1..ds^R [tiles][tile] each; then partial sums of dW [splits, I, J, D, K] and
-// of dprior [splits, I, J].
+// Workspace: counters; partial sums of G [G_i][tiles][tile]; G, V^1..V^(R-1) and ds^1..ds^R
+// [tiles][tile] each; then partial sums of dW [splits, I, J, D, K] and of dprior [splits, I, J].
 inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   BackwardPlan plan;
   plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.gradients = plan_gradients(shape, scalar_bytes, device);
-  plan.workspace_floats = std::size_t(plan.sweep.partials + plan.sweep.copies * 2 * shape.R) *
-                              padded.tiles * padded.tile_floats() +
-                          plan.sweep.counter_floats;
+  plan.first_state =
+      (plan.sweep.capsule_groups + 1) * plan.sweep.state_size + plan.sweep.counter_floats / 4;
+  plan.workspace_floats =
+      std::size_t(plan.sweep.capsule_groups + 2 * shape.R) * padded.tiles * padded.tile_floats() +
+      plan.sweep.counter_floats;
   if (plan.gradients.partial_sums) {
     plan.workspace_floats += std::size_t(plan.gradients.splits) * shape.I * shape.J *
                              (std::size_t(shape.D) * shape.K + 1);

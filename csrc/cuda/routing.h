@@ -54,10 +54,6 @@ struct BackwardArguments {
   float* workspace;  // BackwardPlan::workspace_floats
 };
 
-// How many clusters of kClusterBlocks blocks of the sweeps the current device holds at a time, each
-// with this much shared memory: `Device::clusters`.
-int resident_clusters_of_sweeps(int shared_bytes);
-
 // Both enqueue on `stream` (a cudaStream_t) of the current device and return without waiting.
 // They throw std::runtime_error naming the CUDA call that failed.
 void routing_forward(const ForwardArguments& arguments, const ForwardPlan& plan, Scalar scalar,

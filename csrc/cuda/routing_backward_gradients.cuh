@@ -13,6 +13,8 @@ template <class T>
 struct GradientStore {
   const int tile_size;       // of a state tile [fragments][32], in float4s
   const int weight_quads;    // of W_i [K / 8][fragments][32]
+  Arrivals* const arrived;   // [buffers], of states
+  Arrivals* const finished;  // [buffers], of threads that are through with them
   float4* const states;      // [buffers][V^1..V^(R-1), ds^1..ds^R][tile]
   float4* const du_hat;      // [warps][tile]
   float4* const dW;          // [stored capsules][W_i]
@@ -23,7 +25,9 @@ struct GradientStore {
                                            const GradientPlan& plan)
       : tile_size(padded.fragments * kWarpSize),
         weight_quads(tile_size * (padded.K / kStepDims)),
-        states(static_cast<float4*>(shared_memory())),
+        arrived(static_cast<Arrivals*>(shared_memory())),
+        finished(arrived + plan.buffers),
+        states(reinterpret_cast<float4*>(finished + plan.buffers)),
         du_hat(states + plan.buffers * gradient_states(shape) * tile_size),
         dW(du_hat + plan.warps * tile_size),
         dprior(reinterpret_cast<float*>(dW + stored_capsules(shape, plan.capsules, plan.warps) *
@@ -192,6 +196,27 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     return;
   }
 
+  // The states of every `splits`th tile come to chip in turn, each into the next buffer.
+  const int buffers = gradients.buffers;
+  const auto use_of = [&](int round) { return gradients.by_buffers.divide(round); };
+  const auto buffer_of = [&](int round) { return round - use_of(round) * buffers; };
+  // In the order V^1..V^(R-1), ds^1..ds^R, as in the workspace.
+  const auto send_for_states = [&](int tile, int round) {
+    if (tile >= padded.tiles) return;
+    if (round >= buffers) store_of.finished[buffer_of(round)].wait(use_of(round) - 1);
+    float4* const to = store_of.states + buffer_of(round) * gradient_states(shape) * tile_size;
+    // Without the full gradient only V^(R-1) and ds^R.
+    const int step = arguments.full_gradient ? 1 : R;
+    for (int state = arguments.full_gradient ? 0 : max(R - 2, 0); state < gradient_states(shape);
+         state += step) {
+      const float4* from = reinterpret_cast<const float4*>(arguments.workspace) + plan.first_state +
+                           state * plan.sweep.state_size + std::size_t(tile) * tile_size;
+      for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
+        copy_in_background<16>(to + state * tile_size + e, from + e);
+      }
+    }
+    store_of.arrived[buffer_of(round)].arrive_after_copies();
+  };
   // Where the dW of a capsule of the block is stored; null: in the registers of its warp.
   const auto stored_grad_weight = [&](int capsule) -> float4* {
     const int stored = Tile::kKnown ? capsule - warps : capsule;
@@ -214,23 +239,15 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     }
   }
 
-  // States on chip in the order V^1..V^(R-1), ds^1..ds^R, as in the workspace.
-  const auto stage = [&](int tile, float4* to) {
-    // Without the full gradient only V^(R-1) and ds^R.
-    const int step = arguments.full_gradient ? 1 : R;
-    for (int state = arguments.full_gradient ? 0 : max(R - 2, 0); state < gradient_states(shape);
-         state += step) {
-      const float4* from = w.V + state * w.state_size + std::size_t(tile) * tile_size;
-      for (int e = threadIdx.x; e < tile_size; e += blockDim.x) {
-        copy_in_background<16>(to + state * tile_size + e, from + e);
-      }
+  if (threadIdx.x == 0) {
+    for (int buffer = 0; buffer < buffers; ++buffer) {
+      store_of.arrived[buffer].start(blockDim.x);
+      store_of.finished[buffer].start(blockDim.x);
     }
-  };
-  const bool ahead = gradients.buffers == 2;
-  const auto states_of = [&](int round) {
-    return store_of.states + (ahead ? round % 2 * gradient_states(shape) * tile_size : 0);
-  };
-  if (ahead) stage(split, states_of(0));
+  }
+  __syncthreads();  // every W is there
+  // With four buffers nobody waits for those who are not yet through with the last tile.
+  for (int round = 0; round < buffers / 2; ++round) send_for_states(split + round * splits, round);
 
   Values own_dW;  // where it is not stored
   set_zero(own_dW);
@@ -242,20 +259,19 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
   if (warp < capsules) load_u(next_u, split, warp);
 
   for (int tile = split, round = 0; tile < padded.tiles; tile += splits, ++round) {
-    float4* const states = states_of(round);
-    if (!ahead) {
-      __syncthreads();  // the states of the last tile are read
-      stage(tile, states);
-    }
-    wait_for_copies();
-    __syncthreads();  // all see this tile's states and every W, and none reads the last tile's
-    if (ahead && tile + splits < padded.tiles) stage(tile + splits, states_of(round + 1));
+    send_for_states(tile + buffers / 2 * splits, here(round) + buffers / 2);
+    const float4* const states =
+        store_of.states + buffer_of(round) * gradient_states(shape) * tile_size;
+    store_of.arrived[buffer_of(round)].wait(use_of(round));
 
     // The warp's own capsule, then those left over, each in a warp of its own.
     for (int capsule = warp, turn = 0; turn <= capsules - warps || turn == 0; ++turn) {
       if (turn > 0) {
         capsule = warps + turn - 1;
         if ((capsule + round) % warps != warp) continue;
+        // Its last warp is through with it.
+        const int before = here(round) - 1;
+        if (before >= 0) store_of.finished[buffer_of(before)].wait(use_of(before));
       }
       if (capsule >= capsules) continue;
       const int i = first_i + capsule;
@@ -323,6 +339,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
                                  shape, lane);
       }
     }
+    store_of.finished[buffer_of(here(round))].arrive();
   }
   __syncthreads();  // what is stored of dW and dprior is whole
 

@@ -1,6 +1,6 @@
 // Backward, first launch: V^t, and ds^t from t = R down, a sweep and two barriers of the blocks
-// that share samples, or one and two of the clusters, for each step. With `full_gradient` off only
-// V and ds^R are needed, and there is no sweep.
+// that share samples for each step. With `full_gradient` off only V and ds^R are needed, and there
+// is no sweep.
 #pragma once
 
 #include "backward_workspace.cuh"
@@ -18,14 +18,10 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   const Lane& lane = block.lane;
   const auto grad_v = static_cast<const T*>(arguments.grad_v);
   const auto logits = static_cast<const T*>(arguments.logits);
-  const BackwardWorkspace w(arguments, plan, block.share.copy());
+  const BackwardWorkspace w(arguments, plan);
   const int R = shape.R;
   const bool sweeps = arguments.full_gradient && R > 1;
-  GridArrival reset = 0;
-  if (sweeps) {
-    reset = block.share.reset_counter();
-    block.send_for_weight();
-  }
+  if (sweeps) block.send_for_weight();
 
   // x_d ... x_(d + 3) of output capsule j of sample b, 0 past the batch, J and D.
   const auto load = [&](float (&x)[4], const auto* from, int b, int j, int d) {
@@ -50,28 +46,29 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     const int e = item * kWarpSize + lane.index, capsule = e / kCapsuleLanes;
     const int J = block.fragments * kTileRows / Tile::D;
     const int b = capsule / J, j = capsule % J, d = e % kCapsuleLanes * 4;
-    float s[4], v[4], sum[4] = {};
+    float g[4], s[4], v[4], sum[4] = {};
+    load(g, grad_v, b, j, d);
+    load_s(s, 1, b, j, d);
     for (int t = 1; t < R; ++t) {
-      load_s(s, t, b, j, d);
+      float next[4];  // on its way meanwhile
+      load_s(next, t + 1, b, j, d);
       squash<kCapsuleLanes>(v, s);
       for (int n = 0; n < 4; ++n) sum[n] += v[n];
       store_state(w.V + (t - 1) * w.state_size, sum, b, j, d);
+      for (int n = 0; n < 4; ++n) s[n] = next[n];
     }
-    float g[4];
-    load(g, grad_v, b, j, d);
-    load_s(s, R, b, j, d);
     squash_backward<kCapsuleLanes>(g, s);
     store_state(w.ds + (R - 1) * w.state_size, g, b, j, d);
   });
   if (!sweeps) return;
-  block.share.wait_for_counters(reset);
-  block.share.state_barrier(0, 1);
+  // All states are there then, too.
+  block.share.wait_for_counters(block.share.reset_counter());
 
+  int barriers = 0;
   for (int t = R; t > 1; --t) {
-    float4* const partial = block.partial_of(w.partial, t);
     const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
     block.template sweep<2>(
-        t == R, states, partial,
+        t == R, states, w.partial,
         [&](typename Tile::Values& sum, const auto& predict, const auto& tile_states, int, int i) {
           typename Tile::Values u_hat;
           predict(u_hat);
@@ -83,21 +80,31 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
           softmax_backward<Tile>(dl, c, shape.J);
           add_scaled<Tile>(sum, dl, u_hat, shape.J);
         });
-    block.share.sum_barrier(R - t + 1, R - t + 1);
+    block.share.barrier(++barriers);
 
     // G^(t-1) and ds^(t-1); G is read and written by the same lanes, in the order of the sums.
-    block.add_partial_sums(partial, [&](float (&sum)[4], int b, int j, int d) {
-      float4& G =
-          w.G[(std::size_t(b) * (block.fragments * kTileRows / Tile::D) + j) * kCapsuleLanes +
-              d / 4];
-      if (t < R) add_to(sum, G);
-      G = packed(sum);
+    struct Ahead {
+      float4 G;
       float s[4];
-      load_s(s, t - 1, b, j, d);
-      squash_backward<kCapsuleLanes>(sum, s);
+    };
+    const auto G_at = [&](int b, int j, int d) -> float4& {
+      const int J = block.fragments * kTileRows / Tile::D;
+      return w.G[(std::size_t(b) * J + j) * kCapsuleLanes + d / 4];
+    };
+    const auto load_ahead = [&](int b, int j, int d) {
+      Ahead ahead = {};
+      if (t < R) ahead.G = G_at(b, j, d);
+      load_s(ahead.s, t - 1, b, j, d);
+      return ahead;
+    };
+    const auto finish = [&](float (&sum)[4], const Ahead& ahead, int b, int j, int d) {
+      add_to(sum, ahead.G);
+      if (t > 2) G_at(b, j, d) = packed(sum);
+      squash_backward<kCapsuleLanes>(sum, ahead.s);
       store_state(w.ds + (t - 2) * w.state_size, sum, b, j, d);
-    });
-    if (t > 2) block.share.state_barrier(R - t + 1, R - t + 2);
+    };
+    block.add_partial_sums(w.partial, load_ahead, finish);
+    if (t > 2) block.share.barrier(++barriers);
   }
 }
 

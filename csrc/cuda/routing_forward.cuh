@@ -1,5 +1,5 @@
 // The whole forward in one cooperative launch: R sweeps, between two of them two barriers of the
-// blocks that share samples, or one and two of the clusters.
+// blocks that share samples.
 #pragma once
 
 #include "routing.h"
@@ -17,17 +17,15 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   const Lane& lane = block.lane;
   const auto logits = static_cast<const T*>(arguments.logits);
   const auto bias = static_cast<const T*>(arguments.bias);
-  // [partials][B][J][D], and [tiles][tile].
-  const auto partials = reinterpret_cast<float4*>(arguments.workspace + plan.sweep.counter_floats);
-  float4* const V = partials + (plan.sweep.partials + block.share.copy()) * block.state_size;
+  // [G_i][B][J][D], and [tiles][tile].
+  const auto partial = reinterpret_cast<float4*>(arguments.workspace + plan.sweep.counter_floats);
+  float4* const V = partial + plan.sweep.capsule_groups * block.state_size;
   // Without a prior the first couplings are all the same: one factor for the whole sum.
   const bool uniform = logits == nullptr && (shape.R > 1 || arguments.coupling == nullptr);
   const GridArrival reset = block.share.reset_counter();
   block.send_for_weight();
-  block.share.wait_for_counters(reset);
 
   for (int t = 1; t <= shape.R; ++t) {
-    float4* const partial = block.partial_of(partials, t);
     const auto coupling = static_cast<T*>(t == shape.R ? arguments.coupling : nullptr);
     // `plain`: t > 1 without a prior, and without couplings to write.
     const auto add_weighted = [&](bool plain, bool first) {
@@ -70,33 +68,45 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     } else {
       block.template sweep<1>(false, {V}, partial, add_weighted(false, false));
     }
-    block.share.sum_barrier(t, t - 1);
+    if (t == 1) block.share.wait_for_counters(reset);
+    block.share.barrier(2 * t - 1);
 
     // s^t, v^t and V^t.
+    const auto V_at = [&](int b, int j, int d) -> float& {
+      return reinterpret_cast<float*>(V)[state_offset<Tile>(b, j, d, block.fragments)];
+    };
+    const auto load_V = [&](int b, int j, int d) {
+      float4 before = {};
+      if (t > 1 && t < shape.R) {
+        before =
+            make_float4(V_at(b, j, d), V_at(b, j, d + 1), V_at(b, j, d + 2), V_at(b, j, d + 3));
+      }
+      return before;
+    };
     float* const s_out = arguments.s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
     const float factor = uniform && t == 1 ? arguments.uniform_coupling : 1.0f;
-    block.add_partial_sums(partial, [&](float (&s)[4], int b, int j, int d) {
+    const auto finish = [&](float (&s)[4], const float4& before, int b, int j, int d) {
       const std::size_t index = (std::size_t(b) * shape.J + j) * shape.D + d;
       for (int e = 0; e < 4; ++e) {
         const bool inside = j < shape.J && d + e < shape.D;
         s[e] *= factor;
         if (bias != nullptr && inside) s[e] += to_float(bias[j * shape.D + d + e]);
-        if (b < shape.B && inside && block.share.copy() == 0) s_out[index + e] = s[e];
+        if (b < shape.B && inside) s_out[index + e] = s[e];
       }
       float v[4];
       squash<kCapsuleLanes>(v, s);
+      const bool last = t == shape.R;
+      if (!last) add_to(v, before);
       for (int e = 0; e < 4; ++e) {
-        if (t == shape.R) {
-          if (b < shape.B && j < shape.J && d + e < shape.D && block.share.copy() == 0) {
-            store(static_cast<T*>(arguments.v) + index + e, v[e]);
-          }
-        } else {
-          float& to = reinterpret_cast<float*>(V)[state_offset<Tile>(b, j, d + e, block.fragments)];
-          to = t > 1 ? to + v[e] : v[e];
+        if (!last) {
+          V_at(b, j, d + e) = v[e];
+        } else if (b < shape.B && j < shape.J && d + e < shape.D) {
+          store(static_cast<T*>(arguments.v) + index + e, v[e]);
         }
       }
-    });
-    if (t < shape.R) block.share.state_barrier(t, t);
+    };
+    block.add_partial_sums(partial, load_V, finish);
+    if (t < shape.R) block.share.barrier(2 * t);
   }
 }
 

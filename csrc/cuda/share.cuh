@@ -36,54 +36,23 @@ struct Share {
     return plan.by_capsule_groups.divide(here(blockIdx.x));
   }
 
-  // Whether the block is in a cluster; which of those that share its samples, and which of its
-  // blocks.
-  __device__ __forceinline__ bool clustered() const { return kHasClusters && plan.cluster > 1; }
-  __device__ __forceinline__ int cluster() const { return capsule_group / kClusterBlocks; }
-  __device__ __forceinline__ int rank() const { return capsule_group % kClusterBlocks; }
-
-  // Which copy of the states is the block's; outputs are from the first.
-  __device__ __forceinline__ int copy() const { return clustered() ? cluster() : 0; }
-
-  // Whether a cluster has all of W, so that its barrier is all it takes.
-  __device__ __forceinline__ bool alone() const { return clustered() && plan.sums == 1; }
-
-  // The barriers below count arrivals, from 0. All blocks call both of these once, and have
-  // something else to do meanwhile.
+  // The barriers below count arrivals, from 0. All blocks call both of these once; what a block
+  // wrote before the first is seen by all after the second.
   __device__ __forceinline__ GridArrival reset_counter() const {
-    if (alone()) return 0;
     if (capsule_group == 0 && threadIdx.x == 0) *counter() = 0;
     return grid_arrive();
   }
-  __device__ __forceinline__ void wait_for_counters(GridArrival reset) const {
-    if (!alone()) grid_wait(reset);
-  }
+  __device__ __forceinline__ void wait_for_counters(GridArrival reset) const { grid_wait(reset); }
 
-  // Barriers for those who read a partial sum, or a state, that one of them wrote: the blocks that
-  // share samples, or their cluster. `sums`, `states`: how many of each there were, with this one.
-  __device__ __forceinline__ void sum_barrier(int sums, int states) const {
-    if (alone()) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
-      counted_barrier(counter(), arrivals(sums, states));
-    }
-  }
-  __device__ __forceinline__ void state_barrier(int sums, int states) const {
-    if (clustered()) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
-      counted_barrier(counter(), arrivals(sums, states));
-    }
+  // For those who read a partial sum, or a state, that another block wrote: of the blocks that
+  // share samples, number 1, 2, 3, ... of the launch.
+  __device__ __forceinline__ void barrier(int number) const {
+    counted_barrier(counter(), unsigned(number * plan.capsule_groups));
   }
 
  private:
   __device__ __forceinline__ unsigned* counter() const {
     return counters + sample_group_again() * kCounterStride;
-  }
-  __device__ __forceinline__ unsigned arrivals(int sums, int states) const {
-    return (sums + (clustered() ? 0 : states)) * plan.capsule_groups;
   }
 };
 

@@ -4,8 +4,7 @@
 // over (its samples) x (its capsules): a warp holds the states of a tile and its sum in registers,
 // weighs each u_hat with coefficients that it computes from the states, and the block leaves its
 // sum of coefficient * u_hat per sample in the workspace. The blocks then add the partial sums of
-// all capsule groups, in a fixed order. Where blocks form clusters, the sums of a cluster's blocks
-// are added on chip first, and each cluster adds those of the others for itself.
+// all capsule groups, in a fixed order.
 #pragma once
 
 #include "coefficients.cuh"
@@ -62,38 +61,31 @@ struct SweepBlock {
     for (int n = 0; n < kPiecesAhead; ++n) send_for_piece(share.first_capsule + n * kPiece);
   }
 
-  // The partial sums of sweep t, of `all`: where clusters wait for each other but once, one may
-  // still read those of the last.
-  __device__ __forceinline__ float4* partial_of(float4* all, int t) const {
-    return share.clustered() && t % 2 == 1 ? all + here(plan.sums) * state_size : all;
-  }
-
   // One sweep. `add(sum, predict, states, tile, i)` adds u_hat of capsule i, weighted, to the sum;
   // `predict(x)` sets x to it; `states` are the warp's tile of each of `from`. `partial` is
-  // [sums][B][J][D], padded.
+  // [G_i][B][J][D], padded.
   template <int kStates, class Add>
   __device__ __forceinline__ void sweep(bool arrives,
                                         const float4* const (&from)[kStates > 0 ? kStates : 1],
                                         float4* partial, Add add) const {
     for_each_pass<1>(arrives, partial, [&](Values(&sums)[1], int first, bool arrives) {
+      // A warp without a tile goes along, past the batch, while W arrives.
       const int tile = first + share.slot;
-      if (tile < tiles) {
-        Values states[kStates > 0 ? kStates : 1];
+      if (tile >= tiles && !arrives) return;
+      Values states[kStates > 0 ? kStates : 1];
 #pragma unroll
-        for (int n = 0; n < kStates; ++n) {
-          load_state<Tile>(states[n], from[n] + std::size_t(tile) * tile_size, shape.J, lane);
-        }
-        const InputRow<T, Tile> row[1] = {{u, tile, shape, lane}};
-        for_each_capsule(arrives, row, share.lane_of_capsules, share.lanes,
-                         [&](int i, const float (&first_u)[1][2]) {
-                           const auto predict_i = [&](Values& x) {
-                             predict<P, T, Tile>(x, weight_of(i), first_u, row, i, shape, lane);
-                           };
-                           add(sums[0], predict_i, states, tile, i);
-                         });
-      } else if (arrives) {
-        for (int i = share.first_capsule; i < share.last_capsule; i += kPiece) receive_piece(i);
+      for (int n = 0; n < kStates; ++n) {
+        const std::size_t at = min(tile, tiles - 1);
+        load_state<Tile>(states[n], from[n] + at * tile_size, shape.J, lane);
       }
+      const InputRow<T, Tile> row[1] = {{u, tile, shape, lane}};
+      for_each_capsule(arrives, row, share.lane_of_capsules, share.lanes,
+                       [&](int i, const float (&first_u)[1][2]) {
+                         const auto predict_i = [&](Values& x) {
+                           predict<P, T, Tile>(x, weight_of(i), first_u, row, i, shape, lane);
+                         };
+                         add(sums[0], predict_i, states, tile, i);
+                       });
     });
   }
 
@@ -116,55 +108,59 @@ struct SweepBlock {
   }
 
   // Calls visit(item) for the items of the block, 32 float4s [B][J][D] of a state each, or -1 where
-  // there are no more, as often in every warp; `teams` of warps take turns. The blocks that share a
-  // copy of the samples' states, all or those of a cluster, share its items.
+  // there are no more, as often in every warp; `teams` of warps take turns.
   template <class Visit>
   __device__ __forceinline__ void for_each_item(int teams, int team, Visit visit) const {
     const int width = plan.tiles_per_pass;
-    const int place = share.clustered() ? share.rank() : here(share.capsule_group);
-    const int stride = share.clustered() ? kClusterBlocks : plan.capsule_groups;
     for (int first = share.sample_group_again() * width; first < tiles;
          first += plan.sample_groups * width) {
       const int end = min(first + width, tiles) * fragments;
-      for (int block = first * fragments + place; block < end; block += stride * teams) {
-        const int item = block + team * stride;
+      for (int block = first * fragments + here(share.capsule_group); block < end;
+           block += plan.capsule_groups * teams) {
+        const int item = block + team * plan.capsule_groups;
         visit(item < end ? item : -1);
       }
     }
   }
 
-  // Adds the partial sums in a fixed order. `finish(sum, b, j, d)` gets each sum once, for
-  // d ... d + 3; `kCapsuleLanes` lanes have a capsule whole.
-  template <class Finish>
-  __device__ __forceinline__ void add_partial_sums(const float4* partial, Finish finish) const {
+  // Adds the partial sums in a fixed order. `finish(sum, ahead, b, j, d)` gets each sum once, for
+  // d ... d + 3, and what `load(b, j, d)` has loaded for it ahead of time; `kCapsuleLanes` lanes
+  // have a capsule whole.
+  template <class Load, class Finish>
+  __device__ __forceinline__ void add_partial_sums(const float4* partial, Load load,
+                                                   Finish finish) const {
     // Many sums are split among the warps of half of the block.
-    const int warps = share.clustered() ? 1 : here(kSweepWarps / 2), warp = share.warp % warps;
-    for_each_item(kSweepWarps / warps, share.warp / warps, [&](int item) {
+    constexpr int kWarps = kSweepWarps / 2;
+    const int warp = share.warp % kWarps;
+    for_each_item(kSweepWarps / kWarps, share.warp / kWarps, [&](int item) {
       constexpr int kAhead = 12;
       const int e = item * kWarpSize + here(lane.index);
+      const int capsule = e / kCapsuleLanes, J = fragments * kTileRows / Tile::D;
+      const int b = capsule / J, j = capsule % J, d = e % kCapsuleLanes * 4;
+      const bool finishes = warp == 0 && item >= 0;
+      decltype(load(0, 0, 0)) loaded = {};
+      if (finishes) loaded = load(b, j, d);
       float sum[4] = {};
-      for (int n = warp; item >= 0 && n < plan.sums; n += kAhead * warps) {
+      for (int n = warp; item >= 0 && n < plan.capsule_groups; n += kAhead * kWarps) {
         float4 ahead[kAhead];  // all on their way before the first of them is added
 #pragma unroll
         for (int m = 0; m < kAhead; ++m) {
-          const int next = n + m * warps;
-          ahead[m] = next < plan.sums ? partial[next * state_size + e]
-                                      : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          const int next = n + m * kWarps;
+          ahead[m] = next < plan.capsule_groups ? partial[next * state_size + e]
+                                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
 #pragma unroll
         for (int m = 0; m < kAhead; ++m) add_to(sum, ahead[m]);
       }
-      if (warps > 1) {
-        __syncthreads();  // `exchange` is free
-        if (warp > 0) exchange[share.warp * kWarpSize + lane.index] = packed(sum);
-        __syncthreads();
-      }
-      if (warp > 0 || item < 0) return;
-      for (int other = 1; other < warps; ++other) {
+      __syncthreads();  // `exchange` is free
+      if (warp > 0) exchange[share.warp * kWarpSize + lane.index] = packed(sum);
+      __syncthreads();
+      if (!finishes) return;
+#pragma unroll
+      for (int other = 1; other < kWarps; ++other) {
         add_to(sum, exchange[(share.warp + other) * kWarpSize + lane.index]);
       }
-      const int capsule = e / kCapsuleLanes, J = fragments * kTileRows / Tile::D;
-      finish(sum, capsule / J, capsule % J, e % kCapsuleLanes * 4);
+      finish(sum, loaded, b, j, d);
     });
   }
 
@@ -206,77 +202,70 @@ struct SweepBlock {
   }
 
   // Calls sweep(sums, first tile, whether W arrives meanwhile) for each pass over the samples of
-  // the block, and leaves the sums of its warps' tiles in the workspace. W arrives in the first. A
-  // cluster adds the sums of one pass after the sweep of the next.
+  // the block, and leaves the sums of its warps' tiles in the workspace. W arrives in the first.
   template <int kTiles, class Sweep>
   __device__ __forceinline__ void for_each_pass(bool arrives, float4* partial, Sweep sweep) const {
-    const int slots = plan.tiles_per_pass / kTiles, slot = share.warp % slots;
-    const int lane_of_capsules = share.warp / slots;
     const int start = share.sample_group * plan.tiles_per_pass;
     const int step = plan.sample_groups * plan.tiles_per_pass;
-    float4* place = exchange;
-    for (int first = start;; first += step) {
+    for (int first = start; first < tiles; first += step) {
       Values sums[kTiles];
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) set_zero(sums[m]);
-      if (first < tiles) sweep(sums, first, arrives && first == start);
-      if (share.clustered() && first > start) {
-        cluster_wait();
-        add_over_cluster<kTiles>(partial, place, first - step);
-        place = place == exchange ? exchange + kSweepWarps / 2 * tile_size : exchange;
-      }
-      if (first >= tiles) break;
+      sweep(sums, first, arrives && first == start);
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        add_over_lanes(place, sums[m], lane_of_capsules, kSweepWarps / slots, slot);
-      }
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        if (lane_of_capsules > 0) continue;
-        if (share.clustered()) {
-          store_tile(place + (m * slots + slot) * tile_size, sums[m]);
-        } else {
-          write_partial(partial, sums[m], first + slot * kTiles + m);
-        }
-      }
-      if (share.clustered()) cluster_arrive();
+      for (int m = 0; m < kTiles; ++m) leave_sums<kTiles>(partial, sums[m], first + m);
     }
   }
 
-  __device__ __forceinline__ void store_tile(float4* to, const Values& sum) const {
-    for_each_fragment<Tile>(shape.J,
-                            [&](int, int n) { to[n * kWarpSize + lane.index] = packed(sum[n]); });
-  }
-
-  // Adds the sums of a pass that the blocks of the cluster have at `place`; each block takes a
-  // share of the fragments.
+  // Adds the sums of the warps that share a tile, in a fixed order, and writes them to the
+  // workspace. Every warp shows its sum in the order of the fragments; all threads then collect 4
+  // dimensions of 2 samples each, as a row of the workspace has them.
   template <int kTiles>
-  __device__ __forceinline__ void add_over_cluster(float4* partial, const float4* place,
-                                                   int first) const {
-    const int slots = plan.tiles_per_pass / kTiles;
-    for (int unit = here(share.rank()) + kClusterBlocks * share.warp;
-         unit < plan.tiles_per_pass * fragments; unit += kClusterBlocks * kSweepWarps) {
-      float4 of_block[kClusterBlocks];
-#pragma unroll
-      for (int rank = 0; rank < kClusterBlocks; ++rank) {
-        of_block[rank] = load_from_block(place + unit * kWarpSize + lane.index, rank);
-      }
-      float sum[4] = {};
-#pragma unroll
-      for (int rank = 0; rank < kClusterBlocks; ++rank) add_to(sum, of_block[rank]);
-      const int at = here(unit) / fragments, tile = first + at % slots * kTiles + at / slots;
-      if (tile >= tiles) continue;
-      for_each_group<Tile>(shape.J, [&](auto group) {
-        const int m = unit % fragments - Tile::first_fragment(group.value);
-        if (m < 0 || m >= Tile::fragments(group.value)) return;
-        write_fragment(partial + share.cluster() * state_size, sum, tile, group, m);
+  __device__ __forceinline__ void leave_sums(float4* partial, const Values& sum, int first) const {
+    const int slots = plan.tiles_per_pass / kTiles, lanes = kSweepWarps / slots;
+    const int lane_of_capsules = share.warp / slots;
+    __syncthreads();  // `exchange` is free
+    {
+      float4* const to = exchange + (share.warp % slots * lanes + lane_of_capsules) * tile_size;
+      for_each_fragment<Tile>(shape.J, [&](int, int n) {
+        to[n * kWarpSize + collected(lane.index, n)] = packed(sum[n]);
       });
     }
+    __syncthreads();
+    const int J = fragments * kTileRows / Tile::D;
+    for (int unit = threadIdx.x; unit < slots * 4 * J * kCapsuleLanes; unit += blockDim.x) {
+      const int d = unit % kCapsuleLanes * 4, j = unit / kCapsuleLanes % J;
+      const int q = unit / (kCapsuleLanes * J) % 4, slot = unit / (4 * J * kCapsuleLanes);
+      const int tile = first + slot * kTiles;
+      if (tile >= tiles) break;
+      float4 even, odd;  // of samples 2q and 2q + 1
+      const auto collect = [&](int d, float (&x)[4]) {
+        const Place place = place_of<Tile>(j, d);
+        const float4* from = exchange + (slot * lanes * fragments + place.fragment) * kWarpSize +
+                             collected(place.g * 4 + q, place.fragment);
+        for (int lane = 0; lane < lanes; ++lane) add_to(x, from[lane * tile_size]);
+      };
+      float low[4] = {}, high[4] = {};
+      collect(d, low);
+      collect(d + 2, high);
+      even = make_float4(low[0], low[2], high[0], high[2]);
+      odd = make_float4(low[1], low[3], high[1], high[3]);
+      float4* const to = partial + share.capsule_group * state_size +
+                         ((tile * kTileSamples + 2 * q) * J + j) * kCapsuleLanes + d / 4;
+      to[0] = even;
+      to[J * kCapsuleLanes] = odd;
+    }
+  }
+
+  // Where the value of a lane is shown: threads that collect consecutive dimensions meet other
+  // banks of shared memory.
+  static __device__ __forceinline__ int collected(int lane, int fragment) {
+    return lane ^ fragment / 2 % 4;
   }
 
   // Calls visit(i, the first elements of u_i of each row) for a warp's capsules. u of the next
   // capsule is loaded while one is worked on, once too often at the end: a load of what is there is
-  // cheaper than a branch.
+  // cheaper than a branch. It comes from the L1, where it was asked for a capsule before.
   template <int kTiles, class Visit>
   __device__ __forceinline__ void for_each_capsule(bool arrives,
                                                    const InputRow<T, Tile> (&rows)[kTiles],
@@ -305,55 +294,15 @@ struct SweepBlock {
           for (int e = 0; e < 2; ++e) first_u[m][e] = next_u[m][e];
         }
         load(i + lanes < share.last_capsule ? lanes : 0);
+        // One more is asked for; further ones would not stay in what is left of the L1.
+        const int further = i + 2 * lanes < share.last_capsule ? lanes : 0;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          if (next[m].inside) prefetch(next[m].u + further * shape.K);
+        }
         visit(i, first_u);
       }
     } while (end < share.last_capsule);
-  }
-
-  // Adds the sums of the warps that share a tile, in a fixed order, into those of its first warp.
-  // `place` has room for a tile of half of the warps.
-  __device__ __forceinline__ void add_over_lanes(float4* place, Values& sum, int lane_of_capsules,
-                                                 int lanes, int slot) const {
-    const int slots = kSweepWarps / lanes;
-    for (int half = lanes / 2; half >= 1; half /= 2) {
-      const int sender = lane_of_capsules - half;
-      float4* tile = place + ((sender >= 0 ? sender : lane_of_capsules) * slots + slot) * tile_size;
-      __syncthreads();  // `place` is free
-      if (sender >= 0 && sender < half) store_tile(tile, sum);
-      __syncthreads();
-      if (lane_of_capsules < half) {
-        tile += lane.index;
-        for_each_fragment<Tile>(shape.J, [&](int, int n) { add_to(sum[n], tile[n * kWarpSize]); });
-      }
-    }
-  }
-
-  // The sum of a tile, if there is one, in its place.
-  __device__ __forceinline__ void write_partial(float4* partial, const Values& sum,
-                                                int tile) const {
-    if (tile >= tiles) return;
-    for_each_group<Tile>(shape.J, [&](auto group) {
-#pragma unroll
-      for (int m = 0; m < Tile::fragments(group.value); ++m) {
-        write_fragment(partial + here(share.capsule_group) * state_size,
-                       sum[Tile::first_fragment(group.value) + m], tile, group, m);
-      }
-    });
-  }
-
-  // Fragment m of a group of output capsules, in `to` [B][J][D].
-  template <class Group>
-  __device__ __forceinline__ void write_fragment(float4* to, const float (&x)[4], int tile,
-                                                 Group group, int m) const {
-    const int J = fragments * kTileRows / Tile::D;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int b = tile * kTileSamples + 2 * lane.q + e;
-      const int row = b * J + lane.capsule<Tile>(group.value);
-      float* capsule = reinterpret_cast<float*>(to) + std::size_t(row) * Tile::D +
-                       lane.first_dim<Tile>(group.value);
-      reinterpret_cast<Pair<float>*>(capsule)[m] = {x[e], x[2 + e]};
-    }
   }
 };
 

@@ -133,21 +133,31 @@ struct Lane {
   }
 };
 
-// Where element d of output capsule j of sample b lies in a state [tiles][fragments][32][4].
+// The fragment that has element d of output capsule j, and the row of its lanes, their g.
+struct Place {
+  int fragment, g;
+};
+
 template <class Tile>
-__device__ __forceinline__ std::size_t state_offset(int b, int j, int d, int fragments) {
-  std::size_t offset = 0;
+__device__ __forceinline__ Place place_of(int j, int d) {
+  Place place = {};
   for_each_group<Tile>(j + 1, [&](auto group) {
     constexpr int kFirst = Tile::first_capsule(group.value);
     constexpr int kPairs = Tile::fragments(group.value), kSharers = Tile::sharers(group.value);
     if (j < kFirst || j >= kFirst + Tile::capsules(group.value)) return;
-    const int g = (j - kFirst) * kSharers + d / (2 * kPairs);
-    const int fragment = Tile::first_fragment(group.value) + d / 2 % kPairs;
-    const int lane = g * 4 + b % kTileSamples / 2;
-    offset = ((std::size_t(b / kTileSamples) * fragments + fragment) * kWarpSize + lane) * 4 +
-             d % 2 * 2 + b % 2;
+    place = {Tile::first_fragment(group.value) + d / 2 % kPairs,
+             (j - kFirst) * kSharers + d / (2 * kPairs)};
   });
-  return offset;
+  return place;
+}
+
+// Where element d of output capsule j of sample b lies in a state [tiles][fragments][32][4].
+template <class Tile>
+__device__ __forceinline__ std::size_t state_offset(int b, int j, int d, int fragments) {
+  const Place place = place_of<Tile>(j, d);
+  const int lane = place.g * 4 + b % kTileSamples / 2;
+  return ((std::size_t(b / kTileSamples) * fragments + place.fragment) * kWarpSize + lane) * 4 +
+         d % 2 * 2 + b % 2;
 }
 
 template <class T>

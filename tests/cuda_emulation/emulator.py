@@ -27,7 +27,7 @@ class Shape(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("sm_count", "shared_per_block", "clusters")]
+    _fields_ = [(name, ctypes.c_int) for name in ("sm_count", "shared_per_block")]
 
 
 class Call(ctypes.Structure):
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     tiles_per_pass: int
     gradient_capsules: int
     splits: int
-    cluster: int
+    buffers: int
 
 
 def grid_gradient(gradient: Tensor, grid: Tensor, window: list[int] | None) -> Tensor:

@@ -35,7 +35,6 @@ struct Fiber {
   jmp_buf env;
   ucontext_t start;
   bool started = false, waits = false, done = false;
-  int arrivals = 0;  // at its cluster's barrier
   // A counter that it waits for, to reach this much.
   const unsigned* counter = nullptr;
   unsigned expected = 0;
@@ -57,10 +56,11 @@ struct Block {
   int arrived = 0;
 };
 
-struct Cluster {
-  int arrived = 0;  // threads, at a barrier that is not complete
-  int complete = 0;
-  std::vector<Fiber*> waiting;
+// Of a thread, once its copies of the groups before `groups` are there.
+struct Arrival {
+  Fiber* fiber;
+  int groups;
+  Arrivals* at;
 };
 
 bool is_ready(const Fiber& f) {
@@ -91,16 +91,9 @@ class Launch {
  public:
   static Launch* running;
 
-  Launch(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes,
-         int cluster)
-      : kernel_(kernel),
-        threads_(threads),
-        cluster_(cluster),
-        blocks_(blocks),
-        clusters_(blocks / cluster),
-        warps_(blocks * threads / kWarp) {
+  Launch(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes)
+      : kernel_(kernel), threads_(threads), blocks_(blocks), warps_(blocks * threads / kWarp) {
     if (threads % kWarp != 0 || blocks < 1) throw std::runtime_error("a launch of broken warps");
-    if (blocks % cluster != 0) throw std::runtime_error("a launch of broken clusters");
     for (Block& block : blocks_) block.shared.assign(shared_bytes + kFenceBytes, kPoison);
     const std::size_t warps_per_block = threads / kWarp;
     const std::size_t block = random_engine() % blocks,
@@ -132,7 +125,12 @@ class Launch {
         const bool ready = std::any_of(std::begin(warp.lanes), std::end(warp.lanes), is_ready);
         if (ready && (chosen == nullptr || precedes(warp, *chosen))) chosen = &warp;
       }
-      if (chosen == nullptr) throw std::runtime_error("deadlock: every thread waits at a barrier");
+      if (chosen == nullptr) {
+        if (arrivals_.empty())
+          throw std::runtime_error("deadlock: every thread waits at a barrier");
+        for (const Arrival& arrival : std::exchange(arrivals_, {})) complete(arrival);
+        continue;
+      }
       if (random_engine() % 32 == 0) chosen->priority = random_engine();
       const int first = int(random_engine() % kWarp);
       for (int n = 0; n < kWarp; ++n) {
@@ -188,32 +186,29 @@ class Launch {
     block_barrier();
   }
 
-  // A thread may do other things between arriving and waiting, but not arrive again.
-  void cluster_arrive() {
-    Cluster& cluster = clusters_[block() / cluster_];
-    if (fiber().arrivals++ > cluster.complete)
-      fail("a thread arrives twice at a cluster's barrier");
-    if (++cluster.arrived < threads_ * cluster_) return;
-    cluster.arrived = 0;
-    ++cluster.complete;
-    for (Fiber* waiting : std::exchange(cluster.waiting, {})) waiting->waits = false;
+  // At once, or when nobody can go on without.
+  void arrive_after_copies(Arrivals* at) {
+    const Arrival arrival{&fiber(), ++fiber().groups, at};
+    if (random_engine() % 2 == 0) {
+      complete(arrival);
+    } else {
+      arrivals_.push_back(arrival);
+    }
   }
 
-  void cluster_wait() {
-    Cluster& cluster = clusters_[block() / cluster_];
-    if (fiber().arrivals <= cluster.complete) return;
-    cluster.waiting.push_back(&fiber());
-    fiber().waits = true;
-    leave();
-  }
-
-  const void* at_block(const void* shared, int rank) {
-    const std::size_t own = block();
-    const auto offset = static_cast<const unsigned char*>(shared) - blocks_[own].shared.data();
-    const std::size_t other = own / cluster_ * cluster_ + rank;
-    // Its shared memory lasts as long as it does.
-    if (warps_[other * threads_ / kWarp].lanes[0].done) fail("a block read after its end");
-    return blocks_[other].shared.data() + offset;
+  // Makes the copies of the groups before `groups`.
+  static void complete_copies(Fiber& fiber, int groups) {
+    std::vector<Copy> left;
+    for (const Copy& copy : fiber.copies) {
+      if (copy.group >= groups) {
+        left.push_back(copy);
+      } else if (copy.from != nullptr) {
+        std::memcpy(copy.to, copy.from, copy.bytes);
+      } else {
+        std::memset(copy.to, 0, copy.bytes);
+      }
+    }
+    fiber.copies = std::move(left);
   }
 
   Fiber& fiber() { return warp_->lanes[lane_]; }
@@ -223,8 +218,20 @@ class Launch {
     _longjmp(scheduler_, 1);
   }
 
+  void wait_for(const unsigned* counter, unsigned expected) {
+    fiber().counter = counter;
+    fiber().expected = expected;
+    if (!is_ready(fiber())) leave();
+    fiber().counter = nullptr;
+  }
+
  private:
   std::size_t block() const { return (warp_ - warps_.data()) / (threads_ / kWarp); }
+
+  static void complete(const Arrival& arrival) {
+    complete_copies(*arrival.fiber, arrival.groups);
+    ++arrival.at->arrived;
+  }
 
   void wait(int& arrived, int expected, std::size_t first_warp, std::size_t count) {
     if (warp_->arrived > 0) fail("the lanes of a warp stand at different collectives");
@@ -237,13 +244,6 @@ class Launch {
     }
     warp_->lanes[lane_].waits = true;
     leave();
-  }
-
-  void wait_for(const unsigned* counter, unsigned expected) {
-    fiber().counter = counter;
-    fiber().expected = expected;
-    if (!is_ready(fiber())) leave();
-    fiber().counter = nullptr;
   }
 
   void resume(Warp& warp, int lane) {
@@ -278,10 +278,10 @@ class Launch {
   }
 
   const std::function<void()>& kernel_;
-  int threads_, cluster_;
+  int threads_;
   std::vector<Block> blocks_;
-  std::vector<Cluster> clusters_;
   std::vector<Warp> warps_;
+  std::vector<Arrival> arrivals_;  // that are late
   unsigned arrived_ = 0;
   Warp* warp_ = nullptr;
   int lane_ = 0;
@@ -318,13 +318,8 @@ std::string barriers() {
   return all;
 }
 
-void run(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes,
-         int cluster) {
-  Launch(kernel, blocks, threads, shared_bytes, cluster).run();
-}
-
-const void* at_block(const void* shared, int rank) {
-  return Launch::running->at_block(shared, rank);
+void run(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes) {
+  Launch(kernel, blocks, threads, shared_bytes).run();
 }
 
 void join(Collective collective, float* operands, int count, void (*act)(Operands)) {
@@ -348,19 +343,7 @@ void begin_copy(void* shared, const void* global, int bytes, bool is_there) {
 // Makes the copies of all but the last `groups` groups, and of none that is not ended.
 void wait_for_copies_before(int groups) {
   Fiber& fiber = Launch::running->fiber();
-  std::vector<Copy> left;
-  for (const Copy& copy : fiber.copies) {
-    if (copy.group < fiber.groups - groups) {
-      if (copy.from != nullptr) {
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      } else {
-        std::memset(copy.to, 0, copy.bytes);
-      }
-    } else {
-      left.push_back(copy);
-    }
-  }
-  fiber.copies = std::move(left);
+  Launch::complete_copies(fiber, fiber.groups - groups);
 }
 
 }  // namespace emulation
@@ -387,12 +370,18 @@ void counted_barrier(unsigned* arrived, unsigned expected, const char* file, int
   emulation::Launch::running->counted_barrier(arrived, expected, waits);
 }
 
-void cluster_arrive(const char* file, int line) {
-  if (!emulation::skipped(file, line)) emulation::Launch::running->cluster_arrive();
+void Arrivals::start(int expected) {
+  arrived = 0;
+  count = expected;
 }
 
-void cluster_wait(const char* file, int line) {
-  if (!emulation::skipped(file, line)) emulation::Launch::running->cluster_wait();
+void Arrivals::arrive() { ++arrived; }
+
+void Arrivals::arrive_after_copies() { emulation::Launch::running->arrive_after_copies(this); }
+
+void Arrivals::wait(int use, const char* file, int line) const {
+  if (emulation::skipped(file, line)) return;
+  emulation::Launch::running->wait_for(&arrived, (use + 1) * count);
 }
 
 }  // namespace capsule_kernels::cuda

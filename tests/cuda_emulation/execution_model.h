@@ -1,11 +1,12 @@
 // A stand-in for the CUDA execution model, on the host, for tests.
 //
 // Every thread of every block is a fiber of its own; they switch only where they meet: at warp
-// collectives, at block, cluster and grid barriers. Which warp goes on is drawn at random (from a
-// seed, with changing priorities, so that some warps run far ahead), and its threads one after
-// another: a missing barrier is a read before the write. Every fourth seed leaves it at that; with
-// the others, by their remainder, one block is as far ahead of all others as the barriers let it,
-// or as far behind, or one warp of each block is behind. Shared memory starts as NaN and is fenced.
+// collectives, at block and grid barriers, or where they wait for arrivals. Which warp goes on is
+// drawn at random (from a seed, with changing priorities, so that some warps run far ahead), and
+// its threads one after another: a missing barrier is a read before the write. Every fourth seed
+// leaves it at that; with the others, by their remainder, one block is as far ahead of all others
+// as the barriers let it, or as far behind, or one warp of each block is behind. Shared memory
+// starts as NaN and is fenced.
 #pragma once
 
 #include <algorithm>
@@ -57,12 +58,7 @@ enum class Collective { kShuffle, kVote, kWarpBarrier, kMma, kBlockBarrier, kGri
 using Operands = float[32][12];
 void join(Collective collective, float* operands, int count, void (*act)(Operands));
 
-// `cluster`: blocks of a cluster.
-void run(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes,
-         int cluster);
-
-// Where block `rank` of the cluster has what this one has at `shared`.
-const void* at_block(const void* shared, int rank);
+void run(const std::function<void()>& kernel, int blocks, int threads, int shared_bytes);
 
 float from_float16(std::uint16_t bits);
 std::uint16_t to_float16(float x);
@@ -129,10 +125,11 @@ inline bool any_lane(bool x) {
 
 inline float reciprocal(float x) { return 1.0f / x; }
 
+inline void prefetch(const void*) {}
 inline void forget_loads() {}
 inline int here(int x) { return x; }
 
-// Copied only when waited for, as late as can be.
+// Copied only when waited for, as late as can be, or (see `Arrivals`) at once.
 namespace emulation {
 void begin_copy(void* shared, const void* global, int bytes, bool is_there);
 void wait_for_copies_before(int groups);
@@ -156,27 +153,24 @@ void grid_wait(GridArrival arrival, const char* file = __builtin_FILE(),
                int line = __builtin_LINE());
 void counted_barrier(unsigned* arrived, unsigned expected, const char* file = __builtin_FILE(),
                      int line = __builtin_LINE());
-constexpr bool kHasClusters = true;
-void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE());
-void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE());
-inline float4 load_from_block(const float4* shared, int rank) {
-  return *static_cast<const float4*>(emulation::at_block(shared, rank));
-}
+
+struct Arrivals {
+  unsigned arrived, count;  // of all uses, of each
+  void start(int count);
+  void arrive();
+  void arrive_after_copies();
+  void wait(int use, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const;
+};
 
 struct Grid {
   int blocks, threads, shared_bytes;
   bool cooperative;
-  int cluster = 1;
 };
-
-inline int resident_clusters(const void*, const Grid&) { return 0; }
-inline bool takes_cooperative_clusters(const Grid&) { return false; }
 
 template <class Arguments, class Plan>
 void launch(void (*kernel)(Arguments, Plan), const Grid& grid, void* /*stream*/,
             Arguments arguments, Plan plan) {
-  emulation::run([=] { kernel(arguments, plan); }, grid.blocks, grid.threads, grid.shared_bytes,
-                 grid.cluster);
+  emulation::run([=] { kernel(arguments, plan); }, grid.blocks, grid.threads, grid.shared_bytes);
 }
 
 }  // namespace capsule_kernels::cuda

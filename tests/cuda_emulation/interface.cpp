@@ -96,8 +96,8 @@ const char* backward(const Call* call, const void* grad_v, const void* u, const 
   });
 }
 
-// capsule_groups, sample_groups, tiles_per_pass, gradient warps, splits, blocks of a cluster; 0
-// where nothing fits.
+// capsule_groups, sample_groups, tiles_per_pass, gradient capsules, splits, buffers; 0 where
+// nothing fits.
 void planned(const Call* call, int* figures) {
   const int bytes = scalar_bytes(Scalar(call->scalar));
   const ForwardPlan forward = plan_forward(call->shape, bytes, call->device);
@@ -107,7 +107,7 @@ void planned(const Call* call, int* figures) {
   figures[2] = forward.sweep.tiles_per_pass;
   figures[3] = plan.gradients.capsules;
   figures[4] = plan.gradients.splits;
-  figures[5] = plan.sweep.cluster;
+  figures[5] = plan.gradients.buffers;
 }
 
 int fits_registers(int J, int D) { return tile_fits_registers(J, D) ? 1 : 0; }
