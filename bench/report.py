@@ -57,8 +57,13 @@ PACKAGES = {
 """Packages beside torch, and what needs them."""
 
 
-def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[list[Step]]:
-    """Everything a report consists of, the most wanted first; those of a list run side by side."""
+def steps(
+    device: str, folder: Path, scratch: Path, data: Path | None, built: bool = False
+) -> list[list[Step]]:
+    """Everything a report consists of, the most wanted first; those of a list run side by side.
+
+    ``built``: the extension is; nothing waits for it then.
+    """
     python = sys.executable
 
     def bench(name: str, minutes: float, *options: str, command: str = "") -> Step:
@@ -66,6 +71,8 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[l
         return Step(name, [python, "-m", "bench", command or name, *arguments], minutes)
 
     build = Step("build", [python, "setup.py", "build_ext", "--inplace"], 8)
+    if built:
+        build.outcome = "skipped: it was built before"
     train = [python, "-m", "model.train", f"--device={device}", f"--save-dir={scratch / 'run'}"]
     if data is not None:
         train += ["--dataset=mnist", f"--data-dir={data}"]
@@ -95,18 +102,20 @@ def steps(device: str, folder: Path, scratch: Path, data: Path | None) -> list[l
     everything = [*FIRST, *sorted(found.difference(FIRST, TRUST, [SANITIZED]))]
     own = f"sm_{major}{minor}"
     aot = ["aot", "--shape=MNIST", "--target", own if own in TARGETS else "sm_90", "--markdown"]
+    beside_the_build = [
+        build,
+        gpu_tests("tests-triton", 2.5, f"{TRITON} and {MAIN_TYPES}", *everything),
+        Step("compile", [python, "-m", "bench.compile"], 2.5),
+    ]
+    after_the_build = [
+        gpu_tests("tests", 1.25, OTHERS, *everything),
+        bench("accuracy", 1),
+        bench("memory", 1, "--quick", "--no-max-autotune", *plots),
+        *sanitizer_steps(),
+    ]
+    together = [beside_the_build + after_the_build]
     return [
-        [
-            build,
-            gpu_tests("tests-triton", 2.5, f"{TRITON} and {MAIN_TYPES}", *everything),
-            Step("compile", [python, "-m", "bench.compile"], 2.5),
-        ],
-        [
-            gpu_tests("tests", 1.25, OTHERS, *everything),
-            bench("accuracy", 1),
-            bench("memory", 1, "--quick", "--no-max-autotune", *plots),
-            *sanitizer_steps(),
-        ],
+        *(together if built else [beside_the_build, after_the_build]),
         [bench("goals", 3)],
         [bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots)],
         [bench("routing-tf32", 0.5, "--precision", "tf32", "--peers", "none", command="routing")],
@@ -214,7 +223,9 @@ def write_report(folder: Path, device: str, done: Iterable[Step], missing: Itera
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def make_report(device: str, minutes: float, results: Path, data: Path | None = None) -> Path:
+def make_report(
+    device: str, minutes: float, results: Path, data: Path | None = None, built: bool = False
+) -> Path:
     """Run every step and write the folder; returns it."""
     from rich.console import Console
     from rich.table import Table
@@ -230,7 +241,7 @@ def make_report(device: str, minutes: float, results: Path, data: Path | None = 
         screen.print(f"{package} is not installed: {what} will fail without it", highlight=False)
     with tempfile.TemporaryDirectory() as name_of_scratch:
         scratch = Path(name_of_scratch)
-        planned = steps(device, folder, scratch, data)
+        planned = steps(device, folder, scratch, data, built)
         every = [step for group in planned for step in group]
         try:
             for group in planned:
@@ -261,6 +272,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data-dir", type=Path, help="MNIST's files, for the training run (default: digits)"
     )
+    parser.add_argument(
+        "--built", action="store_true", help="the extension is built already, from these sources"
+    )
     options = parser.parse_args(arguments)
     if reason := reason_against_device(options.device):
         print(f"bench.report: {reason}", file=sys.stderr)
@@ -274,7 +288,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.update(surroundings())
     minutes = options.minutes or TOTAL_MINUTES[options.device]
     results = options.results.resolve()
-    folder = make_report(options.device, minutes, results, data and data.resolve())
+    folder = make_report(
+        options.device, minutes, results, data and data.resolve(), options.built
+    )
     print(folder)
     return 0
 

@@ -74,7 +74,9 @@ def select_backend(
 
 def automatic_order(device: torch.device) -> tuple[str, ...]:
     """Backends that ``backend="auto"`` tries on a device, best first; the oracle comes last."""
-    return {"cpu": ("cpu",), "cuda": ("triton",)}.get(device.type, ())
+    if device.type == "cuda":
+        return ("cuda", "triton") if cuda.is_preferred(device) else ("triton",)
+    return ("cpu",) if device.type == "cpu" else ()
 
 
 def reason_against(

@@ -16,6 +16,10 @@ SERVES = (
     "registers (J <= 20 for D <= 8, 10 for D <= 16, 5 for D <= 32) and weight in shared memory"
 )
 
+PREFERRED_ON = ((9, 0),)
+"""Capabilities of the devices on which a report in bench/results shows these kernels right, and
+faster than Triton's wherever they fit."""
+
 # As in csrc/cuda/plan.h.
 MAX_FRAGMENTS = 10
 FRAGMENT_BYTES = 16 * 8 * 4
@@ -52,6 +56,11 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return None
+
+
+def is_preferred(device: torch.device) -> bool:
+    """Whether ``backend="auto"`` tries these kernels before Triton's on a CUDA device."""
+    return torch.cuda.get_device_capability(device) in PREFERRED_ON
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
