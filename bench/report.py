@@ -75,7 +75,7 @@ def steps(
         build.outcome = "skipped: it was built before"
     train = [python, "-m", "model.train", f"--device={device}", f"--save-dir={scratch / 'run'}"]
     if data is not None:
-        train += ["--dataset=mnist", f"--data-dir={data}"]
+        train += ["--experiment=mnist", "--lr-schedule=linear", f"--data-dir={data}"]
     plots = ("--plots", str(folder))
     if device == "cpu":
         one_by_one = [
@@ -96,7 +96,7 @@ def steps(
         build.environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
     build.minutes = 4
     # An epoch of the digits is 11 steps, of which a graph warms up three.
-    train += ["--cuda-graph", "--epochs=20", "--max-minutes=0.4"]
+    train += ["--cuda-graph", "--tf32", "--epochs=15", "--max-minutes=0.6"]
     # By name: of folders pytest would choose the order.
     found = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}
     everything = [*FIRST, *sorted(found.difference(FIRST, TRUST, [SANITIZED]))]
@@ -116,12 +116,12 @@ def steps(
     together = [beside_the_build + after_the_build]
     return [
         *(together if built else [beside_the_build, after_the_build]),
-        [bench("goals", 3)],
-        [bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots)],
+        [bench("goals", 2)],
+        [Step("training-run", train, 0.9)],
         [bench("routing-tf32", 0.5, "--precision", "tf32", "--peers", "none", command="routing")],
         [bench("scaling", 0.75)],
+        [bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots)],
         [bench("training", 0.5)],
-        [Step("training-run", train, 0.75)],
         [
             gpu_tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *everything),
             gpu_tests("trust", 1, "", *TRUST),

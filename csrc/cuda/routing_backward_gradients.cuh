@@ -217,6 +217,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     }
     store_of.arrived[buffer_of(round)].arrive_after_copies();
   };
+
   // Where the dW of a capsule of the block is stored; null: in the registers of its warp.
   const auto stored_grad_weight = [&](int capsule) -> float4* {
     const int stored = Tile::kKnown ? capsule - warps : capsule;

@@ -224,13 +224,11 @@ struct SweepBlock {
   __device__ __forceinline__ void leave_sums(float4* partial, const Values& sum, int first) const {
     const int slots = plan.tiles_per_pass / kTiles, lanes = kSweepWarps / slots;
     const int lane_of_capsules = share.warp / slots;
+    float4* const shown = exchange + (share.warp % slots * lanes + lane_of_capsules) * tile_size;
     __syncthreads();  // `exchange` is free
-    {
-      float4* const to = exchange + (share.warp % slots * lanes + lane_of_capsules) * tile_size;
-      for_each_fragment<Tile>(shape.J, [&](int, int n) {
-        to[n * kWarpSize + collected(lane.index, n)] = packed(sum[n]);
-      });
-    }
+    for_each_fragment<Tile>(shape.J, [&](int, int n) {
+      shown[n * kWarpSize + collected(lane.index, n)] = packed(sum[n]);
+    });
     __syncthreads();
     const int J = fragments * kTileRows / Tile::D;
     for (int unit = threadIdx.x; unit < slots * 4 * J * kCapsuleLanes; unit += blockDim.x) {
@@ -238,7 +236,6 @@ struct SweepBlock {
       const int q = unit / (kCapsuleLanes * J) % 4, slot = unit / (4 * J * kCapsuleLanes);
       const int tile = first + slot * kTiles;
       if (tile >= tiles) break;
-      float4 even, odd;  // of samples 2q and 2q + 1
       const auto collect = [&](int d, float (&x)[4]) {
         const Place place = place_of<Tile>(j, d);
         const float4* from = exchange + (slot * lanes * fragments + place.fragment) * kWarpSize +
@@ -248,12 +245,10 @@ struct SweepBlock {
       float low[4] = {}, high[4] = {};
       collect(d, low);
       collect(d + 2, high);
-      even = make_float4(low[0], low[2], high[0], high[2]);
-      odd = make_float4(low[1], low[3], high[1], high[3]);
       float4* const to = partial + share.capsule_group * state_size +
                          ((tile * kTileSamples + 2 * q) * J + j) * kCapsuleLanes + d / 4;
-      to[0] = even;
-      to[J * kCapsuleLanes] = odd;
+      to[0] = make_float4(low[0], low[2], high[0], high[2]);
+      to[J * kCapsuleLanes] = make_float4(low[1], low[3], high[1], high[3]);
     }
   }
 
