@@ -94,7 +94,7 @@ def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsy
         lambda one: one.step.name == "hangs" and any(p.stat().st_size for p in tmp_path.rglob(log)),
     )
 
-    def planned(device, folder, scratch, data):
+    def planned(device, folder, scratch, data, built):
         def python(name, code):
             return steps.Step(name, [sys.executable, "-c", code], 10.0, grace=300)
 
