@@ -102,10 +102,11 @@ def steps(
     everything = [*FIRST, *sorted(found.difference(FIRST, TRUST, [SANITIZED]))]
     own = f"sm_{major}{minor}"
     aot = ["aot", "--shape=MNIST", "--target", own if own in TARGETS else "sm_90", "--markdown"]
+    while_it_builds = 1.6 if built else 2.5
     beside_the_build = [
         build,
-        gpu_tests("tests-triton", 2.5, f"{TRITON} and {MAIN_TYPES}", *everything),
-        Step("compile", [python, "-m", "bench.compile"], 2.5),
+        gpu_tests("tests-triton", while_it_builds, f"{TRITON} and {MAIN_TYPES}", *everything),
+        Step("compile", [python, "-m", "bench.compile"], while_it_builds),
     ]
     after_the_build = [
         gpu_tests("tests", 1.25, OTHERS, *everything),
