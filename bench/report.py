@@ -289,9 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.update(surroundings())
     minutes = options.minutes or TOTAL_MINUTES[options.device]
     results = options.results.resolve()
-    folder = make_report(
-        options.device, minutes, results, data and data.resolve(), options.built
-    )
+    folder = make_report(options.device, minutes, results, data and data.resolve(), options.built)
     print(folder)
     return 0
 

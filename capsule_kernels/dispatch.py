@@ -62,7 +62,7 @@ def select_backend(
     rows, J, D, K = weight.shape
     shape = RoutingShape(rows * weight_sharing, J, K, D, num_iterations, weight_sharing)
     if backend == "auto":
-        for name in automatic_order(u.device):
+        for name in automatic_order(u.device, u.dtype, shape):
             if reason_against(name, u.device, u.dtype, shape) is None:
                 return name
         return "reference"
@@ -72,10 +72,12 @@ def select_backend(
     return backend
 
 
-def automatic_order(device: torch.device) -> tuple[str, ...]:
-    """Backends that ``backend="auto"`` tries on a device, best first; the oracle comes last."""
+def automatic_order(
+    device: torch.device, dtype: torch.dtype, shape: RoutingShape
+) -> tuple[str, ...]:
+    """Backends that ``backend="auto"`` tries for a call, best first; the oracle comes last."""
     if device.type == "cuda":
-        return ("cuda", "triton") if cuda.is_preferred(device) else ("triton",)
+        return ("cuda", "triton") if cuda.is_preferred(device, dtype, shape) else ("triton",)
     return ("cpu",) if device.type == "cpu" else ()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capsule_kernels import CapsuleLinear, backends, fused_routing
+from capsule_kernels.dispatch import RoutingShape, automatic_order
 
 # I = 6, K = 4, J = 3, D = 5
 SIZES: dict[str, tuple[int, ...]] = {
@@ -247,3 +248,24 @@ def test_automatic_choice_serves_devices_without_kernels():
     v = fused_routing(**arguments)
     assert v.device.type == "meta"
     assert v.shape == (2, 3, 5)
+
+
+def test_auto_takes_the_cuda_kernels_only_where_they_were_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device, float32 = torch.device("cuda"), torch.float32
+    mnist = RoutingShape(I=1152, J=10, K=8, D=16, R=3, weight_sharing=1)
+
+    def order(
+        capability: tuple[int, int], dtype: torch.dtype = float32, shape: RoutingShape = mnist
+    ) -> tuple[str, ...]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        return automatic_order(device, dtype, shape)
+
+    assert order((9, 0)) == ("cuda", "triton")
+    assert order((8, 0)) == order((10, 0)) == ("triton",)
+    assert order((9, 0), torch.bfloat16) == ("triton",)
+    for change in ({"J": 5}, {"K": 6}, {"D": 8}, {"weight_sharing": 36}):
+        assert order((9, 0), shape=mnist._replace(**change)) == ("triton",)
+    assert automatic_order(torch.device("cpu"), float32, mnist) == ("cpu",)
+    assert automatic_order(torch.device("meta"), float32, mnist) == ()

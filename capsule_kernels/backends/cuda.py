@@ -16,9 +16,9 @@ SERVES = (
     "registers (J <= 20 for D <= 8, 10 for D <= 16, 5 for D <= 32) and weight in shared memory"
 )
 
-PREFERRED_ON = ((9, 0),)
+MEASURED_ON = ((9, 0),)
 """Capabilities of the devices on which a report in bench/results shows these kernels right, and
-faster than Triton's wherever they fit."""
+faster than Triton's, for the calls of ``is_preferred``."""
 
 # As in csrc/cuda/plan.h.
 MAX_FRAGMENTS = 10
@@ -58,9 +58,14 @@ def unavailable() -> str | None:
     return None
 
 
-def is_preferred(device: torch.device) -> bool:
-    """Whether ``backend="auto"`` tries these kernels before Triton's on a CUDA device."""
-    return torch.cuda.get_device_capability(device) in PREFERRED_ON
+def is_preferred(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether ``backend="auto"`` takes these kernels before Triton's on a CUDA device.
+
+    The routing of the paper's networks for digits, in float32: what was measured.
+    """
+    _, J, K, D, _, weight_sharing = shape
+    alike = dtype == torch.float32 and (J, K, D) == (10, 8, 16) and weight_sharing == 1
+    return alike and torch.cuda.get_device_capability(device) in MEASURED_ON
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
