@@ -109,17 +109,17 @@ def steps(
         Step("compile", [python, "-m", "bench.compile"], while_it_builds),
     ]
     after_the_build = [
-        gpu_tests("tests", 1.25, OTHERS, *everything),
+        gpu_tests("tests", 1.6, OTHERS, *everything),
         bench("accuracy", 1),
-        bench("memory", 1, "--quick", "--no-max-autotune", *plots),
+        bench("memory", 1.5, "--quick", "--no-max-autotune", *plots),
         *sanitizer_steps(),
     ]
     together = [beside_the_build + after_the_build]
     return [
         *(together if built else [beside_the_build, after_the_build]),
-        [bench("goals", 2)],
+        [bench("goals", 3)],
         [Step("training-run", train, 0.9)],
-        [bench("routing-tf32", 0.5, "--precision", "tf32", "--peers", "none", command="routing")],
+        [bench("routing-tf32", 1, "--precision", "tf32", "--peers", "none", command="routing")],
         [bench("scaling", 0.75)],
         [bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots)],
         [bench("training", 0.5)],
