@@ -48,16 +48,11 @@ launched: Counter[str] = Counter()
 
 
 @pytest.fixture
-def emulator(built: Emulator, monkeypatch: pytest.MonkeyPatch, figure):
+def emulator(built: Emulator, figure):
     """The emulated kernels as backend "cuda" for CPU tensors."""
-    monkeypatch.setattr(cuda, "unavailable", lambda: None)
-    monkeypatch.setattr(
-        cuda, "unsupported", lambda _, dtype, shape: cuda.does_not_fit(H200, dtype, shape)
-    )
     built.reset()
-    registered = built.install()
-    yield built
-    registered._destroy()
+    with built.installed():
+        yield built
     launched.update(built.launches)
     counts = ", ".join(f"{count} {name}" for name, count in launched.items())
     figure("launches of the emulated CUDA kernels", counts)

@@ -1,19 +1,23 @@
 """The CUDA kernels on the host: compiled against the emulated execution model, as torch operators.
 
-``Emulator.install()`` puts them behind the operators of the ``cuda`` backend for CPU tensors, so
+``Emulator.installed()`` puts them behind the operators of the ``cuda`` backend for CPU tensors, so
 that tests call ``fused_routing(..., backend="cuda")`` and run all of the path but the binding.
 """
 
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from capsule_kernels import ops
+from capsule_kernels.backends import cuda
 from capsule_kernels.windows import capsules, view
 
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
@@ -126,12 +130,23 @@ class Emulator:
         self.library.planned(ctypes.byref(call), figures)
         return Plan(*figures)
 
-    def install(self) -> torch.library.Library:
-        """Register both operators for CPU tensors, for as long as the result lives."""
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Backend "cuda" takes CPU tensors, where a call fits the device."""
+
+        def unsupported(_: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+            figures = cuda.Figures((9, 0), self.device.sm_count, self.device.shared_per_block)
+            return cuda.does_not_fit(figures, dtype, shape)
+
         library = torch.library.Library("capsule_kernels", "IMPL")
         library.impl("routing_forward.cuda", self.routing_forward, "CPU")
         library.impl("routing_backward.cuda", self.routing_backward, "CPU")
-        return library
+        with (
+            patch.object(cuda, "unavailable", lambda: None),
+            patch.object(cuda, "unsupported", unsupported),
+        ):
+            yield
+        library._destroy()
 
     def routing_forward(
         self, u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling,
