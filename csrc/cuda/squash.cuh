@@ -35,7 +35,7 @@ __device__ __forceinline__ Squash squash_of(const float (&s)[4]) {
   for (int e = 0; e < 4; ++e) scale = larger(fabsf(s[e]), scale);
 #pragma unroll
   for (int step = 1; step < kLanes; step *= 2) scale = larger(shuffle_xor(scale, step), scale);
-  const bool nonzero = scale > 0;
+  const bool nonzero = scale != 0;  // NaN is no silence
   const float unit = nonzero ? scale : 1.0f;
   float sum = 0;
 #pragma unroll
