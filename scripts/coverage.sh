@@ -21,7 +21,7 @@ CFLAGS=--coverage CAPSULE_KERNELS_CXXFLAGS=--coverage LDFLAGS=--coverage CAPSULE
   "$PY" setup.py --quiet \
   build --build-base "$DIRECTORY" --build-temp "$DIRECTORY/temp" --build-lib "$DIRECTORY/lib"
 cp -r tests pyproject.toml "$DIRECTORY/lib/"
-(cd "$DIRECTORY/lib" && "$PY" -m pytest -q -p no:cacheprovider tests/test_cpu.py \
+(cd "$DIRECTORY/lib" && "$PY" -m pytest -q -p no:cacheprovider --numprocesses "${JOBS:-2}" tests/test_cpu.py \
   tests/test_odd_inputs.py tests/test_gradients_needed.py tests/test_conv_kernels.py \
   tests/test_operator_fuzz.py)
 # Counts of several threads may be lost, some so that a branch's becomes negative: lines stay right.

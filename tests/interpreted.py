@@ -1,4 +1,4 @@
-"""Tests of every backend, run for the interpreted Triton kernels.
+"""Tests run with Triton's kernels interpreted.
 
 Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
 """
@@ -21,16 +21,33 @@ MARKS = [
 ]
 
 
-def check_in_the_interpreter(file: str, chosen: str, figure: Callable[[str, str], None]) -> None:
-    """The chosen tests of a file pass, none is skipped, and what they print is printed."""
-    # Not under coverage, which doubles the time: test_triton_interpreter.py reaches the same lines.
-    environment = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
+def marked(test: Callable[..., None]) -> Callable[..., None]:
+    """``MARKS`` on one test, in a file that has others."""
+    for mark in MARKS:
+        test = mark(test)
+    return test
+
+
+def environment(*, covered: bool = False) -> dict[str, str]:
+    """Of a process with the interpreter. ``covered``: its lines are counted where this one's are,
+    which more than doubles the time; test_triton.py says which tests reach nearly all of them."""
+    kept = {n: value for n, value in os.environ.items() if covered or "COVERAGE" not in n}
+    return kept | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def check_in_the_interpreter(
+    files: str,
+    chosen: str,
+    figure: Callable[[str, str], None] | None = None,
+    *,
+    covered: bool = False,
+) -> None:
+    """The chosen tests of some files pass, none is skipped, and what they print is printed."""
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, f"tests/{file}"],
+        [sys.executable, "-m", "pytest", *options, *(f"tests/{file}" for file in files.split())],
         cwd=Path(__file__).parent.parent,
-        env=environment
-        | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment(covered=covered),
         capture_output=True,
         text=True,
         check=False,
@@ -38,7 +55,7 @@ def check_in_the_interpreter(file: str, chosen: str, figure: Callable[[str, str]
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
     assert "skipped" not in done.stdout
-    for line in done.stdout.splitlines():
+    for line in done.stdout.splitlines() if figure is not None else ():
         what, separator, amount = line.rpartition(": ")
         if separator and what.startswith(("properties, triton-cpu", "ranges, triton-cpu")):
             figure(what, amount)

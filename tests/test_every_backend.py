@@ -7,14 +7,10 @@ part of the GPU suite, and elsewhere it runs once more, interpreted, in a proces
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -31,13 +27,12 @@ from capsule_kernels import (
     fused_routing,
     fused_routing_conv,
 )
-from capsule_kernels.backends import triton
 from capsule_kernels.ops import OPERATORS, Operators
 
+from . import interpreted
 from .cases import Case, make_inputs, run
 from .targets import KERNELS, Target
 
-ROOT = Path(__file__).parent.parent
 CASE = Case(B=4, I=2, J=2, K=2, D=3, R=2, logits=True, bias=True, leaky=True)
 
 
@@ -64,22 +59,9 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.interpreter
-@pytest.mark.slow
-@pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")
-@pytest.mark.skipif(triton.INTERPRETED, reason="this is the process with TRITON_INTERPRET=1")
+@interpreted.marked
 def test_in_the_interpreter() -> None:
-    """Triton reads the variable when it is imported, hence the process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "-k", "triton-cpu", "tests/test_every_backend.py"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ
-        | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
-    assert "skipped" not in done.stdout
+    interpreted.check_in_the_interpreter("test_every_backend.py", "triton-cpu")
 
 
 def route(inputs: dict[str, Tensor], backend: str) -> Tensor:

@@ -11,16 +11,18 @@ import pytest
 from capsule_kernels import backends
 from capsule_kernels.backends import cuda, triton
 
+from .interpreted import environment
+
 CALLS = int(os.environ.get("CAPSULE_FUZZ_CALLS", "3000"))
 INTERPRETED_CALLS = 150
 
 
-def fuzz(calls: int, *flags: str, **environment: str) -> str:
+def fuzz(calls: int, *flags: str, environment: dict[str, str] | None = None) -> str:
     """What the fuzz printed, once it has reached both sides of the checks."""
     finished = subprocess.run(
         [sys.executable, "-m", "tests.operator_fuzz", "--calls", str(calls), "--seed", "1", *flags],
         cwd=Path(__file__).parent.parent,
-        env=os.environ | environment,
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
@@ -42,7 +44,7 @@ def test_no_call_crashes(figure):
 @pytest.mark.slow
 @pytest.mark.skipif(not triton.INSTALLED, reason="Triton is not installed")
 def test_no_call_of_the_triton_operators_crashes(figure):
-    printed = fuzz(INTERPRETED_CALLS, "--backend", "triton", TRITON_INTERPRET="1")
+    printed = fuzz(INTERPRETED_CALLS, "--backend", "triton", environment=environment())
     figure("fuzz of the raw Triton operators", printed)
 
 
