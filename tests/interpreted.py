@@ -55,7 +55,8 @@ def check_in_the_interpreter(
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
     assert "skipped" not in done.stdout
+    printed = ("properties, triton-cpu", "ranges, triton-cpu", "repeats of the interpreted Triton")
     for line in done.stdout.splitlines() if figure is not None else ():
         what, separator, amount = line.rpartition(": ")
-        if separator and what.startswith(("properties, triton-cpu", "ranges, triton-cpu")):
+        if separator and what.startswith(printed):
             figure(what, amount)

@@ -40,8 +40,8 @@ SHAPES = [
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
-    return Emulator(build(tmp_path_factory.mktemp("cuda_emulation")))
+def built() -> Emulator:
+    return Emulator(build())
 
 
 launched: Counter[str] = Counter()

@@ -26,8 +26,8 @@ DEVICES = st.builds(
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
-    emulator = Emulator(build(tmp_path_factory.mktemp("cuda_emulation")))
+def emulator() -> Iterator[Emulator]:
+    emulator = Emulator(build())
     with emulator.installed():
         yield emulator
 

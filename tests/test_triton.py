@@ -40,9 +40,9 @@ REACH_NEARLY_ALL = (
 
 @interpreted.marked
 @pytest.mark.parametrize("covered", [True, False], ids=["covered", "others"])
-def test_kernels_in_the_interpreter(covered):
+def test_kernels_in_the_interpreter(covered, figure):
     chosen = REACH_NEARLY_ALL if covered else f"not ({REACH_NEARLY_ALL})"
-    interpreted.check_in_the_interpreter(INTERPRETED, chosen, covered=covered)
+    interpreted.check_in_the_interpreter(INTERPRETED, chosen, figure, covered=covered)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -19,6 +19,7 @@ from capsule_kernels.backends import triton as backend
 from . import conv_cases
 from .cases import Case, check_case, copies, make_inputs, run
 from .conv_cases import Conv
+from .test_determinism import REPEATS, assert_same_bits, bits
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -352,13 +353,14 @@ def test_non_finite_values_stay_in_their_sample(value):
         assert torch.equal(found[name].isnan(), expected[name].isnan()), name
 
 
-def test_same_bits_every_time():
-    case = Case(B=2, I=3, R=2, logits=True)
-    first, second = (
-        run(fused_routing, case, make_inputs(case, torch.float32), backend="triton") for _ in "12"
-    )
-    for name in first:
-        assert torch.equal(first[name], second[name])
+def test_same_bits_every_time(figure):
+    case = Case(B=2, I=3, J=2, K=2, D=4, R=2, logits=True)
+    inputs = make_inputs(case, torch.float32)
+    first = run(fused_routing, case, inputs, backend="triton")
+    for _ in range(REPEATS):
+        assert_same_bits(run(fused_routing, case, inputs, backend="triton"), first)
+    compared = REPEATS * bits(first)
+    figure("repeats of the interpreted Triton kernels", f"{REPEATS} calls, {compared} bits equal")
 
 
 def test_gradcheck_and_opcheck():

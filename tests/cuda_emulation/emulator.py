@@ -5,8 +5,10 @@ that tests call ``fused_routing(..., backend="cuda")`` and run all of the path b
 """
 
 import ctypes
+import hashlib
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from capsule_kernels.windows import capsules, view
 
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 MODEL = Path(__file__).parent
+BUILT = Path(__file__).parents[2] / "build" / "cuda_emulation"
 SCALARS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FENCE = 256  # elements of NaN before and behind every array
 
@@ -71,14 +74,24 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def build(folder: Path) -> Path:
-    """Compile kernels and model into a library in ``folder``."""
-    library = folder / "libcuda_emulation.so"
+def build() -> Path:
+    """The library of kernels and model, compiled where these very sources have not been."""
     sources = [*sorted(KERNELS.glob("*.cu")), KERNELS / "routing.cpp", *sorted(MODEL.glob("*.cpp"))]
     flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     flags += ["-Werror", "-U_FORTIFY_SOURCE", "-DCAPSULE_KERNELS_EMULATION"]
-    command = ["g++", *flags, f"-I{KERNELS}", f"-I{MODEL}", "-x", "c++", *sources, "-o", library]
-    subprocess.run(command, check=True)
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in [*sorted(KERNELS.iterdir()), *sorted(MODEL.iterdir())]:
+        if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
+            digest.update(path.name.encode() + path.read_bytes())
+    library = BUILT / f"{digest.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+        made = Path(folder) / library.name
+        command = ["g++", *flags, f"-I{KERNELS}", f"-I{MODEL}", "-x", "c++", *sources, "-o", made]
+        subprocess.run(command, check=True)
+        made.replace(library)  # whole, whoever else builds it at the time
     return library
 
 
