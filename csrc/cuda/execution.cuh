@@ -78,8 +78,8 @@ __device__ __forceinline__ void prefetch(const void* global) {
 }
 
 // Copies 4, 8 or 16 bytes to shared memory in the background, or zeros where there is nothing to
-// copy; they are there after `wait_for_copies`, for other threads after a
-// barrier behind it.
+// copy; they are there after `wait_for_all_but`, for other threads after a barrier behind it, or
+// once `Arrivals` are complete that have waited for them.
 template <int kBytes>
 __device__ __forceinline__ void copy_in_background(void* shared, const void* global,
                                                    bool is_there = true) {
@@ -106,10 +106,6 @@ __device__ __forceinline__ void end_group_of_copies() {
 template <int kGroups>
 __device__ __forceinline__ void wait_for_all_but() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
-}
-
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_all;" : : : "memory");
 }
 
 // All blocks of a cooperative launch, in two halves: what was written before one arrives is seen by

@@ -350,11 +350,6 @@ void wait_for_copies_before(int groups) {
 
 void end_group_of_copies() { ++emulation::Launch::running->fiber().groups; }
 
-void wait_for_copies() {
-  end_group_of_copies();
-  emulation::wait_for_copies_before(0);
-}
-
 GridArrival grid_arrive(const char* file, int line) {
   if (!emulation::skipped(file, line)) emulation::Launch::running->grid_arrive();
   return 0;

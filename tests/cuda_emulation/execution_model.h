@@ -144,7 +144,6 @@ template <int kGroups>
 void wait_for_all_but() {
   emulation::wait_for_copies_before(kGroups);
 }
-void wait_for_copies();
 
 void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]);
 using GridArrival = unsigned;
