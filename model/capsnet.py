@@ -8,6 +8,7 @@ from capsule_kernels import CapsuleLinear, squash
 
 from .config import Architecture
 from .losses import Output, lengths
+from .spectral import SpectralConv2d
 
 KERNEL = 9
 """Side of both convolutions' kernels, in pixels."""
@@ -27,7 +28,7 @@ class PrimaryCapsules(nn.Module):
     def __init__(self, in_channels: int, types: int, dim: int, padding: int = 0) -> None:
         super().__init__()
         self.types, self.dim = types, dim
-        self.convolution = nn.Conv2d(in_channels, types * dim, KERNEL, stride=2, padding=padding)
+        self.convolution = SpectralConv2d(in_channels, types * dim, KERNEL, 2, padding)
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.convolution(features)  # [B, types * dim, H', W']
