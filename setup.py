@@ -19,12 +19,18 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import setuptools
 import torch
 from setuptools import setup
 from setuptools.extension import Extension
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
+if int(setuptools.__version__.split(".")[0]) < 77:  # without build isolation nobody else looks
+    sys.exit(
+        f"capsule_kernels: setuptools {setuptools.__version__} is too old to read pyproject.toml: "
+        'pip install "setuptools>=77"'
+    )
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # One object of csrc/cpu/kernels.cpp for each instruction set: vector bytes and compiler flags. The
@@ -52,7 +58,7 @@ def left_out(what: str, why: str) -> None:
 
 
 def missing_compiler() -> str | None:
-    compiler = os.environ.get("CXX", "c++").split()[0]
+    compiler = (os.environ.get("CXX") or "c++").split()[0]
     if shutil.which(compiler) is None:
         return f"no C++ compiler: {compiler} is not there (install g++, or set CXX)"
     return None

@@ -142,6 +142,7 @@ def fused_routing(
         weight_sharing,
         routing_gradient,
         return_coupling,
+        caller,
     )
     backend = select_backend(caller, backend, u, weight, num_iterations, weight_sharing)
     options = Options(

@@ -57,7 +57,8 @@ class FusedRouting(torch.autograd.Function):
     """Routing whose forward and backward are one fused operator each; ``u_hat`` is never stored.
 
     Saved for the backward: the inputs and ``s`` [R, B, J, D], the total inputs of every iteration.
-    Arguments as of :func:`forward_operator`; :func:`capsule_kernels.fused_routing` is the face.
+    Not to be applied directly: :func:`capsule_kernels.fused_routing` checks the arguments and
+    chooses the backend, and applies it where a gradient is wanted.
     """
 
     @staticmethod

@@ -17,7 +17,12 @@ def rearrange_weight(weight: Tensor, layout: str) -> Tensor:
 
     Raises:
         ValueError: the layout does not name each axis once, or the weight has other axes.
+        TypeError: the weight is no tensor, or the layout no string.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"rearrange_weight: weight must be a tensor, got {type(weight).__name__}")
+    if not isinstance(layout, str):
+        raise TypeError(f"rearrange_weight: layout must be a str, got {type(layout).__name__}")
     names = layout.split()
     if sorted(name for name in names if name != "1") != ["D", "I", "J", "K"]:
         raise ValueError(

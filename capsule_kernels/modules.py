@@ -5,10 +5,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .api import fused_routing
+from .api import fused_routing, under_autocast
 from .conv import fused_routing_conv
 from .dispatch import CHOICES
-from .validation import check_choice, check_int, check_options, check_pair
+from .validation import (
+    check_choice,
+    check_dtype,
+    check_int,
+    check_layer_input,
+    check_options,
+    check_pair,
+)
 
 
 class CapsuleLayer(nn.Module):
@@ -49,6 +56,8 @@ class CapsuleLayer(nn.Module):
             num_iterations, leaky, routing_gradient, caller, bias=bias, learn_logits=learn_logits
         )
         check_choice("backend", backend, CHOICES, caller)
+        if dtype is not None:
+            check_dtype("dtype", dtype, caller)
         self.num_iterations = num_iterations
         self.leaky = leaky
         self.routing_gradient = routing_gradient
@@ -69,6 +78,10 @@ class CapsuleLayer(nn.Module):
             nn.init.constant_(self.bias, 0.1)
         if self.logits is not None:
             nn.init.zeros_(self.logits)
+
+    def check_input(self, u: Tensor, weight: Tensor, shape: str, *sizes: int | None) -> None:
+        """Raise where u [``shape``] does not fit this layer, whose weight is ``weight``."""
+        check_layer_input(u, shape, sizes, weight, under_autocast(u), type(self).__name__)
 
     def extra_repr(self) -> str:
         """The arguments that make this layer anew."""
@@ -159,9 +172,11 @@ class CapsuleLinear(CapsuleLayer):
 
     def forward(self, u: Tensor) -> Tensor:
         """Output capsules [B, out_capsules, out_dim] for inputs u [B, in_capsules, in_dim]."""
+        weight = self.weight  # once: it may be parametrized
+        self.check_input(u, weight, "[B, in_capsules, in_dim]", None, self.in_capsules, self.in_dim)
         return fused_routing(
             u,
-            self.weight,
+            weight,
             self.num_iterations,
             logits=self.logits,
             bias=self.bias,
@@ -254,9 +269,11 @@ class CapsuleConv2d(CapsuleLayer):
 
     def forward(self, u: Tensor) -> Tensor:
         """Output capsules [B, out_types, out_dim, H', W'] for u [B, in_types, in_dim, H, W]."""
+        weight, sizes = self.weight, (None, self.in_types, self.in_dim, None, None)
+        self.check_input(u, weight, "[B, in_types, in_dim, H, W]", *sizes)
         return fused_routing_conv(
             u,
-            self.weight,
+            weight,
             self.num_iterations,
             stride=self.stride,
             padding=self.padding,

@@ -7,6 +7,8 @@ vectors ``u_hat`` [B, I, J, D], as every textbook implementation does.
 import torch
 from torch import Tensor
 
+from .validation import check_arguments
+
 
 def squash(s: Tensor) -> Tensor:
     """Shrink ``s`` [..., D] to a length below 1, direction kept (Sabour et al. 2017, equation 1).
@@ -37,10 +39,23 @@ def reference_routing(
     routing_gradient: str = "full",
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Dynamic routing (Sabour et al. 2017, procedure 1): same arguments as :func:`fused_routing`.
+    """Dynamic routing (Sabour et al. 2017, procedure 1), as :func:`capsule_kernels.fused_routing`.
 
-    Computes in float32 or wider and returns ``v`` [B, J, D] in the dtype of ``u``.
+    Its arguments are the same, but for ``backend``, and so are its errors. Computes in float32 or
+    wider and returns ``v`` [B, J, D] in the dtype of ``u``.
     """
+    check_arguments(
+        u,
+        weight,
+        num_iterations,
+        logits,
+        bias,
+        leaky,
+        weight_sharing,
+        routing_gradient,
+        return_coupling,
+        "reference_routing",
+    )
     dtype = torch.promote_types(u.dtype, torch.float32)
     W = weight.to(dtype).repeat_interleave(weight_sharing, dim=0)  # [I, J, D, K]
     u_hat = torch.einsum("ijdk,bik->bijd", W, u.to(dtype))

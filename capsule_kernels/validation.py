@@ -3,24 +3,34 @@
 Each message names the function and the argument, says what was expected and what came.
 """
 
-from torch import Tensor, bfloat16, float16, float32, float64
+from typing import Any
+
+from torch import Tensor, bfloat16, device, dtype, float16, float32, float64, strided
 
 DTYPES = (float64, float32, bfloat16, float16)
+LARGEST_INT = 2**63 - 1
+"""That an operator takes."""
 ROUTING_GRADIENTS = ("full", "last")
 
 
-def check_tensor(
-    name: str, value: object, shape: str, rank: int, caller: str = "fused_routing"
-) -> None:
+def check_tensor(name: str, value: object, shape: str, rank: int, caller: str) -> None:
     """A floating-point tensor of the given rank; ``shape`` describes it to the reader."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor {shape}, got {type(value).__name__}")
-    if value.dtype not in DTYPES:
-        raise TypeError(
-            f"{caller}: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}"
-        )
+    if value.layout is not strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else value.layout
+        raise TypeError(f"{caller}: {name} must be a dense tensor {shape}, got {kind}")
+    check_dtype(name, value.dtype, caller)
     if value.dim() != rank:
         raise ValueError(f"{caller}: {name} must have shape {shape}, got {list(value.shape)}")
+
+
+def check_dtype(name: str, value: dtype, caller: str) -> None:
+    """A floating-point type that there are kernels for."""
+    if value not in DTYPES:
+        raise TypeError(
+            f"{caller}: {name} must be float64, float32, bfloat16 or float16, got {value}"
+        )
 
 
 def check_beside_u(
@@ -37,12 +47,31 @@ def check_beside_u(
 
 def check_like_u(name: str, value: Tensor, u: Tensor, caller: str) -> None:
     """The dtype and device of u."""
-    if value.dtype != u.dtype:
-        raise TypeError(f"{caller}: {name} must have the dtype of u, {u.dtype}, got {value.dtype}")
-    if value.device != u.device:
+    check_dtype_and_device(name, value, "u", u.dtype, u.device, caller)
+
+
+def check_dtype_and_device(
+    name: str, value: Tensor, of: str, dtype: dtype, device: device, caller: str
+) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{caller}: {name} must have the dtype of {of}, {dtype}, got {value.dtype}")
+    if value.device != device:
         raise ValueError(
-            f"{caller}: {name} must be on the device of u, {u.device}, got {value.device}"
+            f"{caller}: {name} must be on the device of {of}, {device}, got {value.device}"
         )
+
+
+def check_layer_input(
+    u: Tensor, shape: str, sizes: tuple[int | None, ...], weight: Tensor, cast: bool, caller: str
+) -> None:
+    """What a layer is called with, in words of the layer. None stands for any size; where u is
+    ``cast`` on its way to the operator, its dtype is not looked at."""
+    check_tensor("u", u, shape, len(sizes), caller)
+    if any(size is not None and size != got for size, got in zip(sizes, u.shape, strict=True)):
+        wanted = ", ".join("*" if size is None else str(size) for size in sizes)
+        raise ValueError(f"{caller}: u must have shape {shape} = [{wanted}], got {list(u.shape)}")
+    dtype = u.dtype if cast else weight.dtype
+    check_dtype_and_device("u", u, "the layer's weight", dtype, weight.device, caller)
 
 
 def check_not_empty(name: str, value: Tensor, caller: str, **sizes: int) -> None:
@@ -54,7 +83,7 @@ def check_not_empty(name: str, value: Tensor, caller: str, **sizes: int) -> None
             )
 
 
-def check_int(name: str, value: object, caller: str = "fused_routing", least: int = 1) -> None:
+def check_int(name: str, value: object, caller: str, least: int = 1) -> None:
     """A whole number of at least ``least`` (bool does not count as one)."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
@@ -62,30 +91,29 @@ def check_int(name: str, value: object, caller: str = "fused_routing", least: in
         )
     if value < least:
         raise ValueError(f"{caller}: {name} must be >= {least}, got {value}")
+    if value > LARGEST_INT:
+        raise ValueError(f"{caller}: {name} must be < 2**63, got {value}")
 
 
-def check_pair(
-    name: str, value: int | tuple[int, int], caller: str, least: int = 1
-) -> tuple[int, int]:
+def check_pair(name: str, value: Any, caller: str, least: int = 1) -> tuple[int, int]:
     """The pair that ``value`` stands for: itself, or a whole number twice."""
-    pair = value if isinstance(value, tuple) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{caller}: {name} must be an int >= {least} or two of them, got {value}")
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
+        wrong = TypeError if len(pair) == 2 else ValueError
+        raise wrong(f"{caller}: {name} must be an int >= {least} or two of them, got {value!r}")
     for x in pair:
         check_int(name, x, caller, least)
     return pair
 
 
-def check_bool(name: str, value: object, caller: str = "fused_routing") -> None:
+def check_bool(name: str, value: object, caller: str) -> None:
     if not isinstance(value, bool):
         raise TypeError(
             f"{caller}: {name} must be True or False, got {type(value).__name__} {value!r}"
         )
 
 
-def check_choice(
-    name: str, value: object, choices: tuple[str, ...], caller: str = "fused_routing"
-) -> None:
+def check_choice(name: str, value: object, choices: tuple[str, ...], caller: str) -> None:
     """One of a few words."""
     if not isinstance(value, str) or value not in choices:
         listed = ", ".join(map(repr, choices))
@@ -96,7 +124,7 @@ def check_options(
     num_iterations: int,
     leaky: bool,
     routing_gradient: str,
-    caller: str = "fused_routing",
+    caller: str,
     **switches: bool,
 ) -> None:
     """What is no tensor and the same for every kind of layer, and further switches by name."""
@@ -116,13 +144,13 @@ def check_arguments(
     weight_sharing: int,
     routing_gradient: str,
     return_coupling: bool,
+    caller: str,
 ) -> None:
     """Raise ``TypeError`` or ``ValueError`` at the first argument that does not fit."""
-    caller = "fused_routing"
-    check_options(num_iterations, leaky, routing_gradient, return_coupling=return_coupling)
-    check_int("weight_sharing", weight_sharing)
-    check_tensor("u", u, "[B, I, K]", 3)
-    check_tensor("weight", weight, "[I // weight_sharing, J, D, K]", 4)
+    check_options(num_iterations, leaky, routing_gradient, caller, return_coupling=return_coupling)
+    check_int("weight_sharing", weight_sharing, caller)
+    check_tensor("u", u, "[B, I, K]", 3, caller)
+    check_tensor("weight", weight, "[I // weight_sharing, J, D, K]", 4, caller)
     _, I, K = u.shape
     rows, J, D, weight_K = weight.shape
     check_not_empty("u", u, caller, I=I, K=K)

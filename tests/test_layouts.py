@@ -54,6 +54,13 @@ def test_a_layout_that_does_not_fit(layout: str, message: str) -> None:
         rearrange_weight(torch.zeros(J, I, D, K), layout)
 
 
+def test_what_is_no_weight_or_no_layout() -> None:
+    with pytest.raises(TypeError, match="weight must be a tensor, got list"):
+        rearrange_weight([1.0], "I J D K")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="layout must be a str, got list"):
+        rearrange_weight(torch.zeros(1, 1, 1, 1), ["I", "J", "D", "K"])  # type: ignore[arg-type]
+
+
 def test_an_axis_of_another_size() -> None:
     with pytest.raises(ValueError, match="axis 0 of weight must have size 1"):
         rearrange_weight(torch.zeros(2, J, I, D, K), "1 J I D K")

@@ -69,7 +69,9 @@ def test_dtype_and_device_moves() -> None:
     half = copy.deepcopy(original).to(torch.bfloat16)
     assert half(U.bfloat16()).dtype == torch.bfloat16
     assert original.double()(U.double()).dtype == torch.float64
-    with pytest.raises(TypeError, match=r"weight must have the dtype of u, torch.float32"):
+    with pytest.raises(
+        TypeError, match="u must have the dtype of the layer's weight, torch.float64"
+    ):
         original(U)
 
 

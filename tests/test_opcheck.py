@@ -121,6 +121,35 @@ import capsule_kernels
 """
 
 
+DOES_NOT_LOAD = """
+import importlib, warnings
+real = importlib.import_module
+def failing(name, *rest):
+    if name == "capsule_kernels._C":
+        raise ImportError("_C.so: undefined symbol: _ZN3c10")
+    return real(name, *rest)
+importlib.import_module = failing
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    from capsule_kernels import backends
+for warning in seen:
+    if warning.category is RuntimeWarning:
+        print(warning.message)
+print(backends()["cpu"].reason)
+"""
+
+
+def test_an_extension_that_does_not_load_is_not_one_that_is_missing() -> None:
+    """As after an update of torch alone: kernels that were built are never lost in silence."""
+    done = subprocess.run(
+        [sys.executable, "-c", DOES_NOT_LOAD], capture_output=True, text=True, check=True
+    )
+    warning, reason = done.stdout.splitlines()
+    assert warning == reason
+    assert f"does not load with torch {torch.__version__} (_C.so: undefined symbol" in reason
+    assert "build it anew" in reason
+
+
 def test_an_extension_of_other_operators_is_told_from_one_that_fits() -> None:
     """As after an update of the sources alone; torch would end the process without a word of it."""
     done = subprocess.run(

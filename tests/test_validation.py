@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capsule_kernels import CapsuleLinear, backends, fused_routing
+from capsule_kernels import (
+    CapsuleConv2d,
+    CapsuleLinear,
+    backends,
+    fused_routing,
+    reference_routing,
+)
 from capsule_kernels.dispatch import RoutingShape, automatic_order
 
 # I = 6, K = 4, J = 3, D = 5
@@ -54,6 +60,7 @@ VALUE_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"bias": tensor(3, 1)}, "bias must have shape [J, D] = [3, 5], got [3, 1]"),
     ({"num_iterations": 0}, "num_iterations must be >= 1, got 0"),
     ({"num_iterations": -3}, "num_iterations must be >= 1, got -3"),
+    ({"num_iterations": 2**70}, f"num_iterations must be < 2**63, got {2**70}"),
     ({"weight_sharing": 0}, "weight_sharing must be >= 1, got 0"),
     ({"weight_sharing": -1}, "weight_sharing must be >= 1, got -1"),
     ({"weight_sharing": 4}, "weight_sharing must divide I = 6 (u is [2, 6, 4]), got 4"),
@@ -198,12 +205,20 @@ def test_layer_refuses_wrong_sizes_and_options_when_made(changes, error, message
 @pytest.mark.parametrize(
     ("u", "error", "message"),
     [
-        (tensor(2, 7, 4), ValueError, f"{W_SHAPE} = [7, J, D, 4], got [6, 3, 5, 4]"),
-        (tensor(6, 4), ValueError, "u must have shape [B, I, K], got [6, 4]"),
+        (
+            tensor(2, 7, 4),
+            ValueError,
+            "u must have shape [B, in_capsules, in_dim] = [*, 6, 4], got [2, 7, 4]",
+        ),
+        (
+            tensor(6, 4),
+            ValueError,
+            "u must have shape [B, in_capsules, in_dim], got [6, 4]",
+        ),
         (
             tensor(2, 6, 4, dtype=torch.float64),
             TypeError,
-            "weight must have the dtype of u, torch.float64, got torch.float32",
+            "u must have the dtype of the layer's weight, torch.float32, got torch.float64",
         ),
         (
             tensor(2, 6, 4, dtype=torch.int64),
@@ -213,15 +228,63 @@ def test_layer_refuses_wrong_sizes_and_options_when_made(changes, error, message
         (
             tensor(2, 6, 4, device="meta"),
             ValueError,
-            "weight must be on the device of u, meta, got cpu",
+            "u must be on the device of the layer's weight, cpu, got meta",
         ),
     ],
     ids=["capsules", "rank", "dtype", "integers", "device"],
 )
 def test_layer_refuses_a_wrong_input(u, error, message):
     layer = CapsuleLinear(6, 4, 3, 5)
-    with pytest.raises(error, match=whole(f"fused_routing: {message}")):
+    with pytest.raises(error, match=whole(f"CapsuleLinear: {message}")):
         layer(u)
+
+
+def test_convolutional_layer_refuses_a_wrong_input():
+    layer = CapsuleConv2d(6, 4, 3, 5, kernel_size=[3, 3])
+    assert layer(tensor(1, 6, 4, 3, 3)).shape == (1, 3, 5, 1, 1)
+    message = "u must have shape [B, in_types, in_dim, H, W] = [*, 6, 4, *, *], got [2, 6, 5, 7, 7]"
+    with pytest.raises(ValueError, match=whole(f"CapsuleConv2d: {message}")):
+        layer(tensor(2, 6, 5, 7, 7))
+
+
+@pytest.mark.parametrize("value", ["same", 1.5, (1, None)])
+def test_a_pair_that_is_none_says_what_is_allowed(value):
+    message = f"CapsuleConv2d: padding must be an int >= 0 or two of them, got {value!r}"
+    with pytest.raises(TypeError, match=whole(message)):
+        CapsuleConv2d(6, 4, 3, 5, kernel_size=3, padding=value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.float8_e4m3fn])
+def test_layer_refuses_a_type_without_kernels(dtype):
+    message = f"CapsuleLinear: dtype must be float64, float32, bfloat16 or float16, got {dtype}"
+    with pytest.raises(TypeError, match=whole(message)):
+        CapsuleLinear(6, 4, 3, 5, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    "kind", [Tensor.to_sparse, Tensor.to_mkldnn, lambda t: torch.nested.nested_tensor([t])]
+)
+def test_tensors_that_are_not_dense_are_refused(name, kind):
+    arguments = good_arguments()
+    arguments[name] = kind(arguments[name])
+    with pytest.raises(
+        TypeError, match=rf"^fused_routing: {name} must be a dense tensor \[.*, got"
+    ):
+        fused_routing(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_iterations": 0}, "num_iterations must be >= 1, got 0"),
+        ({"routing_gradient": "lst"}, f"{GRADIENTS}, got 'lst'"),
+        ({"weight": tensor(1, 3, 5, 4)}, f"{W_SHAPE} = [6, J, D, 4], got [1, 3, 5, 4]"),
+    ],
+)
+def test_the_oracle_refuses_in_its_own_name(changes, message):
+    with pytest.raises(ValueError, match=whole(f"reference_routing: {message}")):
+        reference_routing(**good_arguments() | changes)
 
 
 @pytest.mark.parametrize("name", [name for name, s in backends().items() if not s.usable])
