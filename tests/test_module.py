@@ -70,7 +70,7 @@ def test_dtype_and_device_moves() -> None:
     assert half(U.bfloat16()).dtype == torch.bfloat16
     assert original.double()(U.double()).dtype == torch.float64
     with pytest.raises(
-        TypeError, match="u must have the dtype of the layer's weight, torch.float64"
+        TypeError, match=r"u must have the dtype of the layer's weight, torch\.float64"
     ):
         original(U)
 
