@@ -281,7 +281,9 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
         "batches": lambda: batches(settings),
         "shapes": lambda: shapes(settings, options.quick),
         "memory": lambda: memories(settings),
-        "training": lambda: training.measure_steps(128, settings, (training.FUSED,)),
+        "training": lambda: training.measure_steps(
+            128, settings, (training.FUSED, training.ORACLE, training.POPULAR), (training.FUSED,)
+        ),
         "autotuned": lambda: autotuned(settings),
         "small batches": lambda: small_batches(settings),
     }

@@ -27,7 +27,7 @@ from . import machine
 from .aot_rows import TARGETS
 from .options import default_device, positive, reason_against_device
 from .peers import BACKENDS
-from .sources import ROOT, digest
+from .sources import NETWORK, ROOT, digest
 from .steps import Step, run_together
 
 RESULTS = ROOT / "bench" / "results"
@@ -218,6 +218,7 @@ def write_report(folder: Path, device: str, done: Iterable[Step], missing: Itera
     content = {
         "machine": machine.describe(device),
         "kernels": {backend: digest(backend) for backend in BACKENDS[device]},
+        NETWORK: digest(NETWORK),
         "missing_packages": list(missing),
         "steps": [asdict(step) for step in done],
     }

@@ -12,31 +12,42 @@ from model.losses import margin_loss, multi_hot, reconstruction_loss
 
 from .memory import extra_bytes, measured_in
 from .options import positive
-from .peers import oracle
+from .peers import oracle, reason_it_does_not_fit
 from .popular import PopularCapsNet
-from .records import Record, reason_of
+from .records import CannotRunError, Record, reason_of
 from .routing import Settings
+from .shapes import MNIST
 from .timing import interleave, make_timer
 
 RECONSTRUCTION_WEIGHT = 0.0005
 MAX_ROUNDS = 3
 """Steps last seconds on a CPU: a few samples of each are steady enough."""
-FUSED, ORACLE, POPULAR = "fused", "oracle", "popular"
+FUSED, ORACLE, POPULAR, COMPILED = "fused", "oracle", "popular", "compiled oracle"
 Network = CapsNet | PopularCapsNet
 MODELS: dict[str, Callable[[], Network]] = {
     FUSED: lambda: CapsNet(Architecture(), backend="auto"),
     ORACLE: lambda: CapsNet(Architecture(), backend="reference"),
     POPULAR: PopularCapsNet,
+    COMPILED: lambda: CapsNet(Architecture(), backend="reference"),
 }
-"""The CapsNet on the fused op, the same on the oracle, and a popular implementation's."""
+"""The CapsNet on the fused op; the same on the oracle; a popular implementation's; the second by
+``torch.compile``."""
+STORED = {FUSED: 0, ORACLE: 4, POPULAR: 4, COMPILED: 3}
+"""How many buffers of the size of ``u_hat`` a step holds, roughly."""
 
 
 class Step:
     """A model with its optimiser and a fixed batch: a training step, and its parts alone."""
 
-    def __init__(self, model: Network, B: int, device: str) -> None:
+    def __init__(self, name: str, B: int, device: str) -> None:
+        if reason := reason_it_does_not_fit(STORED[name] * MNIST.prediction_bytes(B), device):
+            raise CannotRunError(reason)
+        model = MODELS[name]()
+        if isinstance(model, PopularCapsNet):
+            check_popular(model)
         generator = torch.Generator().manual_seed(0)
         self.model = model.to(device)
+        self.forward = torch.compile(self.model) if name == COMPILED else self.model
         self.images = torch.rand(B, 1, 28, 28, generator=generator).to(device)
         self.labels = torch.randint(10, (B, 1), generator=generator).to(device)
         self.targets = multi_hot(self.labels, 10)
@@ -47,7 +58,7 @@ class Step:
             self.v = model.digits(self.u)
 
     def loss(self) -> Tensor:
-        scores, reconstructions = self.model(self.images, self.labels)
+        scores, reconstructions = self.forward(self.images, self.labels)
         assert reconstructions is not None  # both models have a decoder
         error = reconstruction_loss(reconstructions.flatten(1), self.images.flatten(1))
         return margin_loss(scores, self.targets) + RECONSTRUCTION_WEIGHT * error
@@ -91,7 +102,7 @@ def check_popular(model: PopularCapsNet) -> None:
 def step_memory(name: str, B: int, settings: Settings) -> int:
     """Bytes at the peak of a step beyond the parameters and the optimiser's state."""
     settings.apply()
-    step = Step(MODELS[name](), B, settings.device)
+    step = Step(name, B, settings.device)
     step.whole()
     step.optimiser.zero_grad()
 
@@ -103,30 +114,33 @@ def step_memory(name: str, B: int, settings: Settings) -> int:
 
 
 def measure_steps(
-    B: int, settings: Settings, parts_of: Collection[str] = tuple(MODELS)
+    B: int,
+    settings: Settings,
+    names: Collection[str] = tuple(MODELS),
+    parts_of: Collection[str] = (FUSED, ORACLE, POPULAR),
 ) -> Iterator[Record]:
-    """Whole steps of all models, interleaved, and their memory; then the parts of some."""
+    """Whole steps of models, interleaved, and their memory; then the parts of some."""
     steps: dict[str, Step] = {}
     failures: dict[str, str] = {}
-    for name in MODELS:
+    for name in names:
         try:
-            model = MODELS[name]()
-            if isinstance(model, PopularCapsNet):
-                check_popular(model)
-            steps[name] = Step(model, B, settings.device)
+            steps[name] = Step(name, B, settings.device)
         except Exception as error:
             failures[name] = reason_of(error)
     timer = make_timer(settings.device, replay=False)  # as users launch it
     for part in ("whole step", "convolutions", "routing layer"):
-        models = [name for name in MODELS if part == "whole step" or name in parts_of]
+        models = [name for name in names if part == "whole step" or name in parts_of]
         samplers = {}
         for name in models:
             if name not in steps:
                 continue
             try:
-                samplers[name] = timer.sampler([steps[name].parts()[part]])
+                call = steps[name].parts()[part]
+                call()  # what fails, fails here
+                samplers[name] = timer.sampler([call])
             except Exception as error:
                 failures[name] = reason_of(error)
+                del steps[name]
         timings = interleave(samplers, timer.how, min(settings.rounds, MAX_ROUNDS))
         for name in models:
             record: Record = {
@@ -139,7 +153,7 @@ def measure_steps(
             }
             if name in timings:
                 record |= timings[name].fields()
-            if part == "whole step" and name in timings:
+            if part == "whole step" and name in timings and name != COMPILED:  # compiles anew
                 try:
                     where = measured_in(settings.device)
                     record["extra_bytes"] = where(step_memory, name, B, settings)
@@ -150,7 +164,14 @@ def measure_steps(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, help="samples a step (128; 16 with --quick)")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="the oracle's network by torch.compile as well (default: but with --quick)",
+    )
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
-    yield from measure_steps(options.batch_size or (16 if options.quick else 128), settings)
+    wanted = not options.quick if options.compiled is None else options.compiled
+    names = [name for name in MODELS if wanted or name != COMPILED]
+    yield from measure_steps(options.batch_size or (16 if options.quick else 128), settings, names)

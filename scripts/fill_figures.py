@@ -6,7 +6,8 @@ A document asks for a table by a pair of comments, and this script writes what s
     <!-- /figures -->
 
 "cpu" or "cuda" chooses the newest report of such a device below bench/results, "goals" the view
-(see VIEWS). A report that is older than the backend's kernels earns the document a warning line.
+(see VIEWS). A report that is older than what it measured, the backend's kernels or the networks
+whose training steps were timed, earns the document a warning line.
 
 With --check nothing is written: it fails where a document differs from its reports, or holds a
 figure with a unit of speed outside such a block. A missing or outdated warning line is told, but
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import machine, tables  # noqa: E402
 from bench.records import Record, load, select  # noqa: E402
-from bench.sources import digest  # noqa: E402
+from bench.sources import NETWORK, digest  # noqa: E402
 
 BLOCK = re.compile(
     r"(?P<start><!-- figures:(?P<device>\w+) (?P<view>[\w-]+) -->\n)"
@@ -35,8 +36,9 @@ BLOCK = re.compile(
     r"(?P<end><!-- /figures -->)",
     re.DOTALL,
 )
-WARNING = "> **Older than the kernels:**"
+WARNING = "> **Older than the code:**"
 NO_REPORT = "*No report of such a device is committed yet.*"
+NOT_IN_REPORT = "*The newest report of such a device does not have this.*"
 FIGURE = re.compile(r"\d\s?(ms|µs|us|[GT]FLOP/s|GB/s|images/s)\b|\d\s?(x|times) (as|faster|less)")
 UNMEASURED = re.compile(r"goal|floor|predict", re.IGNORECASE)
 """A line with one of these words may hold a figure that no report has."""
@@ -64,6 +66,8 @@ VIEWS = {
     "scaling": View("scaling", tables.exponents_table, "exponents"),
     "accuracy": View("accuracy", tables.accuracy_table, "accuracy"),
 }
+TRAINING_VIEWS = ("goals", "training")
+"""Those that hold training steps."""
 PLOTS = {"plot-roofline": "roofline", "plot-time": "time", "plot-memory": "memory"}
 
 
@@ -78,10 +82,14 @@ class Report:
     def date(self) -> str:
         return self.content["machine"]["date"]
 
-    def stale(self, root: Path) -> list[str]:
-        """The backends whose kernels are no longer the ones that were measured."""
+    def changed(self, view: str, root: Path) -> list[str]:
+        """What is no longer as it was measured for a view."""
         kernels = self.content["kernels"]
-        return [backend for backend in kernels if digest(backend, root) != kernels[backend]]
+        names = [backend for backend in kernels if digest(backend, root) != kernels[backend]]
+        found = [f"the kernels of {' and '.join(names)}"] if names else []
+        if view in TRAINING_VIEWS and self.content.get(NETWORK) != digest(NETWORK, root):
+            found.append("the networks of the training steps")
+        return found
 
 
 def newest_reports(root: Path) -> dict[str, Report]:
@@ -104,24 +112,22 @@ def body(report: Report | None, view: str, document: Path, root: Path) -> str:
     link = Path(os.path.relpath(report.folder, document.parent)).as_posix()
     if view in PLOTS:
         plot = report.folder / f"{PLOTS[view]}.svg"
-        drawn = f"![{PLOTS[view]}]({link}/{plot.name})" if plot.exists() else NO_REPORT
+        drawn = f"![{PLOTS[view]}]({link}/{plot.name})" if plot.exists() else NOT_IN_REPORT
         return f"\n{drawn}\n\n"
     wanted = VIEWS[view]
     path = report.folder / f"{wanted.file}.json"
     machine_line, ceilings, records = load(path) if path.exists() else ({}, {}, [])
     chosen = select(records, table=wanted.kind, **dict(wanted.where))
     if not chosen:
-        return f"\n{NO_REPORT}\n\n"
+        return f"\n{NOT_IN_REPORT}\n\n"
     lines = [
         wanted.table(chosen, ceilings).markdown(),
         f"*{machine.line(machine_line)} ([report]({link}/)).*",
     ]
     if wanted.kind == "goals":
         lines[-1] += f" *Measured limits: {machine.ceilings_line(ceilings)}.*"
-    stale = report.stale(root)
-    if stale:
-        names = " and ".join(stale)
-        lines.append(f"{WARNING} the kernels of {names} have changed since this was measured.")
+    if changed := report.changed(view, root):
+        lines.append(f"{WARNING} {' and '.join(changed)} have changed since this was measured.")
     return "\n" + "\n\n".join(lines) + "\n\n"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.records import save
-from bench.sources import digest
+from bench.sources import NETWORK, digest
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("fill_figures", ROOT / "scripts/fill_figures.py")
@@ -37,7 +37,12 @@ def add_report(root: Path, date: str, measured: str) -> Path:
     machine = MACHINE | {"date": f"{date} 10:00"}
     goal = {"table": "goals", "what": "speed", "goal": ">= 1x", "measured": measured}
     save(folder / "goals.json", machine, {"gemm": 1e11, "copy": 1e10}, [goal | {"verdict": "yes"}])
-    content = {"machine": machine, "kernels": {"cpu": digest("cpu", root)}, "steps": []}
+    content = {
+        "machine": machine,
+        "kernels": {"cpu": digest("cpu", root)},
+        NETWORK: digest(NETWORK, root),
+        "steps": [],
+    }
     (folder / "report.json").write_text(json.dumps(content))
     return folder
 
@@ -102,6 +107,19 @@ def test_changed_kernels_earn_a_warning_line_but_no_failure(checkout, capsys):
     (checkout / "csrc/cpu/kernels.cpp").write_text("int kernel;\n")
     run(checkout)
     assert (checkout / "README.md").read_text() == fresh
+
+
+def test_changed_networks_earn_a_warning_line_where_steps_were_timed(checkout):
+    table = "<!-- figures:cpu accuracy -->\n<!-- /figures -->\n"
+    (checkout / "README.md").write_text(DOCUMENT + table)
+    (checkout / "model").mkdir()
+    (checkout / "model/capsnet.py").write_text("layers = 3\n")
+    run(checkout)
+    goals, accuracy = (checkout / "README.md").read_text().split("After.")
+    warning = f"{fill_figures.WARNING} the networks of the training steps have changed"
+    assert warning in goals
+    assert warning not in accuracy
+    assert fill_figures.NOT_IN_REPORT in accuracy
 
 
 def test_without_a_report_a_block_holds_no_figure(checkout):

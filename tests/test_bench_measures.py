@@ -42,7 +42,7 @@ def memory_records(shape, B, implementations, settings):
         }  # fmt: skip
 
 
-def training_records(B, settings, parts_of=()):
+def training_records(B, settings, names=(), parts_of=()):
     for name, seconds in (("fused", 1e-3), ("oracle", 1.0), ("popular", 1.0)):
         yield {
             "table": "training", "part": "whole step", "B": B, "implementation": name,
@@ -100,6 +100,7 @@ def test_a_training_step_and_its_parts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("bench.machine.ceilings", lambda device: CEILINGS)
     file = tmp_path / "training.json"
     arguments = ["training", "--device", "cpu", "--batch-size", "2", "--rounds", "1", "--markdown"]
+    arguments.append("--no-compiled")
     assert main([*arguments, "--json", str(file)]) == 0
     _, _, records = load(file)
     assert {r["status"] for r in records} == {"ok"}
@@ -114,12 +115,35 @@ def test_a_step_whose_memory_is_not_measured_keeps_its_time(monkeypatch):
 
     monkeypatch.setattr(training, "measured_in", lambda _device: fails)
     settings = Settings("cpu", rounds=1)
-    records = list(training.measure_steps(2, settings, parts_of=()))
+    names = (training.FUSED, training.ORACLE)
+    records = list(training.measure_steps(2, settings, names, parts_of=()))
     assert {record["status"] for record in records} == {"ok"}
     text = str(training_table(records, CEILINGS))
     assert "MemoryError: no room" in text
     with pytest.raises(goals.NotMeasuredError, match="no room"):
         goals.step_memory_ratio(training.ORACLE, 2)(records, CEILINGS)
+
+
+def test_a_model_that_fails_has_its_row_and_the_rest_goes_on(monkeypatch):
+    step, fits = training.Step.whole, training.reason_it_does_not_fit
+
+    def whole(self):
+        if isinstance(self.model, training.PopularCapsNet):
+            raise RuntimeError("out of memory")
+        step(self)
+
+    def reason(needed, device):
+        return fits(needed, device) if needed == 0 else "it needs more than there is"
+
+    settings = Settings("cpu", rounds=1)
+    monkeypatch.setattr(training.Step, "whole", whole)
+    records = list(training.measure_steps(2, settings, (training.POPULAR, training.FUSED), ()))
+    monkeypatch.setattr(training, "reason_it_does_not_fit", reason)
+    records += training.measure_steps(2, settings, (training.COMPILED,), ())
+    found = {record["implementation"]: record["status"] for record in records}
+    assert found.pop("fused") == "ok"
+    assert "out of memory" in found.pop("popular")
+    assert found == {"compiled oracle": "it needs more than there is"}
 
 
 def test_plots_are_the_same_for_the_same_records(tmp_path):
