@@ -32,7 +32,7 @@ tried: Counter[str] = Counter()
 
 
 # Interpreted kernels take seconds where compiled ones take microseconds.
-SHARE_OF_EXAMPLES, MOST_CAPSULES = (0.1, 2) if triton.INTERPRETED else (1, 12)
+SHARE_OF_EXAMPLES, MOST_CAPSULES = (0.06, 2) if triton.INTERPRETED else (1, 12)
 
 
 class Property(NamedTuple):
