@@ -143,6 +143,9 @@ def test_splits_cover_every_capsule_and_batch_tile_once(rows, weight_sharing, ti
     assert (split.pieces - 1) * split.batch_tiles < tiles_B <= split.pieces * split.batch_tiles
     assert split.whole + split.cut == rows * split.parts
     assert split.programs == split.whole + split.cut * split.pieces
+    assert split.rows == rows
+    assert split.cut_of(rows) == rows - split.whole
+    assert split.cut_of(4 * rows - 1) == 4 * (rows - split.whole) - (split.cut > 0)
     if split.whole:  # some rows are cut and some are not, so no launch can add the parts
         assert counts
         assert split.parts == 1
@@ -174,6 +177,24 @@ def test_wide_offsets_only_where_an_element_lies_beyond_32_bits():
     assert not config.needs_int64(128 * 1152 * 8, 1152 * 10 * 16 * 8)
     assert config.needs_int64(5, 2**31)
     assert config.needs_int64(2**31 - 5)  # masked elements of the last tile lie beyond
+
+
+@needs_triton
+@pytest.mark.parametrize(("I", "weight_sharing", "wide"), [(8, 1, 1), (8, 8, 1), (4, 1, 0)])
+def test_parts_of_dW_count_for_the_width_of_offsets(I, weight_sharing, wide):
+    """Many programs contribute to each row of W: dW needs no wide offsets, but its parts may."""
+    import triton.language as tl
+
+    widths: set[tl.dtype] = set()
+    sizes: dict[str, int] = {}
+    launches(512, I, 2500, 64, 64, 3, sizes=sizes, widths=widths, weight_sharing=weight_sharing)
+    parts = sizes.pop("weight_parts_ptr")
+    assert sizes.pop("x_ptr") == parts  # more of them than one program should add
+    assert not config.needs_int64(*sizes.values())
+    assert parts % sizes["grad_weight_ptr"] == 0
+    assert config.needs_int64(parts) == wide
+    # The forward's offsets are narrow all the same.
+    assert widths == ({tl.int32, tl.int64} if wide else {tl.int32})
 
 
 @needs_triton
@@ -222,12 +243,18 @@ def test_blocks_of_large_weights_need_three_launches_an_iteration():
     assert all(name.startswith("wide_") for name in names)
 
 
-def launches(B, I, J, K, D, R, full_gradient=True, sizes=None, grid=None, window=None):
+def launches(
+    B, I, J, K, D, R, full_gradient=True, sizes=None, grid=None, window=None,
+    weight_sharing=1, widths=None,
+):  # fmt: skip
     """Names of the kernels that a forward and backward launch, in order.
 
     ``sizes``: a dict, filled with the elements of the largest tensor given under each name.
     ``grid``: (H, W, C) of u [B, H, W, C, K] under a ``window``.
+    ``widths``: a set, which receives the dtypes of the offsets.
     """
+    import triton.language as tl
+
     from capsule_kernels.backends.triton import launch
     from capsule_kernels.backends.triton.routing import Gpu
 
@@ -237,20 +264,25 @@ def launches(B, I, J, K, D, R, full_gradient=True, sizes=None, grid=None, window
         assert set(arguments) == set(kernel.arg_names), kernel.__name__
         assert all(0 < size < 2**31 for size in grid)
         names.append(kernel.__name__)
+        given = [x.numel() for x in arguments.values() if isinstance(x, torch.Tensor)]
+        assert arguments["OFFSET"] in (tl.int32, tl.int64)
+        assert arguments["OFFSET"] == tl.int64 or not config.needs_int64(*given), kernel.__name__
+        if widths is not None:
+            widths.add(arguments["OFFSET"])
         if sizes is not None:
             for name, x in arguments.items():
                 if isinstance(x, torch.Tensor):
                     sizes[name] = max(sizes.get(name, 0), x.numel())
 
-    gpu = Gpu(processors=132, hip=False)
+    gpu = Gpu(processors=132, hip=False, shared_bytes=227 << 10)
     u = torch.empty((B, *grid, K) if grid else (B, I, K), device="meta")
-    weight = torch.empty(I, J, D, K, device="meta")
+    weight = torch.empty(I // weight_sharing, J, D, K, device="meta")
     v, s, _ = launch.routing_forward(
-        u, weight, None, None, R, False, 1, False, window, launch=record, gpu=gpu
+        u, weight, None, None, R, False, weight_sharing, False, window, launch=record, gpu=gpu
     )
     launch.routing_backward(
-        v, u, weight, None, s, False, 1, full_gradient, [True, True, False, False], window,
-        launch=record, gpu=gpu,
+        v, u, weight, None, s, False, weight_sharing, full_gradient, [True, True, False, False],
+        window, launch=record, gpu=gpu,
     )  # fmt: skip
     return names
 

@@ -210,7 +210,8 @@ def test_shorter_steps_where_shared_memory_is_small(monkeypatch):
 def test_wide_offsets_give_the_same_bits(monkeypatch):
     from capsule_kernels.backends.triton import config
 
-    cases = [Case(B=2, I=2, R=2, logits=True), Case(B=1, I=1, J=20, R=2)]
+    parts = Case(B=2, I=5, J=2, D=2, R=2, weight_sharing=5, logits=True)  # of one row of dW
+    cases = [Case(B=2, I=2, R=2, logits=True), Case(B=1, I=1, J=20, R=2), parts]
     calls = [
         lambda case=case: run(
             fused_routing, case, make_inputs(case, torch.float32), backend="triton"

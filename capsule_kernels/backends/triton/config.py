@@ -337,6 +337,14 @@ class Split:
     counts: bool  # whether programs may count who of them is the last
 
     @property
+    def rows(self) -> int:
+        return self.whole + self.cut // self.parts
+
+    def cut_of(self, length: int) -> int:
+        """How much of a gradient's first axis, ``length`` in all, belongs to rows that are cut."""
+        return length - min(length, self.whole * ceil_div(length, self.rows))
+
+    @property
     def share(self) -> dict[str, int]:
         """What a program needs to know to find its share (``parts.py``)."""
         return {name: value for name, value in vars(self).items() if name != "counts"}

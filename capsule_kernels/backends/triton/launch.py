@@ -128,25 +128,19 @@ def routing_backward(
     partials = s.new_empty(2, sweep.groups, *s.shape[1:]) if earliest < R else None
     statistics = None if one_tile else s.new_empty(R, 3, B, I)
 
-    rows = config.ceil_div(I, last_sweep.STEP_I) if weight_sharing == 1 else I // weight_sharing
-    split = config.split(
-        rows, weight_sharing, last_sweep.STEP_I, tiles_B, routing.gpu.processors,
-        counts=not routing.gpu.hip,
-    )  # fmt: skip
-
     # Parts that programs leave of a row of each gradient; one is the gradient itself.
+    split = routing.split
     number_weight = 1 if grad_weight is None else split.contributors
     number_logits = 1 if grad_logits is None else split.pieces
     finished = None
     if split.counted and max(number_weight, number_logits) > 1:
-        finished = torch.empty(rows - split.whole, dtype=torch.int32, device=u.device)
+        finished = torch.empty(split.rows - split.whole, dtype=torch.int32, device=u.device)
 
     def parts_of(gradient: Tensor | None, number: int) -> Tensor | None:
         """Where ``number`` parts of a gradient's rows that are cut go."""
         if gradient is None or number == 1:
             return None
-        cut = len(gradient) - min(len(gradient), split.whole * config.ceil_div(len(gradient), rows))
-        return s.new_empty(number, cut, *gradient.shape[1:])
+        return s.new_empty(number, split.cut_of(len(gradient)), *gradient.shape[1:])
 
     def state(t: int) -> dict[str, Any]:
         """What ds^t and G^t are made from, and where G^t goes."""

@@ -175,6 +175,17 @@ class Routing:
         _, _, J, K, D, _ = self.sizes
         return config.warps_of_gradients(J, K, D)
 
+    @cached_property
+    def split(self) -> config.Split:
+        """How it is cut."""
+        B, I, *_ = self.sizes
+        warps, shared = self.last_sweep, self.weight_sharing
+        rows = config.ceil_div(I, warps.STEP_I) if shared == 1 else I // shared
+        return config.split(
+            rows, shared, warps.STEP_I, config.ceil_div(B, warps.BLOCK_B), self.gpu.processors,
+            counts=not self.gpu.hip,
+        )  # fmt: skip
+
     @property
     def paired(self) -> bool:
         """The order of the last sweep's table (``gradients.table_offsets``)."""
@@ -202,6 +213,10 @@ class Routing:
         else:
             groups = max(self.first_sweep.groups, self.sweep.groups)
             counts += [3 * R * B * I, groups * B * J * D, R * self.table_size]
+            if self.backward:  # parts of dW and dprior
+                split = self.split
+                counts.append(split.contributors * split.cut_of(len(self.weight)) * J * D * K)
+                counts.append(split.pieces * split.cut_of(I) * J)
         wide = config.needs_int64(*counts)
         return {
             "ACC": tl.float64 if self.s.dtype == torch.float64 else tl.float32,
