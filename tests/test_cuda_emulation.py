@@ -277,7 +277,7 @@ def test_python_and_the_plan_agree_on_what_fits(
 ) -> None:
     built.device = Device(figures.sm_count, figures.shared_per_block)
     answers = set()
-    for I in (1, 7, 132, 133, 1152, 2048, 4608, 6000, 9216, 20000):
+    for I in (1, 7, 132, 133, 1152, 2048, 4608, 6000, 9216, 20000, 20_000_000):
         for J, D in ((1, 1), (1, 32), (5, 16), (10, 16), (10, 8), (20, 8), (5, 32)):
             for K, sharing in itertools.product((1, 8, 17, 64, 200), (1, 4, I)):
                 plan = built.plan(Shape(64, I, J, K, D, 3, sharing), dtype)
@@ -305,6 +305,10 @@ def test_python_and_the_plan_agree_on_what_fits(
         (A100, torch.float32, (4608, 10, 8, 16, 3, 1), "weight does not fit in shared memory"),
         (H200, torch.float32, (3872, 196, 8, 16, 3, 1), "do not fit in registers"),
         (H200, torch.float32, (10, 2, 8, 64, 3, 1), "do not fit in registers"),
+        # Capsules that share one weight: as many as 32 bits count the elements of.
+        (H200, torch.bfloat16, (2_200_000, 4, 1024, 8, 3, 2_200_000), "I * K = 2200000 * 1024"),
+        (H200, torch.bfloat16, (2**21, 4, 1024, 8, 3, 2**21), "2147483648 elements, which"),
+        (H200, torch.bfloat16, (2**21 - 1, 4, 1024, 8, 3, 2**21 - 1), None),
         (H200, torch.float64, (1152, 10, 8, 16, 3, 1), "got torch.float64"),
         (cuda.Figures((7, 5), 40, 64 * 1024), torch.float16, (1, 1, 1, 1, 1, 1), "has 7.5"),
     ],

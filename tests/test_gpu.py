@@ -17,6 +17,7 @@ import torch
 
 from capsule_kernels import backends, fused_routing
 from capsule_kernels.dispatch import RoutingShape, reason_against
+from capsule_kernels.ops import OPERATORS
 from model.config import Config
 from model.losses import total_loss
 from model.views import Batch
@@ -306,3 +307,21 @@ def test_more_than_2_to_31_elements(backend):
     for rows in (slice(0, 16), slice(case.B - 16, case.B)):
         part = fused_routing(u[rows], weight, 3, backend=backend)
         torch.testing.assert_close(v[rows], part, rtol=1e-2, atol=1e-3)
+
+
+def test_samples_of_more_than_2_to_31_elements_are_refused_by_the_cuda_kernels():
+    """By name and past the checks. All capsules share one weight; u takes no memory."""
+    status = backends()["cuda"]
+    if not status.usable:
+        pytest.skip(f"cuda: {status.reason}")
+    I, J, K, D = 2_200_000, 4, 1024, 8
+    u = torch.zeros((), device="cuda", dtype=torch.bfloat16).expand(1, I, K)
+    weight = u.new_zeros(1, J, D, K)
+    with pytest.raises(RuntimeError, match=r"in 32 bits, .* use backend 'triton'"):
+        fused_routing(u, weight, 3, weight_sharing=I, backend="cuda")
+    forward, backward = OPERATORS["cuda"]
+    with pytest.raises(ValueError, match=r"in 32 bits, .* use the triton backend"):
+        forward(u, weight, None, None, 3, False, I, False)
+    s = torch.zeros(3, 1, J, D, device="cuda")
+    with pytest.raises(ValueError, match=r"in 32 bits, .* use the triton backend"):
+        backward(u.new_zeros(1, J, D), u, weight, None, s, False, I, True, [True] * 4)

@@ -25,6 +25,7 @@ MAX_FRAGMENTS = 10
 FRAGMENT_BYTES = 16 * 8 * 4
 SWEEP_WARPS = 8
 ARRIVALS_BYTES = 8
+MOST_ELEMENTS = 2**31 - 1  # of a sample of u, as the kernels count them
 
 
 class Figures(NamedTuple):
@@ -88,6 +89,11 @@ def does_not_fit(figures: Figures, dtype: torch.dtype, shape: tuple[int, ...]) -
         return (
             "a sample's outputs do not fit in registers: D <= 32 and J <= 20 for D <= 8, 10 for "
             f"D <= 16, 5 for D <= 32 are needed, got J = {J}, D = {D}; use backend 'triton'"
+        )
+    if I * K > MOST_ELEMENTS:
+        return (
+            f"a sample's inputs have I * K = {I} * {K} = {I * K} elements, which the kernels count "
+            f"in 32 bits, at most {MOST_ELEMENTS}; use backend 'triton'"
         )
     # Where J is no constant of an instance, output capsules fill up two fragments together.
     known = K <= 8 and K % 2 == 0 and (J, padded_D) in ((10, 16), (5, 16), (10, 8))

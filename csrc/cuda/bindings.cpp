@@ -169,6 +169,10 @@ Shape checked_shape(const Tensor& u, const Tensor& weight, const optional<Tensor
                     "capsule_kernels: the cuda backend does not hold J = ", J, ", D = ", D,
                     " in registers; use the triton backend");
   check_fits(K <= 1 << 20);  // nowhere near: so the plan can count the elements of W_i in an int
+  TORCH_CHECK_VALUE(sample_is_counted(I, K),
+                    "capsule_kernels: the cuda backend counts the elements of a sample in 32 bits, "
+                    "got I = ",
+                    I, ", K = ", K, "; use the triton backend");
   check_like("weight", weight, u, {I / weight_sharing, J, D, K});
   if (logits) check_like("logits", *logits, u, {I, J});
   return {int(B), int(I), int(J), int(K), int(D), int(bounded(R)), int(weight_sharing)};

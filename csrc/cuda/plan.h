@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
+#include <limits>
 
 #ifdef __CUDACC__
 #define CAPSULE_KERNELS_BOTH __host__ __device__  // what kernels call too
@@ -68,6 +70,13 @@ constexpr bool tile_fits_registers(int J, int D) {
   return D <= 32 && J <= kMaxFragments * kTileRows / padded_dims(D);
 }
 
+// Whether an int counts the elements [I, K] of a sample of u, as the kernels do; what they load
+// ahead of time does not go past the last capsule. W on chip bounds I only where capsules do not
+// share it.
+constexpr bool sample_is_counted(std::int64_t I, std::int64_t K) {
+  return I * K <= std::numeric_limits<int>::max();
+}
+
 // The instance of the kernels for a call: padded D, and J where it is a constant and K even and at
 // most 8, as in the paper's networks (0: any J that fits, and any K).
 struct TileChoice {
@@ -105,7 +114,8 @@ struct Padded {
   }
 };
 
-// The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip.
+// The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip, or a sample has
+// too many elements.
 struct SweepPlan {
   int blocks = 0;
   int capsule_groups = 0;  // G_i
@@ -154,6 +164,7 @@ inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& d
 inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   SweepPlan best;
+  if (!sample_is_counted(shape.I, shape.K)) return best;
   double best_cost = 0;
   for (const int tiles_per_pass : {1, 2, 4}) {
     if (tiles_per_pass > padded.tiles) break;

@@ -210,7 +210,7 @@ struct InputRow {
 
   // Elements k0 + 2q and k0 + 2q + 1 of input capsule i, as the right side of a product: in its
   // contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so that a pair is one
-  // load. What fits on chip has few enough elements a sample for 32 bits.
+  // load. 32 bits count the elements of a sample (`sample_is_counted`).
   __device__ __forceinline__ void load(float (&x)[2], int i, int k0, int K,
                                        const Lane& lane) const {
     const auto pair = load_pair<Tile>(u + (i * K + k0), inside, k0 + 2 * lane.q, K);
