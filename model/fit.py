@@ -7,6 +7,7 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from . import checkpoint as checkpoints
 from .errors import UserError
 from .interrupt import Interrupted, Interruption
 from .metrics import MetricsLog
@@ -112,13 +113,8 @@ class Fit:
     def end_epoch(self) -> None:
         """Test, write the epoch down, save."""
         trainer, progress = self.trainer, self.trainer.progress
-        loss, accuracy = trainer.running_means(trainer.world.total(trainer.sums))
+        loss, accuracy = self.finite_means()
         images_per_second = self.images_per_second()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of epoch {progress.epoch + 1} is {loss}: a smaller --lr may help; "
-                f"the last good state is in {trainer.directory}"
-            )
         # One of several processes must not leave a test that the others finish.
         alone = trainer.world.size == 1
         result = trainer.test(trainer.dataset.test, self.interruption.check if alone else nothing)
@@ -148,12 +144,29 @@ class Fit:
         self.save()
         self.first_step, self.epoch_start = progress.step, time.monotonic()
 
+    def finite_means(self) -> tuple[float, float]:
+        """Loss and accuracy of the epoch so far, of all processes; UserError in all of them alike
+        if the loss, or the weights, which are a step ahead of it, are not finite."""
+        trainer, progress = self.trainer, self.trainer.progress
+        loss, accuracy = trainer.running_means(trainer.world.total(trainer.sums))
+        weights = trainer.model.parameters()
+        if math.isfinite(loss) and all(bool(w.isfinite().all()) for w in weights):
+            return loss, accuracy
+        path = trainer.directory / checkpoints.CHECKPOINT
+        before = f"; the last checkpoint before that is {path}" if path.exists() else ""
+        raise UserError(
+            f"the loss ({loss:.4g}) or the weights are not finite after step {progress.step}, in "
+            f"epoch {progress.epoch + 1}: a smaller --lr may help{before}"
+        )
+
     def seconds(self) -> float:
         """Spent on the run so far, in this process and those before."""
         return self.seconds_before + time.monotonic() - self.start
 
     def save(self) -> None:
-        """A checkpoint of this very moment."""
+        """A checkpoint of this very moment; UserError, and the previous one stays, if the run
+        diverged."""
+        self.finite_means()
         progress = self.trainer.progress
         progress.seconds, progress.metrics_size = self.seconds(), self.log.size
         self.trainer.save()

@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from model.config import Config
 from model.data import Dataset, Split
 from model.distributed import World
+from model.errors import UserError
+from model.fit import Fit
+from model.interrupt import Interruption
+from model.metrics import MetricsLog
 from model.trainer import Trainer, derived_seed
 from model.views import Batch
 
@@ -90,6 +95,19 @@ def test_learning_rates(changes: dict[str, object], expected: list[float]) -> No
     for _ in expected:
         made.step()
     assert used == pytest.approx(expected)
+
+
+def test_a_loss_that_diverged_in_another_process_ends_them_all(tmp_path: Path) -> None:
+    class BesideOneThatDiverged(World):
+        def total(self, values: torch.Tensor) -> torch.Tensor:
+            return values + torch.nan
+
+    made, console = trainer(BesideOneThatDiverged()), Console()
+    made.directory = tmp_path
+    fit = Fit(made, MetricsLog(None), console, Interruption(console), None, 5.0)
+    with pytest.raises(UserError, match=r"^the loss \(nan\) or the weights are not finite after"):
+        fit.save()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_data_set_smaller_than_a_batch() -> None:

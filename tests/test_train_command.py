@@ -1,5 +1,7 @@
 """``python -m model.train`` as a user meets it: flags, what it leaves, what it refuses."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +178,33 @@ def test_resume_where_the_metrics_were_lost(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_explodes_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the loss of epoch 1 is nan: a smaller --lr may help"):
+    diverged = r"^the loss \(nan\) or the weights are not finite after step 4, in epoch 1: [^;]*$"
+    with pytest.raises(UserError, match=diverged):  # no checkpoint, so none is named
+        run(tmp_path / "run", "--lr", "1e30")
+
+
+@pytest.mark.parametrize(("lr", "step"), [("1e30", 1), ("9e37", 0)])
+def test_a_diverged_state_never_replaces_a_checkpoint(lr: str, step: int, tmp_path: Path) -> None:
+    """The loss shows it a step late: with --lr 9e37 the first step's weights are infinite."""
+    with pytest.raises(UserError, match=r"are not finite .*; the last checkpoint before that is"):
+        run(tmp_path / "run", "--lr", lr, "--checkpoint-minutes", "0")
+    state = load(tmp_path / "run")
+    assert state.counters["step"] == step
+    assert all(t.isfinite().all() for t in state.tensors.values())
+
+
+def test_a_diverged_state_is_not_saved_when_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
+
+    def interrupted_step(self: Trainer) -> None:
+        step(self)
+        if self.progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "step", interrupted_step)
+    with pytest.raises(UserError, match="not finite after step 3"):
         run(tmp_path / "run", "--lr", "1e30")
 
 
