@@ -1,6 +1,7 @@
 """What a run is: the architecture of its network and everything that decides its weights."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -45,12 +46,22 @@ class Architecture:
             return (self.image_size + 1) // 2
         return (self.image_size - 8 - 9) // 2 + 1
 
+    @property
+    def smallest_image(self) -> int:
+        """Side of the smallest image of which anything is left after convolutions and pooling."""
+        if self.network == "capsnet":
+            return 1 if self.same_padding else 17
+        return 4 if self.network == "pooled-cnn" else 1
+
     def check(self) -> None:
-        if self.network == "capsnet" and not self.same_padding and self.image_size < 17:
+        """Raise UserError for sizes no network can have."""
+        if self.image_size < self.smallest_image:
             raise UserError(
-                "image size must be at least 17 pixels for two 9 x 9 convolutions, "
+                f"--image-size must be at least {self.smallest_image} for this {self.network}, "
                 f"got {self.image_size}"
             )
+        if self.routings < 1:
+            raise UserError(f"--routings must be at least 1, got {self.routings}")
 
 
 @dataclass(frozen=True)
@@ -95,17 +106,19 @@ class Config:
         """Raise UserError for values no run can have."""
         for name, smallest in {
             "epochs": 0, "batch_size": 1, "accumulate": 1, "lr_decay_steps": 1, "shift_pixels": 0,
-            "seed": 0, "lam_recon": 0,
+            "seed": 0,
         }.items():  # fmt: skip
-            if not getattr(self, name) >= smallest:  # NaN is refused too
+            if getattr(self, name) < smallest:
                 raise UserError(
                     f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}"
                 )
-        if self.architecture.routings < 1:
-            raise UserError(f"--routings must be at least 1, got {self.architecture.routings}")
+        if not 0 <= self.lam_recon < math.inf:  # NaN is refused too
+            raise UserError(f"--lam-recon must be at least 0 and finite, got {self.lam_recon}")
         for name in ("lr", "lr_decay"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{flag(name)} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < 1e38:  # it is a float32
+                raise UserError(
+                    f"{flag(name)} must be above 0 and below 1e38, got {getattr(self, name)}"
+                )
         if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
             raise UserError(f"--stop-accuracy must be above 0, at most 1, got {self.stop_accuracy}")
         if self.batch_size % self.accumulate:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from model.checkpoint import load
 from model.errors import UserError
 from model.experiments import EXPERIMENTS
 from model.metrics import read_metrics
+from model.networks import build
 from model.trainer import Trainer
 
 from .tiny import STEPS_PER_EPOCH, add_tiny
@@ -49,6 +51,18 @@ def test_flags_reach_the_configuration() -> None:
         "standardize": False, "tf32": False,
     }  # fmt: skip
     assert not new_config(parse(["--lam-recon", "0"])).architecture.reconstruction
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("mnist", 17), ("cifar10", 1), ("baseline-mnist", 1), ("baseline-multimnist", 4)],
+)
+def test_the_smallest_images(name: str, size: int) -> None:
+    config = new_config(parse(["--experiment", name, "--image-size", str(size)]))
+    a = replace(config.architecture, conv_channels=4, capsule_types=2, hidden=4)
+    assert build(a)(torch.rand(1, a.in_channels, size, size)).scores.isfinite().all()
+    with pytest.raises(UserError, match="--image-size must be at least"):
+        new_config(parse(["--experiment", name, "--image-size", str(size - 1)]))
 
 
 def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,12 +116,21 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
     [
         ("--batch-size 0", "--batch-size must be at least 1, got 0"),
         ("--epochs -1", "--epochs must be at least 0, got -1"),
-        ("--lr 0", "--lr must be above 0, got 0.0"),
-        ("--lr nan", "--lr must be above 0, got nan"),
-        ("--lam-recon nan", "--lam-recon must be at least 0, got nan"),
+        ("--lr 0", "--lr must be above 0 and below 1e38, got 0.0"),
+        ("--lr nan", "--lr must be above 0 and below 1e38, got nan"),
+        ("--lr 1e39", "--lr must be above 0 and below 1e38, got 1e+39"),
+        ("--lam-recon nan", "--lam-recon must be at least 0 and finite, got nan"),
+        ("--lam-recon inf", "--lam-recon must be at least 0 and finite, got inf"),
         ("--stop-accuracy 99", "--stop-accuracy must be above 0, at most 1, got 99.0"),
         ("--max-minutes nan", "--max-minutes must be at least 0, got nan"),
-        ("--image-size 12", "image size must be at least 17 pixels"),
+        ("--image-size 12", "--image-size must be at least 17 for this capsnet, got 12"),
+        ("--experiment cifar10 --image-size 0", "--image-size must be at least 1 for this capsnet"),
+        ("--experiment baseline-mnist --image-size -3", "must be at least 1 for this cnn, got -3"),
+        ("--experiment baseline-mnist --image-size 0", "must be at least 1 for this cnn, got 0"),
+        (
+            "--experiment baseline-multimnist --image-size 3",
+            "at least 4 for this pooled-cnn, got 3",
+        ),
         ("--cuda-graph", "--cuda-graph needs one process on one GPU"),
         ("--routings 0", "--routings must be at least 1, got 0"),
         ("--accumulate 3", "--accumulate must divide --batch-size = 64, got 3"),
