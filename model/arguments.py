@@ -30,6 +30,9 @@ RUN_OPTIONS = {
 CHANGEABLE = ("epochs", "backend")
 """Fields of Config that a resumed run may change."""
 
+OF_THE_DATA = ("classes", "in_channels")
+"""Fields of Architecture that a run takes from its data, whatever its experiment says."""
+
 
 def parser() -> argparse.ArgumentParser:
     """Flags that are not given are absent from the result, so that resuming can tell."""
@@ -88,13 +91,17 @@ class Arguments(argparse.Namespace):
 
 
 def parse(argv: list[str] | None = None) -> Arguments:
-    """A command line; UserError for a time that can't be one, SystemExit (2) for unknown flags."""
+    """A command line; SystemExit (2) for unknown flags, UserError for a time that can't be one and
+    for what a resumed run has already."""
     given = vars(parser().parse_args(argv))
     options = {name: given.pop(name, default) for name, default in RUN_OPTIONS.items()}
     for name in ("max_minutes", "checkpoint_minutes"):
         value = options[name]
         if value is not None and not value >= 0:
             raise UserError(f"{flag(name)} must be at least 0, got {value}")
+    for name in ("save_dir", "weights"):
+        if options["resume"] is not None and options[name] is not None:
+            raise UserError(f"{flag(name)} can't be given with --resume: the run has its own")
     return Arguments(**options, changes=given)
 
 
@@ -113,25 +120,35 @@ def resumed_config(arguments: Arguments, stored: Config) -> Config:
     """The configuration of a saved run; flags that would make it another run are refused."""
     wanted = stored.replaced(arguments.changes)
     wanted.check()
-    fixed = {k: v for k, v in arguments.changes.items() if k not in CHANGEABLE}
     if stored.lr_schedule == "linear" and wanted.epochs != stored.epochs:
         raise UserError(
             f"--epochs {wanted.epochs} can't be given with this --resume: the learning rate of the "
             f"run falls to 0 over its {stored.epochs} epochs"
         )
-    if stored.replaced(fixed) != stored:
-        for name, value in fixed.items():
-            if stored.replaced({name: value}) != stored:
+    for name, value in arguments.changes.items():
+        if name not in CHANGEABLE and stored.replaced({name: value}) != stored:
+            raise UserError(
+                f"{flag(name)} {value} differs from the configuration of the run saved in "
+                f"{arguments.resume}; only {' and '.join(map(flag, CHANGEABLE))} may change"
+            )
+    if arguments.experiment is not None:
+        experiment = EXPERIMENTS[arguments.experiment].config.replaced(arguments.changes)
+        theirs = settings(stored)
+        for name, value in settings(experiment).items():
+            if value != theirs[name]:
                 raise UserError(
-                    f"{flag(name)} {value} differs from the configuration of the run saved in "
-                    f"{arguments.resume}; only {' and '.join(map(flag, CHANGEABLE))} may change"
+                    f"--experiment {arguments.experiment} is not the run saved in "
+                    f"{arguments.resume}: its {name} is {value}, that of the run {theirs[name]}; "
+                    "--resume needs no --experiment"
                 )
-    if arguments.experiment and EXPERIMENTS[arguments.experiment].config.dataset != stored.dataset:
-        raise UserError(
-            f"--experiment {arguments.experiment} is not the saved run in {arguments.resume}, "
-            f"whose dataset is {stored.dataset}"
-        )
     return wanted
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """What a resumed run has in common with the experiment that is named, field by field."""
+    values = config.to_dict()
+    values = values.pop("architecture") | values
+    return {k: v for k, v in values.items() if k not in (*CHANGEABLE, *OF_THE_DATA)}
 
 
 def default_directory(arguments: Arguments, config: Config) -> Path:

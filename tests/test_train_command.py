@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from model import train
-from model.arguments import new_config, parse
+from model.arguments import new_config, parse, resumed_config
 from model.checkpoint import load
 from model.errors import UserError
 from model.experiments import EXPERIMENTS
@@ -85,6 +85,8 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_weights_are_where_a_run_starts(tmp_path: Path) -> None:
     run(tmp_path / "a")
     weights = tmp_path / "a" / "weights.safetensors"
+    with pytest.raises(UserError, match="nowhere is not there"):
+        train.main(["--resume", "nowhere"])
     with pytest.raises(UserError, match="weights alone; --weights starts a new run"):
         train.main(["--resume", str(weights)])
     assert run(tmp_path / "b", "--epochs", "0", "--weights", str(weights)) == 0
@@ -138,7 +140,6 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
         ("--device tpu:7", "--device tpu:7 can't be used"),
         ("--device cuda:99", "--device cuda:99 can't be used"),
         ("--weights nowhere.safetensors", "nowhere.safetensors is not there"),
-        ("--resume nowhere", "nowhere is not there"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
@@ -172,7 +173,9 @@ def test_an_unwritable_directory_is_found_before_training(
         ("--dataset mnist", "--dataset mnist differs"),
         ("--routings 1", "--routings 1 differs"),
         ("--lam-recon 0", "--lam-recon 0.0 differs"),
-        ("--experiment mnist", "--experiment mnist is not the saved run"),
+        ("--experiment mnist", "--experiment mnist is not the run saved in"),
+        ("--save-dir elsewhere", "--save-dir can't be given with --resume"),
+        ("--weights x.safetensors", "--weights can't be given with --resume"),
     ],
 )
 def test_resume_into_another_configuration_is_refused(
@@ -184,6 +187,34 @@ def test_resume_into_another_configuration_is_refused(
         train.main(["--resume", str(tmp_path / "run"), *flags.split()])
     assert expected in str(caught.value)
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--experiment multimnist", "its image_size is 36, that of the run 28"),
+        ("--experiment baseline-mnist", "its network is cnn, that of the run capsnet"),
+        ("--experiment mnist-r1", "its routings is 1, that of the run 3"),
+        ("--experiment mnist-1-epoch", "its batch_size is 64, that of the run 128"),
+        ("--experiment mnist", "its lr is 0.001, that of the run 0.002"),
+    ],
+)
+def test_resuming_another_experiment_is_refused(flags: str, expected: str) -> None:
+    stored = new_config(parse(["--experiment", "mnist", "--lr", "0.002"]))
+    with pytest.raises(UserError) as caught:
+        resumed_config(parse(["--resume", "run", *flags.split()]), stored)
+    assert str(caught.value).startswith(f"{flags} is not the run saved in run: {expected}")
+
+
+def test_resuming_with_what_the_run_was_begun_with() -> None:
+    """Its own flags once more, more epochs; classes and channels are the data's."""
+    flags = ["--experiment=folder", "--lr=0.002", "--lr-schedule=epoch", "--backend=reference"]
+    stored = new_config(parse(flags))
+    stored = replace(
+        stored, architecture=replace(stored.architecture, classes=3, in_channels=3), backend="auto"
+    )
+    wanted = resumed_config(parse(["--resume", "run", *flags, "--epochs", "99"]), stored)
+    assert wanted == replace(stored, epochs=99, backend="reference")
 
 
 def test_resume_for_more_epochs(tmp_path: Path) -> None:
