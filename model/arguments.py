@@ -109,8 +109,6 @@ def new_config(arguments: Arguments) -> Config:
     """The configuration of a new run: the experiment's, changed by the flags given."""
     changes = arguments.changes
     name = arguments.experiment or changes.get("dataset", "digits")
-    if name not in EXPERIMENTS:
-        raise UserError(f"--dataset {name} needs --experiment; --list shows them")
     config = EXPERIMENTS[name].config.replaced(changes)
     config.check()
     return config

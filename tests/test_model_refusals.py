@@ -84,20 +84,6 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     log.close()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--dataset", "tiny-too"], "--dataset tiny-too needs --experiment; --list shows them"),
-        (["--experiment", "tiny", "--cuda-graph"], "--cuda-graph needs one process on one GPU"),
-    ],
-)
-def test_flags_of_a_new_run(flags: list[str], message: str, monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(command_line.DATASETS, "tiny-too", None)
-    with pytest.raises(UserError, match=message):
-        train.main([*flags, "--device", "cpu", "--save-dir", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_without_a_directory_gets_a_fresh_one() -> None:
     arguments = command_line.parse(["--experiment", "tiny"])
     directory = command_line.default_directory(arguments, CONFIG)

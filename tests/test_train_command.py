@@ -14,6 +14,7 @@ from PIL import Image
 from model import train
 from model.arguments import new_config, parse, resumed_config
 from model.checkpoint import load
+from model.data import DATASETS
 from model.errors import UserError
 from model.experiments import EXPERIMENTS
 from model.metrics import read_metrics
@@ -260,6 +261,7 @@ def test_a_diverged_state_is_not_saved_when_interrupted(
     monkeypatch.setattr(Trainer, "step", interrupted_step)
     with pytest.raises(UserError, match="not finite after step 3"):
         run(tmp_path / "run", "--lr", "1e30")
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
 def test_the_wanted_accuracy_ends_the_run(tmp_path: Path) -> None:
@@ -294,3 +296,7 @@ def test_list_shows_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
         (line,) = [line for line in lines if line.startswith(name + " ")]
         assert experiment.about in line
         assert experiment.paper in line
+
+
+def test_every_data_set_has_an_experiment_of_its_name() -> None:
+    assert DATASETS.keys() <= EXPERIMENTS.keys()
