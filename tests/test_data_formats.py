@@ -75,7 +75,8 @@ def test_cifar_without_test_batch_holds_out_the_fifth_and_says_so(cifar_dir: Pat
     assert "data_batch_5" in dataset.test_name
 
 
-def test_cifar_archive(tmp_path: Path) -> None:
+@pytest.fixture
+def cifar_archive(tmp_path: Path) -> Path:
     path = tmp_path / cifar10.ARCHIVE
     with tarfile.open(path, "w:gz") as archive:
         for n, name in enumerate((*cifar10.TRAIN, cifar10.TEST)):
@@ -83,10 +84,33 @@ def test_cifar_archive(tmp_path: Path) -> None:
             content = cifar_batch(n).tobytes()
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    dataset = load_dataset("cifar10", Source(tmp_path))
+    return path
+
+
+def test_cifar_archive(cifar_archive: Path) -> None:
+    dataset = load_dataset("cifar10", Source(cifar_archive.parent))
     assert dataset.test.images.flatten(1).tolist() == cifar_batch(5)[:, 1:].tolist()
-    path.write_bytes(path.read_bytes()[:-50_000])
-    refused(path, "cifar10", tmp_path, "not the whole archive of CIFAR-10")
+
+
+def test_bad_cifar_archives(cifar_archive: Path) -> None:
+    path, folder = cifar_archive, cifar_archive.parent
+    whole = path.read_bytes()
+    unpacked = gzip.decompress(whole)
+    # Level 0: a changed byte of a pixel unpacks like any other, only the checksum tells.
+    stored = bytearray(gzip.compress(unpacked, 0))
+    stored[2000] ^= 1
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    for content in (whole[:-50_000], whole[:-4], bytes(stored), bytes(damaged)):
+        path.write_bytes(content)
+        refused(path, "cifar10", folder, "not a whole gz file, truncated or damaged")
+    directory = tarfile.TarInfo(f"cifar-10-batches-bin/{cifar10.TRAIN[0]}")
+    directory.type = tarfile.DIRTYPE
+    for content in (
+        b"no archive", unpacked[:-50_000], bytes(10_240), directory.tobuf() + bytes(10_240)
+    ):  # fmt: skip
+        path.write_bytes(gzip.compress(content))
+        refused(path, "cifar10", folder, "not the whole archive of CIFAR-10 (")
 
 
 def test_bad_cifar_files(cifar_dir: Path) -> None:

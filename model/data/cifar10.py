@@ -4,6 +4,7 @@ A batch file holds records of 3,073 bytes: the label, then 32 x 32 red, green an
 publisher's archive contains five training batches and one to test, of 10,000 records each.
 """
 
+import io
 import tarfile
 from pathlib import Path
 
@@ -19,8 +20,6 @@ CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 RECORD = 1 + 3 * 32 * 32
-RECORDS = 10_000
-"""In each of the publisher's batches."""
 TRAIN = tuple(f"data_batch_{n}.bin" for n in range(1, 6))
 TEST = "test_batch.bin"
 ARCHIVE = "cifar-10-binary.tar.gz"
@@ -65,13 +64,15 @@ def load(source: Source) -> Dataset:
 
 def load_archive(path: Path) -> Dataset:
     """The six batches inside the publisher's archive."""
+    content = io.BytesIO(read_bytes(path))
     splits = {}
     try:
-        with tarfile.open(path) as archive:
+        with tarfile.open(fileobj=content, mode="r:") as archive:
             for name in (*TRAIN, TEST):
                 member = archive.extractfile(f"cifar-10-batches-bin/{name}")
-                assert member is not None
+                if member is None:
+                    raise KeyError(f"{name} is no file")
                 splits[name] = parse(member.read(), f"{path}: {name}")
-    except (tarfile.TarError, EOFError, OSError, KeyError, AssertionError) as error:
+    except (tarfile.TarError, KeyError) as error:
         raise UserError(f"{path}: not the whole archive of CIFAR-10 ({error})") from None
     return Dataset(join([splits[name] for name in TRAIN]), splits[TEST], CLASSES)
