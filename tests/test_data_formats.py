@@ -210,6 +210,17 @@ def test_bad_norb_files(norb_dir: Path) -> None:
     refused(path, "smallnorb", norb_dir, "must begin with 0x1e3d4c55 or 0x1e3d4c54, got 0x0")
     path.write_bytes(gzip.compress(norb(numbers(5, 96, 96))))
     refused(path, "smallnorb", norb_dir, "must be bytes [N, 2, 96, 96], got uint8 [5, 96, 96]")
+    minus_5, minus_2 = 2**32 - 5, 2**32 - 2
+    for dimensions, *sizes, expected in (
+        (5, 5, 2, 96, 96, 1, "must announce at most 4 dimensions, got 5 in a file of 92188 bytes"),
+        (minus_5, 5, 2, 96, 96, "must announce at most 4 dimensions, got 4294967291"),
+        (4, minus_5, minus_2, 96, 96, "[4294967291, 4294967294, 96, 96] announces"),
+    ):
+        header = np.array([0x1E3D4C55, dimensions, *sizes], "<u4").tobytes()
+        path.write_bytes(gzip.compress(header + whole[24:]))
+        refused(path, "smallnorb", norb_dir, f"truncated or damaged: {expected}")
+    path.write_bytes(gzip.compress(whole[:21]))
+    refused(path, "smallnorb", norb_dir, "at most 4 dimensions, got 4 in a file of 21 bytes")
     path.write_bytes(b"x")
     refused(path, "smallnorb", norb_dir, "not a whole gz file")
 

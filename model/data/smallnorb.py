@@ -5,6 +5,7 @@ A file: a little-endian 32-bit magic number for the type, the number of dimensio
 """
 
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,17 @@ def read_matrix(path: Path) -> np.ndarray:
         )
     dimensions = int.from_bytes(content[4:8], "little")
     header = 8 + 4 * max(dimensions, 3)
-    shape = np.frombuffer(content[8:header], "<i4")[:dimensions].tolist()
+    if dimensions > 4 or len(content) < header:
+        raise UserError(
+            f"{path}: truncated or damaged: must announce at most 4 dimensions, "
+            f"got {dimensions} in a file of {len(content)} bytes"
+        )
+    shape = struct.unpack_from(f"<{dimensions}I", content, 8)
     dtype = np.dtype(TYPES[magic])
     expected = math.prod(shape) * dtype.itemsize
     if len(content) - header != expected:
         raise UserError(
-            f"{path}: truncated or damaged: {shape} announces {expected} bytes, "
+            f"{path}: truncated or damaged: {list(shape)} announces {expected} bytes, "
             f"got {len(content) - header}"
         )
     return np.frombuffer(content, dtype, offset=header).reshape(shape)
