@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from model.data import Source, load_dataset
 from model.data.pictures import read_picture
@@ -55,6 +55,16 @@ def test_other_sizes_keep_their_proportions(tmp_path: Path) -> None:
     assert (picture[0, :, 21:] == 0).all()
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_pictures_are_turned_as_the_camera_noted(deep: bool, tmp_path: Path) -> None:
+    upright = ramp()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by a quarter to the right
+    lying = np.rot90(upright).astype(np.uint16 if deep else np.uint8) * (257 if deep else 1)
+    Image.fromarray(lying).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(read_picture(tmp_path / "x.png", 1, 28)[0].numpy(), upright)
+
+
 def test_colour(tmp_path: Path) -> None:
     array = np.zeros((24, 24, 3), np.uint8)
     array[..., 0], array[..., 2] = 10, 250
@@ -65,7 +75,9 @@ def test_colour(tmp_path: Path) -> None:
 def test_what_is_no_picture(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     whole = save(path, ramp(200)).read_bytes()
-    for content in (b"", b"hello", whole[: len(whole) // 2]):
+    header = bytearray(whole)
+    header[8:12] = (5).to_bytes(4, "big")  # of a chunk of 13 bytes
+    for content in (b"", b"hello", whole[: len(whole) // 2], bytes(header)):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"x\.png: not a whole picture") as caught:
             read_picture(path, 1, 28)

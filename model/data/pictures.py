@@ -23,18 +23,20 @@ def read_picture(path: Path, channels: int, size: int) -> Tensor:
     """A picture of any size and mode as uint8 [channels, size, size]; 1 channel is grey, 3 colour.
 
     Transparent parts become black, 16-bit values are scaled down, palettes and other colour spaces
-    are resolved; then the picture is resized, its proportions kept, and centred on black.
+    are resolved; then the picture is turned as its camera noted (EXIF), resized, its proportions
+    kept, and centred on black.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
-            deep = opened.mode.startswith("I") or opened.mode == "F"
-            picture = eight_bits(np.asarray(opened), path) if deep else opened.copy()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise UserError(f"{path}: can't be read: {error.strerror}") from None
+            picture = ImageOps.exif_transpose(opened)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from None
+    except Exception:  # Pillow raises many kinds for a damaged file
         raise UserError(f"{path}: not a whole picture in a format known here") from None
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = eight_bits(np.asarray(picture), path)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         black = Image.new("RGBA", picture.size, (0, 0, 0, 255))
