@@ -49,6 +49,8 @@ def read_run(path: Path) -> Run:
     kinds = [line.get("kind") for line in lines]
     if not lines or kinds[0] != "run" or kinds[-1] != "final":
         raise UserError(f"{path}: not the metrics of a finished run")
+    if lines[-1].get("outcome") == "out of time":
+        raise UserError(f"{path}: the run was out of time before its last epoch was over")
     return Run(lines[0], lines[-1], kinds.count("epoch"))
 
 

@@ -11,14 +11,18 @@ from model.errors import UserError
 from model.experiments import EXPERIMENTS
 
 
-def write_run(path: Path, seed: int, error: float, experiment: str = "mnist") -> None:
+def write_run(
+    path: Path, seed: int, error: float, experiment: str = "mnist", outcome: str = "finished"
+) -> None:
     config = EXPERIMENTS[experiment].config.to_dict() | {"seed": seed}
     about = {
         "kind": "run", "step": 0, "experiment": experiment, "config": config,
         "device": "abacus", "commit": "c0ffee", "command": f"python -m model.train --seed {seed}",
     }  # fmt: skip
     tests = {"test": {"error": error, "wrong": 1, "count": 100}}
-    final = {"kind": "final", "step": 9, "tests": tests, "seconds": 3725.0 + seed}
+    final = {
+        "kind": "final", "step": 9, "outcome": outcome, "tests": tests, "seconds": 3725.0 + seed
+    }  # fmt: skip
     lines = [about, {"kind": "epoch", "step": 9}, final]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -53,6 +57,9 @@ def test_unfinished_runs_are_refused(docs: Path) -> None:
     write_run(path, 0, 0.1)
     path.write_text("".join(path.open().readlines()[:-1]))
     with pytest.raises(UserError, match=r"x\.jsonl: not the metrics of a finished run"):
+        results.main([])
+    write_run(path, 0, 0.1, outcome="out of time")
+    with pytest.raises(UserError, match=r"x\.jsonl: the run was out of time before its last"):
         results.main([])
     path.write_text("{torn")
     with pytest.raises(UserError, match=r"x\.jsonl: line 1 is not a JSON object"):
