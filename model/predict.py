@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps({"image": str(path), "classes": found[:objects], "scores": best}))
     else:
         title = "capsule lengths" if a.network == "capsnet" else "probabilities"
-        table = Table("image", "classes" if config.pairs else "class", title, box=None)
+        table = Table("image", "classes" if objects == 2 else "class", title, box=None)
         for path, found, value in zip(arguments.images, names, values.tolist(), strict=True):
             best_three = ", ".join(f"{n} {x:.2f}" for n, x in zip(found, value, strict=True))
             table.add_row(str(path), " and ".join(found[:objects]), best_three)

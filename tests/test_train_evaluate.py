@@ -61,11 +61,10 @@ def test_confusion_by_hand() -> None:
 
 
 def test_multimnist_counts_pairs_and_labels(
-    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = load(runs[0])
-    paired = state.config.replaced({"pairs": True})
-    state.config = paired
+    state.config = state.config.replaced({"pairs": True})
     save(tmp_path / CHECKPOINT, state)
     output = tmp_path / "x.json"
     assert evaluate.main([str(tmp_path), "--repeats", "3", "--json", str(output)]) == 0
@@ -73,6 +72,12 @@ def test_multimnist_counts_pairs_and_labels(
     assert (found["count"], found["labels"]) == (150, 300)
     # A pair is wrong if one or both of its labels are missed.
     assert found["wrong"] <= found["labels_missed"] <= 2 * found["wrong"]
+    first, *_ = pictures(tmp_path)
+    capsys.readouterr()
+    assert predict.main([first, "--weights", str(tmp_path)]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["image", "classes"]
+    assert " and " in row
     with pytest.raises(UserError, match=r"its pairs is False, that of .* is True"):
         evaluate.main([str(tmp_path), str(runs[0])])
 
@@ -102,6 +107,7 @@ def test_predictions(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     picture = tmp_path / "drawn.png"
     assert predict.main([first, second, *weights, "--reconstructions", str(picture)]) == 0
     shown = capsys.readouterr().out
+    assert shown.split()[:2] == ["image", "class"]
     assert first in shown
     assert picture.exists()
     assert predict.main([first, *weights, "--json"]) == 0
