@@ -1,5 +1,6 @@
 """``python -m model.figures``: every figure is drawn, and shows what it says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,15 +8,16 @@ import torch
 from PIL import Image
 
 from model import train
-from model.checkpoint import CHECKPOINT, load, save
+from model.checkpoint import CHECKPOINT, Checkpoint, load, model_tensors, save
 from model.config import Config
 from model.errors import UserError
 from model.figures.__main__ import main
 from model.figures.equivariance import rotated, shifted, thickened
 from model.figures.routing import couplings
 from model.figures.trained import Trained
+from model.networks import build
 
-from .tiny import CONFIG, add_tiny, load_tiny, tiny_capsnet
+from .tiny import ARCHITECTURE, CONFIG, add_tiny, load_tiny, tiny_capsnet
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,19 @@ def test_figures_of_one_object_and_of_pairs(run: Path, tmp_path: Path) -> None:
         assert red.tobytes() != green.tobytes()
 
 
+def test_figures_of_a_few_own_pictures(tmp_path: Path) -> None:
+    """Two classes of two pictures: one of each is held out."""
+    for name, value in (("a", 80), ("b", 160)):
+        (tmp_path / name).mkdir()
+        for n in range(2):
+            Image.new("L", (28, 28), value + n).save(tmp_path / name / f"{n}.png")
+    run = tmp_path / "run.safetensors"
+    config = replace(CONFIG, dataset="folder", architecture=replace(ARCHITECTURE, classes=2))
+    save(run, Checkpoint(config, ("a", "b"), model_tensors(build(config.architecture))))
+    assert main([str(run), "--data-dir", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("figure-*.png"))) == 5
+
+
 def test_what_figures_refuse(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--only segmentations can't be drawn of run: it shows"):
         main([str(run), "--only", "segmentations"])
@@ -76,12 +91,12 @@ def test_the_batch_shows_every_class() -> None:
 def test_couplings_are_those_of_the_layer() -> None:
     one = trained()
     images = one.batch(2).images
-    c = couplings(one, images)
+    u = one.network.primary_capsules(images)
+    c = couplings(one, u)
     grid = one.network.architecture.capsule_grid
     assert c.shape == (2, 2, grid, grid, 10)
     torch.testing.assert_close(c.sum(-1), torch.ones(2, 2, grid, grid))
     # The class capsules are the votes summed with these coefficients.
-    u = one.network.primary_capsules(images)
     votes = torch.einsum("ijdk,bik->bijd", one.network.digits.weight, u)
     s = torch.einsum("bij,bijd->bjd", c.flatten(1, 3), votes)
     n = s.norm(dim=-1, keepdim=True)

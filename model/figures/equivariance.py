@@ -50,7 +50,7 @@ CHANGES: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
 def equivariance(trained: Trained) -> Figure:
     """One image under three changes: its capsule's length, the other capsules', and its pose."""
     batch = trained.batch(4)
-    image, label = batch.originals[3, 0], int(batch.labels[3, 0])
+    image, label = batch.originals[-1, 0], int(batch.labels[-1, 0])
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     columns = figure.subfigures(1, len(CHANGES), squeeze=False)[0]
     for column, (name, (change, most)) in zip(columns, CHANGES.items(), strict=True):

@@ -13,11 +13,12 @@ from .trained import Trained
 ITERATIONS = (1, 2, 3, 4, 5, 7, 10)
 
 
-def couplings(trained: Trained, images: Tensor) -> Tensor:
-    """Coupling coefficients c of the last iteration [B, types, grid, grid, J]."""
-    network, a = trained.network, trained.network.architecture
-    layer = network.digits
-    u = network.primary_capsules(images)
+def couplings(trained: Trained, u: Tensor) -> Tensor:
+    """Coupling coefficients c of the last iteration [B, types, grid, grid, J].
+
+    ``u`` [B, I, K]: the primary capsules.
+    """
+    layer, a = trained.network.digits, trained.network.architecture
     _, c = fused_routing(
         u,
         layer.weight,
@@ -33,22 +34,22 @@ def couplings(trained: Trained, images: Tensor) -> Tensor:
 def coupling_maps(trained: Trained, images: int = 6) -> Figure:
     """To which class the capsules at each place of an image couple.
 
-    A row for each image: the image, then for every class the coupling coefficients, averaged over
-    the capsule types of a place weighted by how active they are, and the image's outline. White is
-    no preference; red is more, blue is less.
+    A row for each image, as far as there are so many: the image, then for every class the coupling
+    coefficients, averaged over the capsule types of a place weighted by how active they are, and
+    the image's outline. White is no preference; red is more, blue is less.
     """
     batch = trained.batch(images)
-    network, a = trained.network, trained.network.architecture
-    c = couplings(trained, batch.images)
-    u = network.primary_capsules(batch.images)
+    a, rows = trained.network.architecture, len(batch.labels)
+    u = trained.network.primary_capsules(batch.images)
+    c = couplings(trained, u)
     activity = u.float().norm(dim=-1).unflatten(1, c.shape[1:4]).unsqueeze(-1)
     maps = (c * activity).sum(1) / activity.sum(1).clamp_min(1e-12)  # [B, grid, grid, J]
     maps = F.interpolate(maps.permute(0, 3, 1, 2), size=a.image_size, mode="bilinear").cpu()
     even = 1 / (a.classes + a.leaky)
     spread = max(float((maps - even).abs().max()), 1e-6)
-    figure = Figure(figsize=(0.95 * (a.classes + 1) + 0.8, 1.15 * images), layout="constrained")
-    axes = figure.subplots(images, a.classes + 1, squeeze=False)
-    for row in range(images):
+    figure = Figure(figsize=(0.95 * (a.classes + 1) + 0.8, 1.15 * rows), layout="constrained")
+    axes = figure.subplots(rows, a.classes + 1, squeeze=False)
+    for row in range(rows):
         image = picture(batch.originals[row].sum(0).clamp(max=1))
         labels = batch.labels[row].tolist()
         axes[row, 0].imshow(image, cmap="gray", vmin=0, vmax=1)
