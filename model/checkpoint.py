@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
+from .data import Dataset
 from .errors import UserError
 
 FORMAT = "capsule_kernels checkpoint 1"
@@ -114,6 +115,20 @@ def load(path: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata can't be read: {error}") from None
     return Checkpoint(config, classes, tensors, counters)
+
+
+def check_data(checkpoint: Checkpoint, dataset: Dataset, source: Path) -> None:
+    """UserError unless the network was trained on images of such classes and channels."""
+    if checkpoint.classes != dataset.classes:
+        raise UserError(
+            f"{source}: trained on the classes {', '.join(checkpoint.classes)}; "
+            f"the data has {', '.join(dataset.classes)}"
+        )
+    channels, theirs = checkpoint.config.architecture.in_channels, dataset.test.images.shape[1]
+    if channels != theirs:
+        raise UserError(
+            f"{source}: trained on images of {channels} channels; the data has {theirs}"
+        )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -48,11 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     a = config.architecture
     source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
     dataset = load_dataset(config.dataset, source).to(device)
-    if dataset.classes != states[0][1].classes:
-        raise UserError(
-            f"{arguments.runs[0]}: trained on the classes {', '.join(states[0][1].classes)}; "
-            f"the data has {', '.join(dataset.classes)}"
-        )
+    for run, state in states:
+        checkpoints.check_data(state, dataset, run)
     console = table_console()
     written: dict[str, Any] = {"dataset": config.dataset, "tests": {}}
     tests = {dataset.test_name: dataset.test, **dataset.further_tests}

@@ -67,12 +67,9 @@ def prepare(arguments: Arguments) -> Trainer:
     a = config.architecture
     source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
     dataset = load_dataset(config.dataset, source).to(device)
+    if state is not None:
+        checkpoints.check_data(state, dataset, arguments.resume)
     config = fitted(config, dataset)
-    if state is not None and state.classes != dataset.classes:
-        raise UserError(
-            f"{arguments.resume}: a run with other classes: {', '.join(state.classes)} there, "
-            f"{', '.join(dataset.classes)} in the data"
-        )
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)

@@ -100,7 +100,7 @@ def test_resuming_with_what_would_be_another_run(tmp_path: Path) -> None:
     state = checkpoints.load(path)
     state.tensors["progress.sums"] = torch.zeros(3)
     checkpoints.save(path, state)
-    with pytest.raises(UserError, match="a run with other classes: a, b there, 0, 1"):
+    with pytest.raises(UserError, match="trained on the classes a, b; the data has 0, 1"):
         train.main(["--resume", str(path), "--device", "cpu"])
 
 
@@ -111,6 +111,20 @@ def test_evaluating_what_does_not_go_together(tmp_path: Path) -> None:
         evaluate.main([str(run), "--repeats", "0"])
     with pytest.raises(UserError, match=r"sees 32 pixels, .* sees 28"):
         evaluate.main([str(run), str(small)])
+
+
+def test_networks_trained_on_other_classes_or_channels(tmp_path: Path) -> None:
+    """Each of several, by evaluation and by figures."""
+    run = saved(tmp_path / "a.safetensors")
+    for config, classes, message in (
+        (CONFIG, CLASSES[::-1], "b.safetensors: trained on the classes 9, 8.*; the data has 0, 1"),
+        (with_architecture(classes=3), CLASSES[:3], "trained on the classes 0, 1, 2; the data has"),
+        (with_architecture(in_channels=3), CLASSES, "trained on images of 3 channels; the data"),
+    ):
+        other = saved(tmp_path / "b.safetensors", config, classes)
+        for command in (evaluate.main, draw_figures):
+            with pytest.raises(UserError, match=message):
+                command([str(run), str(other)])
 
 
 def test_pictures_for_a_network_that_cannot_take_them(tmp_path: Path) -> None:

@@ -54,8 +54,9 @@ def load_trained(run: Path, arguments: argparse.Namespace, device: torch.device)
         raise UserError(f"{run}: figures need a capsule network, this is a {a.network}")
     checkpoints.restore_model(network, state, run)
     source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
-    split = load_dataset(config.dataset, source).test.to(device)
-    return Trained(run.name, config, network, split, state.classes)
+    dataset = load_dataset(config.dataset, source)
+    checkpoints.check_data(state, dataset, run)
+    return Trained(run.name, config, network, dataset.test.to(device), state.classes)
 
 
 def wanted(trained: Trained, only: list[str] | None) -> list[str]:
