@@ -112,6 +112,8 @@ class Config:
                 raise UserError(
                     f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}"
                 )
+        if self.seed >= 2**63:
+            raise UserError(f"--seed must be below 2**63, got {self.seed}")
         if not 0 <= self.lam_recon < math.inf:  # NaN is refused too
             raise UserError(f"--lam-recon must be at least 0 and finite, got {self.lam_recon}")
         for name in ("lr", "lr_decay"):

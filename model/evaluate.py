@@ -45,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     device = choose_device(arguments.device)
     states = [(run, checkpoints.load(run)) for run in arguments.runs]
     config = same_data(states)
+    kinds = {state.config.architecture.network for _, state in states}
+    if "capsnet" in kinds and len(kinds) > 1 and (arguments.ensemble or arguments.confusion):
+        raise UserError(
+            "--ensemble and --confusion average scores, and capsules' lengths are not comparable "
+            f"with those of another network: the runs are of {' and '.join(sorted(kinds))}"
+        )
     a = config.architecture
     source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
     dataset = load_dataset(config.dataset, source).to(device)

@@ -122,6 +122,7 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
         ("--lr 0", "--lr must be above 0 and below 1e38, got 0.0"),
         ("--lr nan", "--lr must be above 0 and below 1e38, got nan"),
         ("--lr 1e39", "--lr must be above 0 and below 1e38, got 1e+39"),
+        (f"--seed {2**64}", f"--seed must be below 2**63, got {2**64}"),
         ("--lam-recon nan", "--lam-recon must be at least 0 and finite, got nan"),
         ("--lam-recon inf", "--lam-recon must be at least 0 and finite, got inf"),
         ("--stop-accuracy 99", "--stop-accuracy must be above 0, at most 1, got 99.0"),

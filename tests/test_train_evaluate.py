@@ -1,6 +1,7 @@
 """``python -m model.evaluate`` and ``model.predict`` on a small trained network."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,18 @@ def test_multimnist_counts_pairs_and_labels(
     assert " and " in row
     with pytest.raises(UserError, match=r"its pairs is False, that of .* is True"):
         evaluate.main([str(tmp_path), str(runs[0])])
+
+
+@pytest.mark.parametrize("flag", ["--ensemble", "--confusion"])
+def test_scores_that_are_not_comparable_are_not_averaged(
+    flag: str, runs: list[Path], tmp_path: Path
+) -> None:
+    state = load(runs[0])
+    architecture = replace(state.config.architecture, network="cnn")
+    state.config = replace(state.config, architecture=architecture)
+    save(tmp_path / CHECKPOINT, state)
+    with pytest.raises(UserError, match="the runs are of capsnet and cnn"):
+        evaluate.main([str(runs[0]), str(tmp_path), flag])
 
 
 def test_other_classes_are_refused(runs: list[Path], tmp_path: Path) -> None:
