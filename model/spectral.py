@@ -167,6 +167,7 @@ class SpectralConvolution(torch.autograd.Function):
         image, kernel = (x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3])
         geometry = Geometry.of(image, kernel, stride)
         ctx.parts = parts(x, geometry)
+        ctx.leaves_out = any(stride * p < n for p, n in zip(geometry.period, image, strict=True))
         Y: Tensor | None = None  # [E, B, O]
         for index, of in ctx.parts:
             X, W = to_spectra(of.x, x[index]), to_spectra(of.w, weight[index])
@@ -177,17 +178,19 @@ class SpectralConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        # All of it is written by some part, but for pixels of x that no window reaches.
+        grad_x = (torch.zeros_like if ctx.leaves_out else torch.empty_like)(x)
+        grad_weight = torch.empty_like(weight)
         grad_Y = to_spectra(ctx.parts[0][1].y.t(), grad)
         for index, of in ctx.parts:
-            if grad_x is not None:
+            if ctx.needs_input_grad[0]:
                 W, part = to_spectra(of.w, weight[index]), grad_x[index]
                 part.copy_(to_images(of.x.t(), grad_Y @ W, part.shape[2:]))
-            if grad_weight is not None:
+            if ctx.needs_input_grad[1]:
                 X, part = to_spectra(of.x, x[index]), grad_weight[index]
                 part.copy_(to_images(of.w.t(), grad_Y.mT @ X, part.shape[2:]))
-        return grad_x, grad_weight, None
+        wanted = ctx.needs_input_grad
+        return grad_x if wanted[0] else None, grad_weight if wanted[1] else None, None
 
 
 class SpectralConv2d(nn.Conv2d):
