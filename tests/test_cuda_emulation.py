@@ -294,6 +294,19 @@ def test_python_and_the_plan_agree_on_what_fits(
 
 
 @pytest.mark.parametrize(
+    ("J", "D", "most"), [(10, 16, 53_687_088), (5, 16, 2 * 53_687_088), (1, 1, 2**27 - 1)]
+)
+def test_no_plan_for_a_batch_whose_states_an_int_does_not_count(
+    built: Emulator, J: int, D: int, most: int
+) -> None:
+    """In float4s of padded output capsules. The binding takes no more than 2^27 samples at all."""
+    built.device = Device(132, 227 * 1024)
+    assert built.plan(Shape(most, 4, J, 8, D, 3, 1), torch.float32).capsule_groups > 0
+    if most < 2**27 - 1:
+        assert built.plan(Shape(most + 1, 4, J, 8, D, 3, 1), torch.float32).capsule_groups == 0
+
+
+@pytest.mark.parametrize(
     ("figures", "dtype", "shape", "message"),
     [
         (H200, torch.float32, (1152, 10, 8, 16, 3, 1), None),

@@ -325,3 +325,24 @@ def test_samples_of_more_than_2_to_31_elements_are_refused_by_the_cuda_kernels()
     s = torch.zeros(3, 1, J, D, device="cuda")
     with pytest.raises(ValueError, match=r"in 32 bits, .* use the triton backend"):
         backward(u.new_zeros(1, J, D), u, weight, None, s, False, I, True, [True] * 4)
+
+
+def test_batches_whose_states_an_int_does_not_count_are_refused_by_the_cuda_kernels():
+    """By name and past the checks, before anything is allocated: u and s take no memory."""
+    status = backends()["cuda"]
+    if not status.usable:
+        pytest.skip(f"cuda: {status.reason}")
+    B, I, J, K, D = 53_687_089, 1, 10, 8, 16
+    u = torch.zeros((), device="cuda", dtype=torch.bfloat16).expand(B, I, K)
+    weight = u.new_zeros(I, J, D, K)
+    used = torch.cuda.memory_allocated()
+    with pytest.raises(ValueError, match=f"in 32 bits, got B = {B}"):
+        fused_routing(u, weight, 3, backend="cuda")
+    forward, backward = OPERATORS["cuda"]
+    with pytest.raises(ValueError, match=f"in 32 bits, got B = {B}"):
+        forward(u, weight, None, None, 3, False, 1, False)
+    s = torch.zeros((), device="cuda").expand(3, B, J, D)
+    grad_v = u[:1, :1, :1].expand(B, J, D)
+    with pytest.raises(ValueError, match=f"in 32 bits, got B = {B}"):
+        backward(grad_v, u, weight, None, s, False, 1, True, [True] * 4)
+    assert torch.cuda.memory_allocated() - used < 2**20

@@ -175,7 +175,12 @@ Shape checked_shape(const Tensor& u, const Tensor& weight, const optional<Tensor
                     I, ", K = ", K, "; use the triton backend");
   check_like("weight", weight, u, {I / weight_sharing, J, D, K});
   if (logits) check_like("logits", *logits, u, {I, J});
-  return {int(B), int(I), int(J), int(K), int(D), int(bounded(R)), int(weight_sharing)};
+  const Shape shape{int(B), int(I), int(J), int(K), int(D), int(bounded(R)), int(weight_sharing)};
+  TORCH_CHECK_VALUE(batch_is_counted(shape),
+                    "capsule_kernels: the cuda backend counts what it sums for a batch in 32 bits, "
+                    "got B = ",
+                    B, ", J = ", J, ", D = ", D, "; use smaller batches or the triton backend");
+  return shape;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& grid, const Tensor& weight_,

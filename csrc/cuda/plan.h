@@ -114,8 +114,14 @@ struct Padded {
   }
 };
 
-// The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip, or a sample has
-// too many elements.
+// Whether an int counts the float4s of a state [tiles][tile], as the kernels do.
+inline bool batch_is_counted(const Shape& shape) {
+  const Padded padded(shape);
+  return padded.tiles * (padded.tile_floats() / 4) <= std::size_t(std::numeric_limits<int>::max());
+}
+
+// The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip, or the batch or a
+// sample has too many elements.
 struct SweepPlan {
   int blocks = 0;
   int capsule_groups = 0;  // G_i
@@ -164,7 +170,7 @@ inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& d
 inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& device) {
   const Padded padded(shape);
   SweepPlan best;
-  if (!sample_is_counted(shape.I, shape.K)) return best;
+  if (!sample_is_counted(shape.I, shape.K) || !batch_is_counted(shape)) return best;
   double best_cost = 0;
   for (const int tiles_per_pass : {1, 2, 4}) {
     if (tiles_per_pass > padded.tiles) break;
