@@ -374,3 +374,14 @@ def test_gradcheck_and_opcheck():
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     operator = torch.ops.capsule_kernels.routing_forward.triton
     torch.library.opcheck(operator, (*(x.detach() for x in inputs), 2, True, 1, True))
+
+
+@pytest.mark.parametrize("J", [5, 2**17 + 1])
+def test_a_step_of_more_than_2_to_31_weights_is_counted_with_wide_offsets(J):
+    import triton.language as tl
+
+    from .offset_kernels import last_offsets_kernel
+
+    last = torch.zeros(2, dtype=torch.int64)
+    last_offsets_kernel[(1,)](last, J=J, K=64, D=64, STEP_I=4, OFFSET=tl.int64)
+    assert last.tolist() == [4 * J * 64 * 64 - 1] * 2

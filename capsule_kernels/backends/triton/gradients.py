@@ -129,22 +129,34 @@ def input_columns_twice(
 
 
 @triton.jit
-def load_weights(
-    weight_ptr, capsules, i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+def weight_cells(
+    capsules, i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """W^T of every warp, [WARPS_J, N, BLOCK_D], of so many capsules; loaded along k."""
-    j = i_j + tl.arange(0, WARPS_J)[:, None, None, None]
+    """Offsets of W of every warp, [WARPS_J, BLOCK_D, STEP_I, BLOCK_K], from a program's first row
+    on, and their mask: there are so many capsules."""
+    j = (i_j + tl.arange(0, WARPS_J)[:, None, None, None]).to(OFFSET)
     d = tl.arange(0, BLOCK_D)[None, :, None, None]
     i = tl.arange(0, STEP_I)[None, None, :, None]
     k = tl.arange(0, BLOCK_K)[None, None, None, :]
     if WEIGHT_SHARING > 1:
         i = 0 * i
-    W = tl.load(
-        weight_ptr + (((i * J + j) * D + d) * K + k),
-        mask=(i < capsules) & (j < J) & (d < D) & (k < K), other=0.0,
-    ).to(ACC)  # fmt: skip
+    mask = (i < capsules) & (j < J) & (d < D) & (k < K)
+    return ((i.to(OFFSET) * J + j) * D + d) * K + k, mask
+
+
+@triton.jit
+def load_weights(
+    weight_ptr, capsules, i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    WEIGHT_SHARING: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """W^T of every warp, [WARPS_J, N, BLOCK_D], of so many capsules; loaded along k."""
+    offsets, mask = weight_cells(
+        capsules, i_j, J, K, D, WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, OFFSET
+    )
+    W = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(ACC)
     W = tl.reshape(W, [WARPS_J, BLOCK_D, STEP_I, 2, BLOCK_K // 2])
     return tl.reshape(tl.permute(W, (0, 4, 2, 3, 1)), [WARPS_J, STEP_I * BLOCK_K, BLOCK_D])
 
@@ -153,16 +165,16 @@ def load_weights(
 def weight_rows(
     capsules, i_j, J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Offsets of W^T of every warp, [WARPS_J, N, BLOCK_D], from a program's first row on, and their
     mask: there are so many capsules."""
     i, k = input_rows(STEP_I, BLOCK_K)
-    j = i_j + tl.arange(0, WARPS_J)
+    j = (i_j + tl.arange(0, WARPS_J)).to(OFFSET)
     d = tl.arange(0, BLOCK_D)[None, None, :]
     if WEIGHT_SHARING > 1:
         i = 0 * i
-    offsets = (i * (J * D * K) + k)[None, :, None] + (j * (D * K))[:, None, None] + d * K
+    offsets = (i.to(OFFSET) * (J * D * K) + k)[None, :, None] + (j * (D * K))[:, None, None] + d * K
     present = ((i < capsules) & (k < K))[None, :, None]
     return offsets, present & (j < J)[:, None, None] & (d < D)
 
@@ -186,14 +198,14 @@ def store_weight_gradients(
     weight_ptr, p_part, cut, dW, first, capsules, i_j,
     J: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
     WEIGHT_SHARING: tl.constexpr, WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr,
-    STEP_I: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEP_I: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """dW of a tile of J, UNROLL_J tiles [WARPS_J, N, BLOCK_D]; ``first``: where the row starts."""
     r_i, _ = input_rows(STEP_I, BLOCK_K)
     for n in tl.static_range(UNROLL_J):
         offsets, mask = weight_rows(
             capsules, i_j + n * WARPS_J, J, K, D,
-            WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K,
+            WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, OFFSET,
         )  # fmt: skip
         if WEIGHT_SHARING > 1:  # all rows of a k hold the sum; the first is stored
             mask = mask & (r_i == 0)[None, :, None]
@@ -291,7 +303,7 @@ def routing_gradients_kernel(
         for n in tl.static_range(UNROLL_J):
             W += (load_weights(
                 p_weight, i_end - i_first, i_j + n * WARPS_J, J, K, D,
-                WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC,
+                WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC, OFFSET,
             ),)  # fmt: skip
             dW += (tl.zeros([WARPS_J, N, BLOCK_D], ACC),)
         steps = 1 if WEIGHT_SHARING == 1 else tl.cdiv(i_end - i_first, STEP_I)
@@ -312,7 +324,8 @@ def routing_gradients_kernel(
                     WARPS_J, STEP_I, BLOCK_K, ACC, OFFSET,
                 )  # fmt: skip
                 du = tl.zeros([WARPS_J, N, 16], ACC)
-                p_tile = table_ptr + wide(tile, OFFSET) * iterations * TABLE + i_j * CELL
+                p_tile = table_ptr + wide(tile, OFFSET) * iterations * TABLE
+                p_tile += wide(i_j, OFFSET) * CELL
                 i_b = (tile * 8 + s_b).to(OFFSET)
                 for t in tl.range(
                     FIRST_T if UNROLL_T > 1 else first,
@@ -404,7 +417,7 @@ def routing_gradients_kernel(
                     i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES
                 )
                 p_part = part_of_gradient(
-                    logits_parts_ptr, piece, whole * ROW_LOGITS, wide(I, OFFSET) * J
+                    logits_parts_ptr, piece, wide(whole, OFFSET) * ROW_LOGITS, wide(I, OFFSET) * J
                 )
                 store_prior_gradients(
                     grad_logits_ptr, p_part, row >= whole, dprior, start, i_end, i_j, J,
@@ -415,13 +428,13 @@ def routing_gradients_kernel(
                 i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES
             )
             p_part = part_of_gradient(
-                weight_parts_ptr, piece * parts + part, whole * ROW_WEIGHTS,
+                weight_parts_ptr, piece * parts + part, wide(whole, OFFSET) * ROW_WEIGHTS,
                 wide(I // WEIGHT_SHARING, OFFSET) * (J * D * K),
             )  # fmt: skip
             store_weight_gradients(
                 grad_weight_ptr, p_part, row >= whole, dW, row * ROW_WEIGHTS, i_end - i_first,
                 i_j, J, K, D,
-                WEIGHT_SHARING, WARPS_J, UNROLL_J, STEP_I, BLOCK_D, BLOCK_K,
+                WEIGHT_SHARING, WARPS_J, UNROLL_J, STEP_I, BLOCK_D, BLOCK_K, OFFSET,
             )  # fmt: skip
         if J > TILE_J:
             tl.debug_barrier()  # du of this tile of J, before other threads add to it
@@ -431,10 +444,10 @@ def routing_gradients_kernel(
             if last_of(finished_ptr + (row - whole), parts * pieces):
                 add_parts(
                     grad_weight_ptr, weight_parts_ptr, parts * pieces, row, ROW_WEIGHTS,
-                    whole * ROW_WEIGHTS, wide(I // WEIGHT_SHARING, OFFSET) * (J * D * K),
-                    ACC, OFFSET,
+                    wide(whole, OFFSET) * ROW_WEIGHTS,
+                    wide(I // WEIGHT_SHARING, OFFSET) * (J * D * K), ACC, OFFSET,
                 )  # fmt: skip
                 add_parts(
                     grad_logits_ptr, logits_parts_ptr, pieces, row, ROW_LOGITS,
-                    whole * ROW_LOGITS, wide(I, OFFSET) * J, ACC, OFFSET,
+                    wide(whole, OFFSET) * ROW_LOGITS, wide(I, OFFSET) * J, ACC, OFFSET,
                 )  # fmt: skip

@@ -53,7 +53,7 @@ def weight_tile(
 ):  # fmt: skip
     """W of one row of the weights and a tile of output capsules, [BLOCK_J * BLOCK_D, BLOCK_K]."""
     j, d = column_of(BLOCK_J, BLOCK_D)
-    j += i_j
+    j = (j + i_j).to(row.dtype)
     i_k = tl.arange(0, BLOCK_K)
     offsets = (j * D + d)[:, None] * K + i_k[None, :]
     mask = ((j < J) & (d < D))[:, None] & (i_k < K)[None, :]
