@@ -6,14 +6,15 @@ because Triton reads TRITON_INTERPRET once, when it is first imported.
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from capsule_kernels import fused_routing
+from capsule_kernels import dispatch, fused_routing
 from capsule_kernels.backends import triton as backend
 from capsule_kernels.backends.triton import config
 from capsule_kernels.dispatch import RoutingShape
@@ -29,6 +30,9 @@ SIZES = [
 ]  # fmt: skip
 """(I, J, K, D): the shapes of published networks, and awkward ones."""
 
+
+PRECISIONS = [(8, "ieee"), (4, "tf32x3"), (4, "tf32"), (2, "tf32")]
+"""Bytes of an element, and how it is multiplied."""
 
 INTERPRETED = "test_triton_interpreter.py test_window_memory.py"
 REACH_NEARLY_ALL = (
@@ -86,16 +90,51 @@ def test_sweeps_fit_into_shared_memory(sizes, shared_bytes):
     """99 KiB are what a block may have with compute capability 8.6 and 8.9."""
     _, J, K, D = sizes
     for backward, precision in ((False, "tf32"), (True, "tf32"), (False, "tf32x3")):
+        states = config.states_of(backward, precision)
         columns = config.state_columns(backward, precision)
         wanted = config.warps_of(J, K, D, columns)
-        warps, stages = config.fitting(wanted, 4, 2 if backward else 1, shared_bytes)
-        assert config.fitting(warps, 4, 2 if backward else 1, shared_bytes) == (warps, stages)
-        assert replace(warps, STEP_I=wanted.STEP_I) == wanted
+        warps, stages = config.fitting(wanted, 4, states, shared_bytes)
+        assert config.fitting(warps, 4, states, shared_bytes) == (warps, stages)
         assert warps.STEP_I * warps.BLOCK_K >= config.MATRIX_ROWS
-        if shared_bytes > 64 << 10:
-            assert config.sweep_bytes(warps, stages, 4, 2 if backward else 1) <= shared_bytes
+        assert config.sweep_bytes(warps, stages, 4, states) <= shared_bytes
+        if shared_bytes > 64 << 10 and D <= 16:  # steps may be shorter, no more
+            assert replace(warps, STEP_I=wanted.STEP_I) == wanted
         if shared_bytes == 227 << 10:
             assert (warps, stages) == (wanted, 3)
+
+
+@pytest.mark.parametrize(("element_bytes", "precision"), PRECISIONS)
+@pytest.mark.parametrize("shared_bytes", [64 << 10, 99 << 10, 227 << 10])
+def test_no_shape_is_cut_to_nothing(shared_bytes, element_bytes, precision):
+    """Where one step of all output capsules does not fit, they are cut into tiles; only float64
+    has shapes of which nothing fits into 99 KiB, and in 64 KiB the largest D in split float32."""
+    refused = set()
+    for J, K, D in product((1, 2, 5, 10, 33, 196), (1, 8, 16, 32, 64, 128, 256), (1, 16, 64, 256)):
+        if config.is_wide(J, K, D):
+            continue
+        fits = config.least_bytes(J, K, D, element_bytes, precision) <= shared_bytes
+        for backward in (False, True):
+            states = config.states_of(backward, precision)
+            wanted = config.warps_of(J, K, D, config.state_columns(backward, precision))
+            fitting = config.fitting(wanted, element_bytes, states, shared_bytes)
+            assert not fits or fitting is not None
+            if fitting is not None:
+                warps, stages = fitting
+                assert min(vars(warps).values()) >= 1
+                assert warps.STEP_I * warps.BLOCK_K >= config.MATRIX_ROWS
+                assert {warps.number, warps.STEP_I} <= {1, 2, 4, 8}
+                assert config.sweep_bytes(warps, stages, element_bytes, states) <= shared_bytes
+        last = config.warps_of_gradients(J, K, D)
+        last = config.fitting_gradients(last, element_bytes, precision, shared_bytes)
+        assert not fits or config.gradient_bytes(last, element_bytes, precision) <= shared_bytes
+        if not fits:
+            refused.add((K, D))
+    if shared_bytes == 227 << 10 or (element_bytes < 8 and shared_bytes == 99 << 10):
+        assert not refused
+    if (precision, shared_bytes) == ("tf32x3", 64 << 10):
+        assert {D for _, D in refused} == {256}
+    if element_bytes == 8:
+        assert not refused & {(8, 16), (16, 16), (32, 16)}
 
 
 def test_split_float32_of_mnist_takes_shorter_steps_where_shared_memory_is_small():
@@ -243,20 +282,44 @@ def test_blocks_of_large_weights_need_three_launches_an_iteration():
     assert all(name.startswith("wide_") for name in names)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B", [64, 1024])
+@pytest.mark.parametrize("shape", [MNIST, (64, 10, 32, 16), (64, 196, 8, 16)], ids=str)
+def test_every_sweep_that_is_launched_fits_into_99_KiB(shape, B, dtype):
+    """Also the first one, whose tiles are its own."""
+    from capsule_kernels.backends.triton.device import Gpu, precision_of
+
+    gpu = Gpu(processors=82, hip=False, shared_bytes=99 << 10)
+    precision = precision_of(dtype, gpu)
+    launched = []
+    launches(B, *shape, 3, gpu=gpu, dtype=dtype, launched=launched)
+    swept = []
+    for name, stages, arguments in launched:
+        if name in ("routing_forward_kernel", "routing_backward_kernel"):
+            held = {field.name: arguments[field.name] for field in fields(config.Warps)}
+            warps = config.Warps(**held)
+            states = config.states_of("backward" in name, precision)
+            swept.append(config.sweep_bytes(warps, stages, dtype.itemsize, states))
+    assert len(swept) == 5
+    assert max(swept) <= gpu.shared_bytes
+
+
 def launches(
     B, I, J, K, D, R, full_gradient=True, sizes=None, grid=None, window=None,
-    weight_sharing=1, widths=None,
+    weight_sharing=1, widths=None, gpu=None, dtype=None, launched=None,
 ):  # fmt: skip
     """Names of the kernels that a forward and backward launch, in order.
 
     ``sizes``: a dict, filled with the elements of the largest tensor given under each name.
     ``grid``: (H, W, C) of u [B, H, W, C, K] under a ``window``.
     ``widths``: a set, which receives the dtypes of the offsets.
+    ``launched``: a list, which receives names, stages and arguments.
     """
     import triton.language as tl
 
     from capsule_kernels.backends.triton import launch
-    from capsule_kernels.backends.triton.routing import Gpu
+    from capsule_kernels.backends.triton.device import Gpu
 
     names = []
 
@@ -264,6 +327,8 @@ def launches(
         assert set(arguments) == set(kernel.arg_names), kernel.__name__
         assert all(0 < size < 2**31 for size in grid)
         names.append(kernel.__name__)
+        if launched is not None:
+            launched.append((kernel.__name__, num_stages, arguments))
         given = [x.numel() for x in arguments.values() if isinstance(x, torch.Tensor)]
         assert arguments["OFFSET"] in (tl.int32, tl.int64)
         assert arguments["OFFSET"] == tl.int64 or not config.needs_int64(*given), kernel.__name__
@@ -274,9 +339,9 @@ def launches(
                 if isinstance(x, torch.Tensor):
                     sizes[name] = max(sizes.get(name, 0), x.numel())
 
-    gpu = Gpu(processors=132, hip=False, shared_bytes=227 << 10)
-    u = torch.empty((B, *grid, K) if grid else (B, I, K), device="meta")
-    weight = torch.empty(I // weight_sharing, J, D, K, device="meta")
+    gpu = gpu or Gpu(processors=132, hip=False, shared_bytes=227 << 10)
+    u = torch.empty((B, *grid, K) if grid else (B, I, K), device="meta", dtype=dtype)
+    weight = torch.empty(I // weight_sharing, J, D, K, device="meta", dtype=dtype)
     v, s, _ = launch.routing_forward(
         u, weight, None, None, R, False, weight_sharing, False, window, launch=record, gpu=gpu
     )
@@ -289,7 +354,7 @@ def launches(
 
 @needs_triton
 def test_float32_follows_the_matmul_precision_at_run_time():
-    from capsule_kernels.backends.triton.routing import Gpu, precision_of
+    from capsule_kernels.backends.triton.device import Gpu, precision_of
 
     cuda, hip = Gpu(132, hip=False), Gpu(304, hip=True)
     before = torch.get_float32_matmul_precision()
@@ -356,7 +421,56 @@ def test_old_gpus_are_refused_by_name(monkeypatch):
         reason == "it needs compute capability 8.0 or higher, T4 has 7.5; use backend='reference'"
     )
     properties.major, properties.minor = 8, 0
+    properties.multi_processor_count = 108
     assert backend.unsupported(torch.device("cuda", 0), torch.float32, SHAPE) is None
+
+
+SMALL = SimpleNamespace(
+    major=8, minor=9, name="L4", multi_processor_count=58, shared_memory_per_block_optin=99 << 10
+)
+TOO_LARGE = (16, 4, 16, 256)
+"""(I, J, K, D): in float64 W, states and all that is exchanged take 140 KiB at least."""
+
+
+def test_float64_that_does_not_fit_into_shared_memory_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SMALL)
+    device, shape = torch.device("cuda", 0), RoutingShape(*TOO_LARGE, 3, 1)
+    reason = backend.unsupported(device, torch.float64, shape)
+    assert reason == (
+        "J = 4, K = 16, D = 256 in torch.float64 needs 143360 bytes of shared memory for a step of "
+        "the smallest program, and this device has 101376; use another dtype or backend='reference'"
+    )
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert backend.unsupported(device, dtype, shape) is None
+    monkeypatch.setattr(backend, "unavailable", lambda: None)
+    assert dispatch.reason_against("triton", device, torch.float64, shape) == reason
+    monkeypatch.setattr(dispatch.cuda, "is_preferred", lambda *call: False)
+    u, weight = (
+        SimpleNamespace(device=device, dtype=torch.float64, shape=torch.Size(sizes))
+        for sizes in ((2, 16, 16), (16, 4, 256, 16))
+    )
+    assert dispatch.select_backend("fused_routing", "auto", u, weight, 3, 1) == "reference"
+    with pytest.raises(RuntimeError, match="this device has 101376"):
+        dispatch.select_backend("fused_routing", "triton", u, weight, 3, 1)
+
+
+@needs_triton
+def test_what_does_not_fit_is_refused_past_the_checks_before_any_launch():
+    from capsule_kernels.backends.triton.device import Gpu
+
+    launched = []
+    gpu = Gpu(processors=58, hip=False, shared_bytes=99 << 10)
+    with pytest.raises(RuntimeError, match=r"routing_forward: J = 4, .* this device has 101376"):
+        launches(2, *TOO_LARGE, 3, gpu=gpu, dtype=torch.float64, launched=launched)
+    assert not launched
+
+
+def test_a_gpu_whose_shared_memory_torch_does_not_tell_has_what_all_of_them_have(monkeypatch):
+    from capsule_kernels.backends.triton.device import gpu_of
+
+    properties = SimpleNamespace(multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert gpu_of(torch.device("cuda", 0)).shared_bytes == 99 << 10
 
 
 def test_any_size_is_taken_up_to_the_largest_tile_of_triton(monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import MAX_DIMENSION
+from .device import does_not_fit, gpu_of
 
 SERVES = "CUDA (compute capability 8.0 and up) and HIP tensors, every dtype"
 
@@ -50,7 +51,8 @@ def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
                 f"it needs compute capability 8.0 or higher, {properties.name} has "
                 f"{properties.major}.{properties.minor}; use backend='reference'"
             )
-    return None
+    _, J, K, D = shape[:4]
+    return does_not_fit(gpu_of(device), dtype, J, D, K)
 
 
 def routing_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,9 @@
 """Launch configurations and offset widths: pure functions of sizes, tested without a GPU."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 MATRIX_ROWS = 16
 """Rows of the matrix instructions' tile, and the shortest contraction that tl.dot takes."""
@@ -168,6 +170,11 @@ class Warps:
         return self.WARPS_J * self.UNROLL_J
 
 
+def states_of(backward: bool, precision: str) -> int:
+    """States that are operands of a sweep: V, and ds in the backward; as two in split float32."""
+    return (2 if backward else 1) * (2 if precision == "tf32x3" else 1)
+
+
 def state_columns(backward: bool, precision: str) -> int:
     """Most columns (j, d) of a warp of a sweep, so that its states do not spill.
 
@@ -237,25 +244,48 @@ def sweep_bytes(warps: Warps, stages: int, element_bytes: int, states: int) -> i
     """Shared memory that a program of a sweep takes, at most.
 
     Steps of W and u are on their way in all stages but one. States that no other warp needs are
-    operands, which Triton 3.9 keeps in shared memory and 3.6 in registers.
+    operands, which Triton 3.9 keeps in shared memory and 3.6 in registers. In float64 both keep
+    every warp's, and one more copy of a step. Long steps and float64 exchange more between threads.
     """
     columns = warps.STEP_I * warps.BLOCK_K
     W = warps.number * warps.UNROLL_J * warps.BLOCK_D * columns
     u = warps.WARPS_I * warps.BLOCK_B * columns
     state = warps.output_capsules * warps.BLOCK_B * warps.BLOCK_D
-    kept = max(4, element_bytes) * states * state if warps.WARPS_I == 1 else 0
-    return (stages - 1) * element_bytes * (W + u) + kept + SCRATCH
+    exchanged = warps.number * MATRIX_ROWS * columns
+    if element_bytes == 8:
+        kept = states * warps.WARPS_I * state
+        return 8 * (stages * (W + u) + kept) + max(SCRATCH, 8 * exchanged)
+    kept = states * state if warps.WARPS_I == 1 else 0
+    scratch = max(SCRATCH, 4 * exchanged) if columns > INPUT_COLUMNS else SCRATCH
+    return (stages - 1) * element_bytes * (W + u) + 4 * kept + scratch
 
 
-def fitting(warps: Warps, element_bytes: int, states: int, shared_bytes: int) -> tuple[Warps, int]:
-    """The warps, with shorter steps if they must be, and the stages that fit into shared memory."""
-    for stages in (3, 2):
-        if sweep_bytes(warps, stages, element_bytes, states) <= shared_bytes:
-            return warps, stages
-    if warps.STEP_I * warps.BLOCK_K // 2 < MATRIX_ROWS:
-        return warps, 2
-    shorter = replace(warps, STEP_I=warps.STEP_I // 2)
-    return fitting(shorter, element_bytes, states, shared_bytes)
+def smaller(warps: Warps) -> Iterator[Warps]:
+    """The warps, then ever less: shorter steps, fewer input capsules, and tiles of J at last, which
+    take the softmax from statistics."""
+    outputs = [(warps.WARPS_J, unroll) for unroll in halves(warps.UNROLL_J)]
+    outputs += [(number, 1) for number in halves(warps.WARPS_J)[1:]]
+    for (WARPS_J, UNROLL_J), WARPS_I, STEP_I in product(
+        outputs, halves(warps.WARPS_I), halves(warps.STEP_I)
+    ):
+        if STEP_I == warps.STEP_I or STEP_I * warps.BLOCK_K >= MATRIX_ROWS:
+            yield replace(warps, WARPS_I=WARPS_I, WARPS_J=WARPS_J, UNROLL_J=UNROLL_J, STEP_I=STEP_I)
+
+
+def halves(n: int) -> list[int]:
+    """n, half of it and so on down to 1."""
+    return [n] if n == 1 else [n, *halves(ceil_div(n, 2))]
+
+
+def fitting(
+    warps: Warps, element_bytes: int, states: int, shared_bytes: int
+) -> tuple[Warps, int] | None:
+    """The warps, or what fits of them into shared memory, and for how many stages; or None."""
+    for fewer in smaller(warps):
+        for stages in (3, 2):
+            if sweep_bytes(fewer, stages, element_bytes, states) <= shared_bytes:
+                return fewer, stages
+    return None
 
 
 def warps_of_gradients(J: int, K: int, D: int) -> Warps:
@@ -265,6 +295,46 @@ def warps_of_gradients(J: int, K: int, D: int) -> Warps:
     """
     warps = warps_of(J, K, D, GRADIENT_COLUMNS)
     return replace(warps, WARPS_I=1, BLOCK_B=GRADIENT_ROWS)
+
+
+def gradient_bytes(warps: Warps, element_bytes: int, precision: str) -> int:
+    """Shared memory that a program of the last sweep takes, at most: W, and in float64 states."""
+    columns = warps.STEP_I * warps.BLOCK_K
+    W = warps.output_capsules * columns * warps.BLOCK_D
+    exchanged = warps.number * GRADIENT_ROWS * columns
+    if element_bytes == 8:
+        states = 2 * warps.output_capsules * GRADIENT_ROWS * warps.BLOCK_D
+        return 8 * (W + states + exchanged) + SCRATCH
+    return 4 * (W * (2 if precision == "tf32x3" else 1) + exchanged) + SCRATCH
+
+
+def fitting_gradients(
+    warps: Warps, element_bytes: int, precision: str, shared_bytes: int
+) -> Warps | None:
+    """The warps of the last sweep, or what fits of them into shared memory, or None."""
+    for fewer in smaller(warps):
+        if gradient_bytes(fewer, element_bytes, precision) <= shared_bytes:
+            return fewer
+    return None
+
+
+@lru_cache(maxsize=1024)
+def least_bytes(J: int, K: int, D: int, element_bytes: int, precision: str) -> int:
+    """Shared memory that the smallest programs take for a shape, forward or backward."""
+    if is_wide(J, K, D):
+        return 0
+    sweeps = (
+        min(
+            sweep_bytes(warps, 2, element_bytes, states_of(backward, precision))
+            for warps in smaller(warps_of(J, K, D, state_columns(backward, precision)))
+        )
+        for backward in (False, True)
+    )
+    gradients = (
+        gradient_bytes(warps, element_bytes, precision)
+        for warps in smaller(warps_of_gradients(J, K, D))
+    )
+    return max(*sweeps, min(gradients))
 
 
 def table_size(B: int, J: int, warps: Warps) -> int:

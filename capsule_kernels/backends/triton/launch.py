@@ -11,9 +11,10 @@ from ...ops import backward_shapes, forward_shapes
 from . import config, launch_wide
 from .backward import routing_backward_kernel, routing_state_kernel
 from .checks import check_backward, check_forward
+from .device import Gpu
 from .forward import routing_forward_kernel, routing_output_kernel
 from .gradients import routing_gradients_kernel
-from .routing import Gpu, Routing, device_guard, run
+from .routing import Routing, device_guard, run
 
 UNROLLS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 """Whether the last sweep may take two iterations at once. They keep W in registers, of which only

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ... import windows
 from . import INTERPRETED, config
+from .device import Gpu, does_not_fit, gpu_of, precision_of
 from .row_sum import row_sum_kernel
 from .statistics import routing_statistics_kernel
 from .windows import grid_gradient_kernel
@@ -25,24 +26,6 @@ OPTIONS = {"enable_fp_fusion": True}
 
 ONE_AT_A_TIME = Lock()
 """Held by interpreted and tuned launches, whose state Triton keeps in one place for all threads."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the configurations depend on of a device."""
-
-    processors: int
-    hip: bool
-    shared_bytes: int = 64 << 10  # of a program, at most; every GPU has so many
-
-
-def gpu_of(device: torch.device) -> Gpu:
-    """The device's description; the interpreter counts as a small GPU, so that groups are cut."""
-    if device.type == "cpu":
-        return Gpu(processors=4, hip=False, shared_bytes=227 << 10)
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", Gpu.shared_bytes)
-    return Gpu(properties.multi_processor_count, torch.version.hip is not None, shared)
 
 
 def run(
@@ -68,20 +51,6 @@ def tuned(kernel: Any, num_warps: int) -> Any:
         configs=[triton.Config({}, num_warps, num_stages) for num_stages in (1, 2, 3, 4)],
         key=[name for name in kernel.arg_names if not name.endswith("_ptr") and name != "t"],
     )(kernel)
-
-
-def precision_of(dtype: torch.dtype, gpu: Gpu) -> str:
-    """How tl.dot multiplies operands of the accumulation dtype.
-
-    float32 tensors obey torch.get_float32_matmul_precision(): "highest" is true float32, on CUDA
-    as three TF32 products of split operands. bfloat16 and float16 values are TF32 values exactly.
-    HIP devices have float32 matrix instructions.
-    """
-    if dtype == torch.float64 or gpu.hip:
-        return "ieee"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-        return "tf32x3"
-    return "tf32"
 
 
 def device_guard(device: torch.device) -> Any:
@@ -115,9 +84,12 @@ class Routing:
         *rest: Any,
     ) -> "Routing":
         logits = None if logits is None else logits.contiguous()
+        gpu = gpu or gpu_of(u.device)
+        reason = does_not_fit(gpu, u.dtype, *weight.shape[1:])
+        if reason is not None:
+            raise RuntimeError(f"routing_{'backward' if backward else 'forward'}: {reason}")
         return cls(
-            launch, gpu or gpu_of(u.device), backward,
-            u.contiguous(), weight.contiguous(), logits, *rest,
+            launch, gpu, backward, u.contiguous(), weight.contiguous(), logits, *rest
         )  # fmt: skip
 
     @property
@@ -136,7 +108,7 @@ class Routing:
     def sweep(self) -> config.Sweep:
         B, I, J, K, D, _ = self.sizes
         columns = config.state_columns(self.backward, self.precision)
-        warps, _ = self.fitting(config.warps_of(J, K, D, columns))
+        warps, _ = self.fit(config.warps_of(J, K, D, columns))
         # 16-bit weights are half as much to read, and split float32 has no registers for more.
         if not self.backward and self.precision == "tf32" and not self.paired:
             warps = self.large(uniform=False) or warps
@@ -148,7 +120,12 @@ class Routing:
         B, I, J, K, D, _ = self.sizes
         if self.logits is not None or config.UNIFORM_ROWS > B:
             return self.sweep
-        warps = self.large(uniform=True) or config.warps_of_uniform(J, K, D)
+        warps = self.large(uniform=True)
+        if warps is None:
+            fitting = self.fitting(config.warps_of_uniform(J, K, D))
+            if fitting is None:
+                return self.sweep
+            warps, _ = fitting
         return config.sweep(B, I, J, K, warps, self.gpu.processors)
 
     def large(self, uniform: bool) -> config.Warps | None:
@@ -156,9 +133,11 @@ class Routing:
         if self.gpu.shared_bytes < config.LARGE_SHARED:
             return None
         B, _, J, K, D, _ = self.sizes
-        return config.warps_of_large(B, J, K, D, uniform)
+        warps = config.warps_of_large(B, J, K, D, uniform)
+        fitting = None if warps is None else self.fitting(warps)
+        return warps if fitting is not None and fitting[0] == warps else None
 
-    def fitting(self, warps: config.Warps) -> tuple[config.Warps, int]:
+    def fitting(self, warps: config.Warps) -> tuple[config.Warps, int] | None:
         """What fits of a sweep's warps, and the stages of its load pipeline.
 
         On CUDA a step's weights are on their way during another, if both fit into shared memory.
@@ -166,14 +145,27 @@ class Routing:
         """
         if self.gpu.hip:
             return warps, 2
-        states = (2 if self.backward else 1) * (2 if self.precision == "tf32x3" else 1)
+        states = config.states_of(self.backward, self.precision)
         return config.fitting(warps, self.u.element_size(), states, self.gpu.shared_bytes)
+
+    def fit(self, warps: config.Warps) -> tuple[config.Warps, int]:
+        """The same of warps of which something fits (``of``)."""
+        fitting = self.fitting(warps)
+        assert fitting is not None, "a shape that does not fit was refused"
+        return fitting
 
     @cached_property
     def last_sweep(self) -> config.Warps:
         """What programs hold in the last sweep of the backward."""
         _, _, J, K, D, _ = self.sizes
-        return config.warps_of_gradients(J, K, D)
+        warps = config.warps_of_gradients(J, K, D)
+        if self.gpu.hip:
+            return warps
+        fitting = config.fitting_gradients(
+            warps, self.u.element_size(), self.precision, self.gpu.shared_bytes
+        )
+        assert fitting is not None, "a shape that does not fit was refused"
+        return fitting
 
     @cached_property
     def split(self) -> config.Split:
@@ -250,7 +242,7 @@ class Routing:
         """Launch a sweep of the forward or backward."""
         self.over_capsules(
             kernel, (sweep.tiles_B, sweep.groups, sweep.tiles_J),
-            sweep.warps.number, self.fitting(sweep.warps)[1], sweep.warps,
+            sweep.warps.number, self.fit(sweep.warps)[1], sweep.warps,
             capsules=sweep.capsules, **arguments,
         )  # fmt: skip
 
