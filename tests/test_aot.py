@@ -41,6 +41,29 @@ def test_shipped_configurations_of_mnist_do_not_spill():
 @pytest.mark.slow
 @pytest.mark.skipif(not backend.INSTALLED, reason="Triton is not installed")
 @pytest.mark.skipif(backend.INTERPRETED, reason="Triton interprets here")
+def test_the_compiler_takes_no_more_shared_memory_than_small_gpus_have(monkeypatch):
+    """The sweeps in true float32 with four times the weights of MNIST: J in tiles for sm_86."""
+    compile_for = aot_triton.compile_for
+    sweeps = ("routing_forward_kernel", "routing_backward_kernel")
+
+    def compile_sweeps(target, kernel, *rest):
+        if kernel.__name__ in sweeps:
+            return compile_for(target, kernel, *rest)
+        return dict.fromkeys(
+            ("registers", "spilled_bytes", "shared_bytes", "matrix_instructions"), 0
+        )
+
+    monkeypatch.setattr(aot_triton, "compile_for", compile_sweeps)
+    rows = list(aot_triton.rows(Shape("K = 32", 64, 10, K=32), 64, 2, "float32", "sm_86"))
+    assert "routing_statistics_kernel" in [row.kernel for row in rows]
+    found = [row for row in rows if row.kernel in sweeps]
+    assert len(found) == 3
+    assert all(row.matrix_instructions > 0 and 0 < row.shared_share <= 1 for row in found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not backend.INSTALLED, reason="Triton is not installed")
+@pytest.mark.skipif(backend.INTERPRETED, reason="Triton interprets here")
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_kernels_that_read_windows_compile(target):
     """Windows of 3 x 3 on 12 x 12 grids of 32 types, with the capsules of MNIST."""
@@ -61,9 +84,15 @@ def test_kernels_that_read_windows_compile(target):
         ([ROW], 0),
         ([ROW, replace(ROW, spilled_bytes=8)], 1),
         ([replace(ROW, spilled_bytes=8, shape="CIFAR-10 24x24")], 0),
+        ([replace(ROW, kernel="routing_forward_kernel", target="sm_89", spilled_bytes=8)], 0),
+        ([replace(ROW, kernel="routing_forward_kernel", target="sm_89", spilled_bytes=16)], 1),
+        ([replace(ROW, target="sm_89", shared_bytes=99 << 10)], 0),
+        ([replace(ROW, target="sm_89", shared_bytes=(99 << 10) + 1, shape="CIFAR-10 24x24")], 1),
     ],
 )
-def test_check_fails_on_a_spill_of_the_mnist_shape_only(rows, status, monkeypatch, capsys):
+def test_check_fails_on_a_spill_of_the_mnist_shape_and_on_what_cannot_be_launched(
+    rows, status, monkeypatch, capsys
+):
     monkeypatch.setattr(aot_triton, "missing", lambda: None)
     monkeypatch.setattr(aot, "compiled", lambda options: iter(rows))
     assert main(["aot", "--check"]) == status
