@@ -157,8 +157,8 @@ def reordered(seed: int) -> Any:
             factor * u.to(wide)[:, i][:, :, k],
             weight.to(wide)[rows][:, j][:, :, d][..., k] / factor,
             R,
-            logits=None if logits is None else logits[i][:, j],
-            bias=None if bias is None else bias[j][:, d],
+            logits=None if logits is None else logits.to(wide)[i][:, j],
+            bias=None if bias is None else bias.to(wide)[j][:, d],
             **options,
         )
         v, c = v.to(u.dtype), c.to(u.dtype)
