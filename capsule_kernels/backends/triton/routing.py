@@ -122,7 +122,7 @@ class Routing:
             return self.sweep
         warps = self.large(uniform=True)
         if warps is None:
-            fitting = self.fitting(config.warps_of_uniform(J, K, D))
+            fitting = self.fitting(config.warps_of_uniform(J, K, D), uniform=True)
             if fitting is None:
                 return self.sweep
             warps, _ = fitting
@@ -134,23 +134,26 @@ class Routing:
             return None
         B, _, J, K, D, _ = self.sizes
         warps = config.warps_of_large(B, J, K, D, uniform)
-        fitting = None if warps is None else self.fitting(warps)
+        fitting = None if warps is None else self.fitting(warps, uniform)
         return warps if fitting is not None and fitting[0] == warps else None
 
-    def fitting(self, warps: config.Warps) -> tuple[config.Warps, int] | None:
+    def fitting(
+        self, warps: config.Warps, uniform: bool = False
+    ) -> tuple[config.Warps, int] | None:
         """What fits of a sweep's warps, and the stages of its load pipeline.
 
         On CUDA a step's weights are on their way during another, if both fit into shared memory.
-        gfx942 has 64 KiB of it, which hold one step, and prefetches into registers.
+        gfx942 has 64 KiB of it, which hold one step, and prefetches into registers. A ``uniform``
+        sweep, a first one without priors, has no state as an operand.
         """
         if self.gpu.hip:
             return warps, 2
-        states = config.states_of(self.backward, self.precision)
+        states = 0 if uniform else config.states_of(self.backward, self.precision)
         return config.fitting(warps, self.u.element_size(), states, self.gpu.shared_bytes)
 
-    def fit(self, warps: config.Warps) -> tuple[config.Warps, int]:
+    def fit(self, warps: config.Warps, uniform: bool = False) -> tuple[config.Warps, int]:
         """The same of warps of which something fits (``of``)."""
-        fitting = self.fitting(warps)
+        fitting = self.fitting(warps, uniform)
         assert fitting is not None, "a shape that does not fit was refused"
         return fitting
 
@@ -242,7 +245,7 @@ class Routing:
         """Launch a sweep of the forward or backward."""
         self.over_capsules(
             kernel, (sweep.tiles_B, sweep.groups, sweep.tiles_J),
-            sweep.warps.number, self.fit(sweep.warps)[1], sweep.warps,
+            sweep.warps.number, self.fit(sweep.warps, sweep is not self.sweep)[1], sweep.warps,
             capsules=sweep.capsules, **arguments,
         )  # fmt: skip
 
