@@ -385,3 +385,23 @@ def test_a_step_of_more_than_2_to_31_weights_is_counted_with_wide_offsets(J):
     last = torch.zeros(2, dtype=torch.int64)
     last_offsets_kernel[(1,)](last, J=J, K=64, D=64, STEP_I=4, OFFSET=tl.int64)
     assert last.tolist() == [4 * J * 64 * 64 - 1] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_tiles_that_shared_memory_cuts_match(dtype, monkeypatch):
+    """J = 10 in tiles in the backward's sweeps, and in float64 the forward's, but whole in the last
+    sweep, as on a GPU with 99 KiB."""
+    from capsule_kernels.backends.triton import routing
+
+    small = routing.Gpu(processors=4, hip=False, shared_bytes=99 << 10)
+    monkeypatch.setattr(routing, "gpu_of", lambda device: small)
+    tabulated = []
+    tabulate = routing.Routing.tabulate
+    monkeypatch.setattr(
+        routing.Routing,
+        "tabulate",
+        lambda self, *rest: tabulated.append(self.backward) or tabulate(self, *rest),
+    )
+    check_case(Case(B=1, I=2, J=10, K=32, R=2, logits=True, leaky=True), dtype, "triton")
+    assert tabulated.count(True) == 2
+    assert (False in tabulated) == (dtype == torch.float64)
