@@ -193,7 +193,7 @@ def test_layer(options: dict[str, Any]) -> None:
         ({"stride": 0}, ValueError, "stride must be >= 1, got 0"),
         ({"stride": (1, 2, 3)}, ValueError, r"stride must be an int >= 1 or two of them, got \(1"),
         ({"padding": -1}, ValueError, "padding must be >= 0, got -1"),
-        ({"padding": "same"}, TypeError, "padding must be an int >= 0, got str 'same'"),
+        ({"padding": "same"}, TypeError, "padding must be an int >= 0 or two of them, got 'same'"),
         ({"backend": "tpu"}, ValueError, "backend must be one of 'auto', .*, got 'tpu'"),
     ],
 )
