@@ -455,6 +455,23 @@ def test_float64_that_does_not_fit_into_shared_memory_is_refused_by_name(monkeyp
         dispatch.select_backend("fused_routing", "triton", u, weight, 3, 1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_choice_of_a_backend_can_be_traced(dtype, monkeypatch):
+    """In one graph for all sizes, on a GPU too, of which nothing but its description is here."""
+    describe = torch.compiler.assume_constant_result(lambda device: SMALL)  # as of torch's own
+    monkeypatch.setattr(torch.cuda, "get_device_properties", describe)
+    torch._dynamo.reset()
+
+    def supported(u, weight):
+        rows, J, D, K = weight.shape
+        shape = RoutingShape(rows, J, K, D, 3, 1)
+        return 2 * u if backend.unsupported(torch.device("cuda", 0), dtype, shape) is None else u
+
+    whole = torch.compile(supported, fullgraph=True, dynamic=True, backend="eager")
+    for J in (10, 4):
+        assert whole(torch.ones(3), torch.ones(6, J, 256, 16)).sum() == 6
+
+
 @needs_triton
 def test_what_does_not_fit_is_refused_past_the_checks_before_any_launch():
     from capsule_kernels.backends.triton.device import Gpu

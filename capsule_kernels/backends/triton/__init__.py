@@ -51,8 +51,11 @@ def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
                 f"it needs compute capability 8.0 or higher, {properties.name} has "
                 f"{properties.major}.{properties.minor}; use backend='reference'"
             )
-    _, J, K, D = shape[:4]
-    return does_not_fit(gpu_of(device), dtype, J, D, K)
+    # In other types something always fits. A traced call is not asked: the operator says it then.
+    if dtype == torch.float64 and not torch.compiler.is_compiling():
+        _, J, K, D = shape[:4]
+        return does_not_fit(gpu_of(device), dtype, J, D, K)
+    return None
 
 
 def routing_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
