@@ -2,7 +2,8 @@
 
 The folder is ``bench/results/<device>/<date>-<commit>/``: JSON and a log of each step, plots, and
 ``report.json``, which says what ran, how it ended and what the kernels' sources were. A step that
-fails, or has no time left, is recorded, and the rest goes on. Needs no network.
+fails, or has no time left, is recorded, and the rest goes on; ``--resume`` gives it another chance.
+Needs no network.
 """
 
 import argparse
@@ -27,10 +28,12 @@ from . import machine
 from .aot_rows import TARGETS
 from .options import default_device, positive, reason_against_device
 from .peers import BACKENDS
+from .records import Record
 from .sources import NETWORK, ROOT, digest
 from .steps import Step, run_together
 
 RESULTS = ROOT / "bench" / "results"
+REPORT = "report.json"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 TOTAL_MINUTES = {"cpu": 45.0, "cuda": 8.0}
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -214,29 +217,62 @@ def make_anonymous(folder: Path, scratch: Path, data: Path | None) -> None:
         path.write_text(text)
 
 
-def write_report(folder: Path, device: str, done: Iterable[Step], missing: Iterable[str]) -> None:
-    content = {
+def measured(device: str) -> Record:
+    """What the steps measure: where, and from which sources."""
+    return {
         "machine": machine.describe(device),
         "kernels": {backend: digest(backend) for backend in BACKENDS[device]},
         NETWORK: digest(NETWORK),
+    }
+
+
+def write_report(folder: Path, what: Record, done: Iterable[Step], missing: Iterable[str]) -> None:
+    content = what | {
         "missing_packages": list(missing),
         "steps": [asdict(step) for step in done],
     }
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / REPORT).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def reason_against_resuming(folder: Path, device: str) -> str | None:
+    """Why the report in ``folder`` can't be gone on with here and now, or None."""
+    if not (folder / REPORT).is_file():
+        return f"{folder} holds no {REPORT}"
+    stored, now = json.loads((folder / REPORT).read_text()), measured(device)
+    if any(stored["machine"][what] != now["machine"][what] for what in ("device", "name")):
+        return f"{folder} is of another device: {stored['machine']['name']}"
+    changed = [what for what in ("kernels", NETWORK) if stored.get(what) != now[what]]
+    if changed:
+        return f"the sources of {folder} have changed since: {', '.join(changed)}"
+    return None
+
+
+def keep_what_is_done(steps: Iterable[Step], stored: Iterable[Record]) -> None:
+    """Take the outcome of steps that ended well from the report they stand in."""
+    done = {step["name"]: step for step in stored if step["outcome"] == "ok"}
+    for step in steps:
+        if step.name in done:
+            step.outcome, step.seconds = "ok", done[step.name]["seconds"]
 
 
 def make_report(
-    device: str, minutes: float, results: Path, data: Path | None = None, built: bool = False
+    device: str,
+    minutes: float,
+    results: Path,
+    data: Path | None = None,
+    built: bool = False,
+    resumed: Path | None = None,
 ) -> Path:
-    """Run every step and write the folder; returns it."""
+    """Run every step, of a ``resumed`` report those that did not end well; returns the folder."""
     from rich.console import Console
     from rich.table import Table
 
     screen = Console(stderr=True)
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     name = slug(f"{machine.device_name(device)} {machine.processors() if device == 'cpu' else ''}")
-    folder = results / name / f"{date}-{machine.commit()}"
+    folder = resumed or results / name / f"{date}-{machine.commit()}"
     folder.mkdir(parents=True, exist_ok=True)
+    content = measured(device)
     end = time.monotonic() + 60 * minutes
     missing = missing_packages()
     for package, what in missing.items():
@@ -245,6 +281,10 @@ def make_report(
         scratch = Path(name_of_scratch)
         planned = steps(device, folder, scratch, data, built)
         every = [step for group in planned for step in group]
+        if resumed is not None:
+            stored = json.loads((folder / REPORT).read_text())
+            content["machine"] = stored["machine"]  # each step's own is in its records
+            keep_what_is_done(every, stored["steps"])
         try:
             for group in planned:
                 screen.print(", ".join(step.name for step in group), "...")
@@ -252,12 +292,12 @@ def make_report(
                     screen.print(
                         f"{step.name}: {step.outcome} ({step.seconds:.0f} s)", highlight=False
                     )
-                write_report(folder, device, every, missing)  # lest this process be killed
+                write_report(folder, content, every, missing)  # lest this process be killed
         except KeyboardInterrupt:
             screen.print("interrupted: here is what was measured")
         for metrics in scratch.rglob("metrics.jsonl"):
             shutil.copy(metrics, folder)
-    write_report(folder, device, every, missing)
+    write_report(folder, content, every, missing)
     make_anonymous(folder, scratch, data)
     table = Table("step", "outcome", "seconds")
     for step in every:
@@ -277,8 +317,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--built", action="store_true", help="the extension is built already, from these sources"
     )
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="run the steps of this report that have failed",
+    )
     options = parser.parse_args(arguments)
-    if reason := reason_against_device(options.device):
+    reason = reason_against_device(options.device)
+    if reason is None and options.resume is not None:
+        reason = reason_against_resuming(options.resume, options.device)
+    if reason is not None:
         print(f"bench.report: {reason}", file=sys.stderr)
         return 2
     if "rich" in missing_packages():
@@ -290,7 +339,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.update(surroundings())
     minutes = options.minutes or TOTAL_MINUTES[options.device]
     results = options.results.resolve()
-    folder = make_report(options.device, minutes, results, data and data.resolve(), options.built)
+    data, resumed = (path and path.resolve() for path in (data, options.resume))
+    folder = make_report(options.device, minutes, results, data, options.built, resumed)
     print(folder)
     return 0
 

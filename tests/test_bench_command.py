@@ -123,6 +123,46 @@ def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsy
         assert str(ROOT) not in path.read_text()
 
 
+def test_a_report_is_gone_on_with(tmp_path, monkeypatch, capsys):
+    """Only with what has not ended well, on the same device, and from the same sources."""
+    attempts = []
+
+    def planned(device, folder, scratch, data, built):
+        attempts.append(1)
+        write = f"print({len(attempts)})"
+        return [
+            [steps.Step("works", [sys.executable, "-c", write], 1.0)],
+            [
+                steps.Step(
+                    "fails", [sys.executable, "-c", f"{write}; exit({2 - len(attempts)})"], 1.0
+                )
+            ],
+        ]
+
+    monkeypatch.setattr(report, "steps", planned)
+    folder = report.make_report("cpu", 1.0, tmp_path)
+    first = json.loads((folder / "report.json").read_text())
+    assert [step["outcome"] for step in first["steps"]] == ["ok", "exit code 1"]
+    assert report.main(["--device", "cpu", "--resume", str(folder)]) == 0
+    second = json.loads((folder / "report.json").read_text())
+    assert [step["outcome"] for step in second["steps"]] == ["ok", "ok"]
+    assert second["machine"] == first["machine"]
+    assert [(folder / f"{name}.log").read_text() for name in ("works", "fails")] == ["1\n", "2\n"]
+
+    refused = {
+        "holds no report.json": lambda content: None,
+        "is of another device": lambda content: content["machine"].update(name="another"),
+        "have changed since: kernels": lambda content: content["kernels"].update(cpu="0"),
+    }
+    for message, change in refused.items():
+        changed = json.loads(json.dumps(second))
+        change(changed)
+        (folder / "report.json").write_text(json.dumps(changed))
+        where = tmp_path if "holds no" in message else folder
+        assert report.main(["--device", "cpu", "--resume", str(where)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def waiting(tmp_path, name="waits", code="pass"):
     """A step that says that it started, then waits, and does ``code`` when it is interrupted."""
     program = (
