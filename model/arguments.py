@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--lr-schedule", choices=get_args(Schedule))
     train.add_argument("--lr-decay", type=float, help="factor an epoch (or --lr-decay-steps)")
     train.add_argument("--lr-decay-steps", type=int)
+    train.add_argument("--warmup-steps", type=int, help="over which the rate rises from 0")
     train.add_argument("--lam-recon", type=float, help="weight of the summed squared error")
     train.add_argument("--margin", choices=("paper", "authors"), help="form of the margin loss")
     train.add_argument("--routings", type=int, help="routing iterations")

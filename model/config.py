@@ -81,6 +81,10 @@ class Config:
     ``lr_decay_steps`` steps, continuously, as the authors' code. "linear": down to 0 at the end."""
     lr_decay: float = 0.9
     lr_decay_steps: int = 2000
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises to what the schedule says. With thousands of input
+    capsules Adam's first step, as large as any, makes all class capsules so long that squash lets
+    hardly any gradient through."""
     lam_recon: float = 0.0005
     """Weight of the squared error summed over pixels; 0.0005 * 784 = 0.392 of its mean."""
     margin: MarginForm = "paper"
@@ -105,8 +109,8 @@ class Config:
     def check(self) -> None:
         """Raise UserError for values no run can have."""
         for name, smallest in {
-            "epochs": 0, "batch_size": 1, "accumulate": 1, "lr_decay_steps": 1, "shift_pixels": 0,
-            "seed": 0,
+            "epochs": 0, "batch_size": 1, "accumulate": 1, "lr_decay_steps": 1, "warmup_steps": 0,
+            "shift_pixels": 0, "seed": 0,
         }.items():  # fmt: skip
             if getattr(self, name) < smallest:
                 raise UserError(

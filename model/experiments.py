@@ -23,11 +23,12 @@ def without_reconstruction(config: Config) -> Config:
 MNIST = Config("mnist", epochs=50)
 MULTIMNIST = Config(
     "mnist", Architecture(image_size=36), pairs=True, shift_pixels=4, epochs=100,
-    lr_schedule="steps", lr_decay=0.96, lr_decay_steps=20_000,
+    lr_schedule="steps", lr_decay=0.96, lr_decay_steps=20_000, warmup_steps=500,
 )  # fmt: skip
 AFFNIST = Config(
-    "affnist", Architecture(image_size=40), shift_pixels=0, stop_accuracy=0.9923, epochs=50
-)
+    "affnist", Architecture(image_size=40), shift_pixels=0, stop_accuracy=0.9923, epochs=50,
+    warmup_steps=500,
+)  # fmt: skip
 # The paper's section 7 mentions no decoder for the next three.
 CIFAR10 = Config(
     "cifar10",
@@ -36,12 +37,12 @@ CIFAR10 = Config(
         reconstruction=False,
     ),
     lam_recon=0.0, shift_pixels=0, flip=True, jitter=True, standardize=True, epochs=200,
-    lr_schedule="steps", lr_decay=0.96,
+    lr_schedule="steps", lr_decay=0.96, warmup_steps=500,
 )  # fmt: skip
 SMALLNORB = Config(
     "smallnorb",
     Architecture(in_channels=2, image_size=32, classes=5, reconstruction=False),
-    lam_recon=0.0, shift_pixels=0, jitter=True, standardize=True, epochs=100,
+    lam_recon=0.0, shift_pixels=0, jitter=True, standardize=True, epochs=100, warmup_steps=500,
 )  # fmt: skip
 SVHN = Config(
     "svhn",

@@ -15,6 +15,8 @@ from .trainer import Trainer
 
 REFRESH_SECONDS = 0.5
 """How often the bar reads the running loss, for which a GPU has to finish its work."""
+LEAST_SECONDS = 10
+"""Between a checkpoint and that of an epoch's end: on a GPU an epoch takes no longer than it."""
 AGREE_EVERY = 16
 """Steps between the points where several processes agree on what to do: each makes a GPU wait."""
 
@@ -111,7 +113,7 @@ class Fit:
         return steps * self.trainer.batch_size / max(time.monotonic() - self.epoch_start, 1e-9)
 
     def end_epoch(self) -> None:
-        """Test, write the epoch down, save."""
+        """Test, write the epoch down, save, unless that was done a moment ago."""
         trainer, progress = self.trainer, self.trainer.progress
         loss, accuracy = self.finite_means()
         images_per_second = self.images_per_second()
@@ -141,7 +143,10 @@ class Fit:
             f"accuracy {accuracy:.2%}, test error {result.error:.2f} %, "
             f"{images_per_second:,.0f} images/s"
         )
-        self.save()
+        over = progress.accuracy_reached or progress.step >= trainer.total_steps
+        late = time.monotonic() - self.saved > LEAST_SECONDS
+        if trainer.world.largest(over or late, trainer.device):
+            self.save()
         self.first_step, self.epoch_start = progress.step, time.monotonic()
 
     def finite_means(self) -> tuple[float, float]:

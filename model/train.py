@@ -70,6 +70,7 @@ def prepare(arguments: Arguments) -> Trainer:
     if state is not None:
         checkpoints.check_data(state, dataset, arguments.resume)
     config = fitted(config, dataset)
+    torch.backends.cudnn.benchmark = True  # a step's shapes are those of all steps
     if config.tf32:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)

@@ -95,6 +95,11 @@ class Trainer:
 
     def learning_rate(self, step: int) -> float:
         """Of the step that follows ``step`` steps."""
+        warmth = min(1, (step + 1) / max(self.config.warmup_steps, 1))
+        return warmth * self.scheduled_rate(step)
+
+    def scheduled_rate(self, step: int) -> float:
+        """The same without a warm-up."""
         c = self.config
         if c.lr_schedule == "linear":
             return c.lr * (1 - step / self.total_steps)

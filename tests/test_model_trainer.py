@@ -87,6 +87,7 @@ def test_seeds_of_different_keys_differ() -> None:
             {"lr": 1.0, "lr_schedule": "steps", "lr_decay": 0.25, "lr_decay_steps": 2},
             [1, 0.5, 0.25, 0.125, 0.0625, 0.03125],
         ),
+        ({"lr": 1.0, "lr_decay": 0.5, "warmup_steps": 4}, [0.25, 0.5, 0.375, 0.5, 0.25, 0.25]),
     ],
 )
 def test_learning_rates(changes: dict[str, object], expected: list[float]) -> None:

@@ -39,7 +39,8 @@ def run(directory: Path, *flags: str) -> int:
 def test_flags_reach_the_configuration() -> None:
     flags = """--experiment mnist --epochs 7 --batch-size 100 --lr 0.002 --lr-decay 0.95
         --routings 2 --lam-recon 0.001 --shift-pixels 3 --seed 5 --backend reference --amp
-        --accumulate 4 --margin authors --lr-schedule steps --lr-decay-steps 99"""
+        --accumulate 4 --margin authors --lr-schedule steps --lr-decay-steps 99
+        --warmup-steps 8"""
     config = new_config(parse(flags.split()))
     assert config.architecture.routings == 2
     assert config.architecture.reconstruction
@@ -49,7 +50,7 @@ def test_flags_reach_the_configuration() -> None:
         "lam_recon": 0.001, "shift_pixels": 3, "seed": 5, "backend": "reference", "amp": True,
         "accumulate": 4, "margin": "authors", "lr_schedule": "steps", "lr_decay_steps": 99,
         "compile": False, "stop_accuracy": None, "pairs": False, "flip": False, "jitter": False,
-        "standardize": False, "tf32": False,
+        "standardize": False, "tf32": False, "warmup_steps": 8,
     }  # fmt: skip
     assert not new_config(parse(["--lam-recon", "0"])).architecture.reconstruction
 
