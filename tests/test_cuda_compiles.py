@@ -18,6 +18,8 @@ PRODUCTS = {
     "routing_backward_states_kernel": 10,
     "routing_backward_gradients_kernel": 50,
 }
+# From sm_90 on every sweep but the first works on two capsules at a time, and on one that is left.
+OF_PAIRS = {"routing_forward_kernel": 2 * 20, "routing_backward_states_kernel": 20}
 
 
 @pytest.mark.slow
@@ -29,8 +31,8 @@ def test_the_mnist_shape_stays_in_registers(precision: str, target: str) -> None
     assert rows.keys() == PRODUCTS.keys()
     for name, row in rows.items():
         assert row.spilled_bytes == 0, name
-        products = 3 if precision == "float32" else 1
-        assert row.matrix_instructions == products * PRODUCTS[name]
+        products = PRODUCTS[name] + (0 if target == "sm_80" else OF_PAIRS.get(name, 0))
+        assert row.matrix_instructions == (3 if precision == "float32" else 1) * products
         assert row.blocks == 1, "its W and its registers fit on a multiprocessor"
 
 

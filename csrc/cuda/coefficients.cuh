@@ -13,12 +13,19 @@ namespace capsule_kernels::cuda {
 template <class Tile>
 __device__ __forceinline__ void dots(typename Tile::Row& own, const typename Tile::Values& x,
                                      const typename Tile::Values& y, int J) {
-  set_zero(own);
+  // A known J has groups of many fragments: two sums of half the length are sooner there.
+  constexpr int kSums = Tile::kKnown ? 2 : 1;
+  typename Tile::Row sums[kSums];
+  for (auto& sum : sums) set_zero(sum);
   for_each_fragment<Tile>(J, [&](int group, int n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) own[group][e % 2] += x[n][e] * y[n][e];
+    for (int e = 0; e < 4; ++e) sums[e / 2 % kSums][group][e % 2] += x[n][e] * y[n][e];
   });
   for_each_group<Tile>(J, [&](auto group) {
+    for (int e = 0; e < 2; ++e) {
+      own[group.value][e] = sums[0][group.value][e];
+      if (kSums > 1) own[group.value][e] += sums[kSums - 1][group.value][e];
+    }
 #pragma unroll
     for (int step = 1; step < Tile::sharers(group.value); step *= 2) {
       for (float& dot : own[group.value]) dot += shuffle_xor(dot, 4 * step);
@@ -65,48 +72,58 @@ __device__ __forceinline__ void sum_over_capsules(float (&sum)[2], const typenam
   }
 }
 
-// Softmax over j in place; `leaky` puts one more logit, fixed at 0, beside them.
-template <class Tile>
-__device__ __forceinline__ void softmax(typename Tile::Row& b, int J, bool leaky,
+// Softmax over j in place, of some input capsules; `leaky` puts one more logit, fixed at 0, beside
+// those of each.
+template <class Tile, int kCapsules>
+__device__ __forceinline__ void softmax(typename Tile::Row (&b)[kCapsules], int J, bool leaky,
                                         const Lane& lane) {
   constexpr float kLog2E = 1.4426950408889634f;
   constexpr float kFar = 64.0f;  // beyond it, and for NaN, exp(b) comes near the ends of the range
   bool far = false;
   for_each_group<Tile>(J, [&](auto group) {
-    for (const float x : b[group.value]) far = far | !(fabsf(x) < kFar);
+    for (int m = 0; m < kCapsules; ++m) {
+      for (const float x : b[m][group.value]) far = far | !(fabsf(x) < kFar);
+    }
   });
-  float shift[2] = {};
+  float rest[kCapsules][2];  // exp of the leaky logit
+  for (auto& x : rest) x[0] = x[1] = leaky ? 1.0f : 0.0f;
   if (any_lane(far)) {
-    // The samples with such logits are shifted by their largest; the others stay as they are.
-    for (int e = 0; e < 2; ++e) {
-      float largest = leaky ? 0.0f : -INFINITY, is_far = 0.0f;
-      for_each_group<Tile>(J, [&](auto group) {
-        if (Tile::kKnown || lane.capsule<Tile>(group.value) < J) {
-          largest = fmaxf(largest, b[group.value][e]);
-          if (!(fabsf(b[group.value][e]) < kFar)) is_far = 1.0f;
+#pragma unroll
+    for (int m = 0; m < kCapsules; ++m) {
+      // The samples with such logits are shifted by their largest; the others stay as they are.
+      for (int e = 0; e < 2; ++e) {
+        float largest = leaky ? 0.0f : -INFINITY, is_far = 0.0f;
+        for_each_group<Tile>(J, [&](auto group) {
+          const float x = b[m][group.value][e];
+          if (Tile::kKnown || lane.capsule<Tile>(group.value) < J) {
+            largest = fmaxf(largest, x);
+            if (!(fabsf(x) < kFar)) is_far = 1.0f;
+          }
+        });
+        for (int step = 4; step < kWarpSize; step *= 2) {
+          largest = fmaxf(largest, shuffle_xor(largest, step));
+          is_far = fmaxf(is_far, shuffle_xor(is_far, step));
         }
-      });
-      for (int step = 4; step < kWarpSize; step *= 2) {
-        largest = fmaxf(largest, shuffle_xor(largest, step));
-        is_far = fmaxf(is_far, shuffle_xor(is_far, step));
-      }
-      if (is_far > 0) {
-        shift[e] = largest;
-        for_each_group<Tile>(J, [&](auto group) { b[group.value][e] -= largest; });
+        if (is_far > 0) {
+          if (leaky) rest[m][e] = exp2_approximate(-largest * kLog2E);
+          for_each_group<Tile>(J, [&](auto group) { b[m][group.value][e] -= largest; });
+        }
       }
     }
   }
-  for_all_groups<Tile>([&](auto group) {
-    const bool inside = Tile::kKnown || lane.capsule<Tile>(group.value) < J;
-    for (float& x : b[group.value]) x = inside ? exp2_approximate(x * kLog2E) : 0.0f;
-  });
-  float total[2];
-  sum_over_capsules<Tile>(total, b, J);
 #pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    if (leaky) total[e] += exp2_approximate(-shift[e] * kLog2E);
-    const float inverse = reciprocal(total[e]);
-    for_each_group<Tile>(J, [&](auto group) { b[group.value][e] *= inverse; });
+  for (int m = 0; m < kCapsules; ++m) {
+    for_all_groups<Tile>([&](auto group) {
+      const bool inside = Tile::kKnown || lane.capsule<Tile>(group.value) < J;
+      for (float& x : b[m][group.value]) x = inside ? exp2_approximate(x * kLog2E) : 0.0f;
+    });
+    float total[2];
+    sum_over_capsules<Tile>(total, b[m], J);
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float inverse = reciprocal(total[e] + rest[m][e]);
+      for_each_group<Tile>(J, [&](auto group) { b[m][group.value][e] *= inverse; });
+    }
   }
 }
 

@@ -134,6 +134,7 @@ struct SweepPlan {
   std::size_t counter_floats = 0;  // room for the counter of each group of samples
   // What kernels would otherwise compute, and keep in registers.
   int tiles = 0;
+  int lanes = 0;               // warps of a block that share a tile
   std::size_t state_size = 0;  // of a state [tiles][tile] in float4s
   Divisor by_capsule_groups, by_tiles_per_pass, by_weight_sharing;
 };
@@ -150,6 +151,7 @@ inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& d
   plan.by_weight_sharing = Divisor(shape.weight_sharing);
   plan.sample_groups = sample_groups;
   plan.tiles_per_pass = tiles_per_pass;
+  plan.lanes = kSweepWarps / tiles_per_pass;
   plan.capsules = ceil_div(shape.I, std::min(shape.I, most_groups));
   plan.capsule_groups = ceil_div(shape.I, plan.capsules);
   plan.counter_floats = std::size_t(sample_groups) * kCounterStride;
@@ -199,17 +201,17 @@ inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& 
 
 struct ForwardPlan {
   SweepPlan sweep;
+  std::size_t first_state = 0;  // V, in float4s from the beginning of the workspace
   std::size_t workspace_floats = 0;
 };
 
 // Workspace: counters, partial sums [G_i][tiles][tile], then V [tiles][tile].
 inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Device& device) {
-  const Padded padded(shape);
   ForwardPlan plan;
   plan.sweep = plan_sweep(shape, scalar_bytes, device);
-  plan.workspace_floats =
-      std::size_t(plan.sweep.capsule_groups + 1) * padded.tiles * padded.tile_floats() +
-      plan.sweep.counter_floats;
+  plan.first_state =
+      plan.sweep.capsule_groups * plan.sweep.state_size + plan.sweep.counter_floats / 4;
+  plan.workspace_floats = 4 * (plan.first_state + plan.sweep.state_size);
   return plan;
 }
 

@@ -27,6 +27,8 @@ __device__ __forceinline__ float float_of(unsigned bits) {
 
 // One product of operands rounded to TF32 (11 significant bits).
 struct Tf32 {
+  static constexpr int kProducts = 1;
+
   template <int N>
   struct Operand {
     unsigned bits[N];
@@ -81,6 +83,8 @@ struct Tf32 {
 // Float32 accuracy from three products: x = high + low with both of them TF32 values, up to
 // 2^-23 |x|; the product low * low, 2^-24 of the whole, is left out.
 struct SplitTf32 {
+  static constexpr int kProducts = 3;
+
   template <int N>
   struct Operand {
     unsigned high[N], low[N];

@@ -289,7 +289,8 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
       set_zero(du_hat);
       for (int t = first_t; t <= R; ++t) {
         Values V, ds;
-        Row c, dl;  // dl holds dc first
+        Row of_c[1], dl;  // dl holds dc first
+        Row& c = of_c[0];
         load_state<Tile>(ds, states + (R - 1 + t - 1) * tile_size, shape.J, lane);
         if (t == 1 && logits == nullptr && arguments.grad_logits == nullptr) {
           // The couplings are all the same, and nothing came before that dl could flow into.
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
         }
         dots<Tile>(dl, u_hat, ds, shape.J);
         add_prior<T, Tile>(c, logits, i, shape.J, lane);
-        softmax<Tile>(c, shape.J, arguments.leaky, lane);
+        softmax<Tile>(of_c, shape.J, arguments.leaky, lane);
         softmax_backward<Tile>(dl, c, shape.J);
         if (arguments.grad_logits != nullptr) {
           for_each_group<Tile>(shape.J, [&](auto group) {

@@ -64,23 +64,27 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   // All states are there then, too.
   block.share.wait_for_counters(block.share.reset_counter());
 
-  int barriers = 0;
   for (int t = R; t > 1; --t) {
     const float4* const states[2] = {w.V + (t - 2) * w.state_size, w.ds + (t - 1) * w.state_size};
     block.template sweep<2>(
         t == R, states, w.partial,
-        [&](typename Tile::Values& sum, const auto& predict, const auto& tile_states, int, int i) {
-          typename Tile::Values u_hat;
-          predict(u_hat);
-          typename Tile::Row c, dl;  // dl holds dc first
-          dots<Tile>(c, u_hat, tile_states[0], shape.J);
-          dots<Tile>(dl, u_hat, tile_states[1], shape.J);
-          add_prior<T, Tile>(c, logits, i, shape.J, lane);
+        [&](auto count, typename Tile::Values& sum, const auto& u_hat, const auto& tile_states, int,
+            int first_i) {
+          typename Tile::Row c[count.value], dl[count.value];  // dl holds dc first
+#pragma unroll
+          for (int n = 0; n < count.value; ++n) {
+            dots<Tile>(c[n], u_hat[n], tile_states[0], shape.J);
+            add_prior<T, Tile>(c[n], logits, first_i + n * plan.sweep.lanes, shape.J, lane);
+          }
           softmax<Tile>(c, shape.J, arguments.leaky, lane);
-          softmax_backward<Tile>(dl, c, shape.J);
-          add_scaled<Tile>(sum, dl, u_hat, shape.J);
+#pragma unroll
+          for (int n = 0; n < count.value; ++n) {
+            dots<Tile>(dl[n], u_hat[n], tile_states[1], shape.J);
+            softmax_backward<Tile>(dl[n], c[n], shape.J);
+            add_scaled<Tile>(sum, dl[n], u_hat[n], shape.J);
+          }
         });
-    block.share.barrier(++barriers);
+    block.share.barrier(2 * (R - t) + 1);
 
     // G^(t-1) and ds^(t-1); G is read and written by the same lanes, in the order of the sums.
     struct Ahead {
@@ -104,7 +108,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
       store_state(w.ds + (t - 2) * w.state_size, sum, b, j, d);
     };
     block.add_partial_sums(w.partial, load_ahead, finish);
-    if (t > 2) block.share.barrier(++barriers);
+    if (t > 2) block.share.barrier(2 * (R - t) + 2);
   }
 }
 

@@ -19,56 +19,61 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   const auto bias = static_cast<const T*>(arguments.bias);
   // [G_i][B][J][D], and [tiles][tile].
   const auto partial = reinterpret_cast<float4*>(arguments.workspace + plan.sweep.counter_floats);
-  float4* const V = partial + plan.sweep.capsule_groups * block.state_size;
+  float4* const V = reinterpret_cast<float4*>(arguments.workspace) + plan.first_state;
   // Without a prior the first couplings are all the same: one factor for the whole sum.
   const bool uniform = logits == nullptr && (shape.R > 1 || arguments.coupling == nullptr);
   const GridArrival reset = block.share.reset_counter();
   block.send_for_weight();
 
-  for (int t = 1; t <= shape.R; ++t) {
+  // What iteration t adds of some input capsules. `first`: t = 1. `plain`: a later one, without a
+  // prior, and without couplings to write.
+  const auto add_weighted = [&](int t, bool first, bool plain) {
     const auto coupling = static_cast<T*>(t == shape.R ? arguments.coupling : nullptr);
-    // `plain`: t > 1 without a prior, and without couplings to write.
-    const auto add_weighted = [&](bool plain, bool first) {
-      return [&, plain, first](typename Tile::Values& sum, const auto& predict, const auto& states,
-                               int tile, int i) {
-        typename Tile::Values u_hat;
-        predict(u_hat);
-        typename Tile::Row c;
+    return [&, first, plain, coupling](auto count, typename Tile::Values& sum, const auto& u_hat,
+                                       const auto& states, int tile, int first_i) {
+      typename Tile::Row c[count.value];
+#pragma unroll
+      for (int n = 0; n < count.value; ++n) {
         if (first) {
-          set_zero(c);
+          set_zero(c[n]);
         } else {
-          dots<Tile>(c, u_hat, states[0], shape.J);
+          dots<Tile>(c[n], u_hat[n], states[0], shape.J);
         }
-        if (!plain) add_prior<T, Tile>(c, logits, i, shape.J, lane);
-        softmax<Tile>(c, shape.J, arguments.leaky, lane);
+        if (!plain) {
+          add_prior<T, Tile>(c[n], logits, first_i + n * plan.sweep.lanes, shape.J, lane);
+        }
+      }
+      softmax<Tile>(c, shape.J, arguments.leaky, lane);
+#pragma unroll
+      for (int n = 0; n < count.value; ++n) {
         if (!plain && coupling != nullptr) {
+          const int i = first_i + n * plan.sweep.lanes;
           for_each_group<Tile>(shape.J, [&](auto group) {
             const int j = lane.capsule<Tile>(group.value);
             for (int e = 0; e < 2; ++e) {
               const int b = tile * kTileSamples + 2 * lane.q + e;
               if (b < shape.B && j < shape.J && lane.first_dim<Tile>(group.value) == 0) {
-                store(coupling + (std::size_t(b) * shape.I + i) * shape.J + j, c[group.value][e]);
+                store(coupling + (std::size_t(b) * shape.I + i) * shape.J + j,
+                      c[n][group.value][e]);
               }
             }
           });
         }
-        add_scaled<Tile>(sum, c, u_hat, shape.J);
-      };
-    };
-    if (t == 1 && uniform) {
-      if (plan.sweep.tiles_per_pass > 1) {
-        block.template sweep_alike<2>(true, partial);
-      } else {
-        block.template sweep_alike<1>(true, partial);
+        add_scaled<Tile>(sum, c[n], u_hat[n], shape.J);
       }
-    } else if (t == 1) {
-      block.template sweep<0>(true, {V}, partial, add_weighted(false, true));
-    } else if (logits == nullptr && coupling == nullptr) {
-      block.template sweep<1>(false, {V}, partial, add_weighted(true, false));
-    } else {
-      block.template sweep<1>(false, {V}, partial, add_weighted(false, false));
-    }
-    if (t == 1) block.share.wait_for_counters(reset);
+    };
+  };
+
+  if (!uniform) {
+    block.template sweep<0>(true, {V}, partial, add_weighted(1, true, false));
+  } else if (plan.sweep.tiles_per_pass > 1) {
+    block.template sweep_alike<2>(true, partial);
+  } else {
+    block.template sweep_alike<1>(true, partial);
+  }
+  block.share.wait_for_counters(reset);
+
+  for (int t = 1;; ++t) {
     block.share.barrier(2 * t - 1);
 
     // s^t, v^t and V^t.
@@ -106,7 +111,14 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
       }
     };
     block.add_partial_sums(partial, load_V, finish);
-    if (t < shape.R) block.share.barrier(2 * t);
+    if (t == shape.R) break;
+
+    block.share.barrier(2 * t);
+    if (logits == nullptr && (t + 1 < shape.R || arguments.coupling == nullptr)) {
+      block.template sweep<1>(false, {V}, partial, add_weighted(t + 1, false, true));
+    } else {
+      block.template sweep<1>(false, {V}, partial, add_weighted(t + 1, false, false));
+    }
   }
 }
 

@@ -10,36 +10,39 @@ namespace capsule_kernels::cuda {
 struct Share {
   const SweepPlan& plan;
   unsigned* const counters;  // [sample_groups][kCounterStride], of arrivals at barriers
-  int sample_group, capsule_group;
   int first_capsule, last_capsule;
   int first_row;  // of W on chip
   int warp;
-  int lane_of_capsules;  // which of the `lanes` interleaved shares of the capsules
-  int slot;              // which tile of a pass
-  int lanes;
 
   __device__ __forceinline__ Share(const Shape& shape, const SweepPlan& plan, unsigned* counters)
       : plan(plan),
         counters(counters),
-        sample_group(plan.by_capsule_groups.divide(blockIdx.x)),
-        capsule_group(blockIdx.x - sample_group * plan.capsule_groups),
-        first_capsule(capsule_group * plan.capsules),
+        first_capsule(capsule_group() * plan.capsules),
         last_capsule(min(first_capsule + plan.capsules, shape.I)),
         first_row(plan.by_weight_sharing.divide(first_capsule)),
-        warp(threadIdx.x / kWarpSize),
-        lane_of_capsules(plan.by_tiles_per_pass.divide(warp)),
-        slot(warp - lane_of_capsules * plan.tiles_per_pass),
-        lanes(plan.by_tiles_per_pass.divide(kSweepWarps)) {}
+        warp(threadIdx.x / kWarpSize) {}
 
-  // `sample_group` anew, where it would be kept in a register through a sweep.
-  __device__ __forceinline__ int sample_group_again() const {
+  // Anew wherever they are wanted: they would be kept in registers through a sweep.
+  __device__ __forceinline__ int sample_group() const {
     return plan.by_capsule_groups.divide(here(blockIdx.x));
+  }
+  __device__ __forceinline__ int capsule_group() const {
+    return here(blockIdx.x) - sample_group() * plan.capsule_groups;
+  }
+
+  // Which of the plan's `lanes` interleaved shares of the capsules.
+  __device__ __forceinline__ int lane_of_capsules() const {
+    return plan.by_tiles_per_pass.divide(here(warp));
+  }
+  // Which tile of a pass.
+  __device__ __forceinline__ int slot() const {
+    return here(warp) - lane_of_capsules() * plan.tiles_per_pass;
   }
 
   // The barriers below count arrivals, from 0. All blocks call both of these once; what a block
   // wrote before the first is seen by all after the second.
   __device__ __forceinline__ GridArrival reset_counter() const {
-    if (capsule_group == 0 && threadIdx.x == 0) *counter() = 0;
+    if (capsule_group() == 0 && threadIdx.x == 0) *counter() = 0;
     return grid_arrive();
   }
   __device__ __forceinline__ void wait_for_counters(GridArrival reset) const { grid_wait(reset); }
@@ -52,7 +55,7 @@ struct Share {
 
  private:
   __device__ __forceinline__ unsigned* counter() const {
-    return counters + sample_group_again() * kCounterStride;
+    return counters + sample_group() * kCounterStride;
   }
 };
 

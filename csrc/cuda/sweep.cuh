@@ -24,6 +24,11 @@ struct SweepBlock {
   // stand at the same piece, however they share the capsules.
   static constexpr int kPiece = kSweepWarps;
   static constexpr int kPiecesAhead = 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int kMostAtATime = 1;  // nvcc finds too few registers for two
+#else
+  static constexpr int kMostAtATime = 2;
+#endif
 
   const Shape& shape;
   const SweepPlan& plan;
@@ -61,16 +66,16 @@ struct SweepBlock {
     for (int n = 0; n < kPiecesAhead; ++n) send_for_piece(share.first_capsule + n * kPiece);
   }
 
-  // One sweep. `add(sum, predict, states, tile, i)` adds u_hat of capsule i, weighted, to the sum;
-  // `predict(x)` sets x to it; `states` are the warp's tile of each of `from`. `partial` is
-  // [G_i][B][J][D], padded.
+  // One sweep. `add(count, sum, u_hat, states, tile, i)` adds u_hat of `count.value` capsules, i
+  // and then each `plan.lanes` further, weighted, to the sum; `states` are the warp's tile of each
+  // of `from`. `partial` is [G_i][B][J][D], padded.
   template <int kStates, class Add>
   __device__ __forceinline__ void sweep(bool arrives,
                                         const float4* const (&from)[kStates > 0 ? kStates : 1],
                                         float4* partial, Add add) const {
     for_each_pass<1>(arrives, partial, [&](Values(&sums)[1], int first, bool arrives) {
       // A warp without a tile goes along, past the batch, while W arrives.
-      const int tile = first + share.slot;
+      const int tile = first + share.slot();
       if (tile >= tiles && !arrives) return;
       Values states[kStates > 0 ? kStates : 1];
 #pragma unroll
@@ -79,13 +84,18 @@ struct SweepBlock {
         load_state<Tile>(states[n], from[n] + at * tile_size, shape.J, lane);
       }
       const InputRow<T, Tile> row[1] = {{u, tile, shape, lane}};
-      for_each_capsule(arrives, row, share.lane_of_capsules, share.lanes,
-                       [&](int i, const float (&first_u)[1][2]) {
-                         const auto predict_i = [&](Values& x) {
-                           predict<P, T, Tile>(x, weight_of(i), first_u, row, i, shape, lane);
-                         };
-                         add(sums[0], predict_i, states, tile, i);
-                       });
+      for_each_capsule<kAtATime<kStates>>(arrives, row, share.lane_of_capsules(), plan.lanes,
+                                          [&](auto count, int i, const auto& first_u) {
+                                            Values u_hat[count.value];
+#pragma unroll
+                                            for (int n = 0; n < count.value; ++n) {
+                                              const int capsule = i + n * plan.lanes;
+                                              predict<P, T, Tile>(u_hat[n], weight_of(capsule),
+                                                                  first_u[n], row, capsule, shape,
+                                                                  lane);
+                                            }
+                                            add(count, sums[0], u_hat, states, tile, i);
+                                          });
     });
   }
 
@@ -100,10 +110,10 @@ struct SweepBlock {
       for (int m = 0; m < kTiles; ++m) {
         rows[m] = {u, first + share.warp % slots * kTiles + m, shape, lane};
       }
-      for_each_capsule(arrives, rows, lane_of_capsules, lanes,
-                       [&](int i, const float (&first_u)[kTiles][2]) {
-                         add_predictions<P>(sums, weight_of(i), first_u, rows, i, shape, lane);
-                       });
+      for_each_capsule<1>(
+          arrives, rows, lane_of_capsules, lanes, [&](auto, int i, const auto& first_u) {
+            add_predictions<P>(sums, weight_of(i), first_u[0], rows, i, shape, lane);
+          });
     });
   }
 
@@ -112,10 +122,10 @@ struct SweepBlock {
   template <class Visit>
   __device__ __forceinline__ void for_each_item(int teams, int team, Visit visit) const {
     const int width = plan.tiles_per_pass;
-    for (int first = share.sample_group_again() * width; first < tiles;
+    for (int first = share.sample_group() * width; first < tiles;
          first += plan.sample_groups * width) {
       const int end = min(first + width, tiles) * fragments;
-      for (int block = first * fragments + here(share.capsule_group); block < end;
+      for (int block = first * fragments + share.capsule_group(); block < end;
            block += plan.capsule_groups * teams) {
         const int item = block + team * plan.capsule_groups;
         visit(item < end ? item : -1);
@@ -205,7 +215,7 @@ struct SweepBlock {
   // the block, and leaves the sums of its warps' tiles in the workspace. W arrives in the first.
   template <int kTiles, class Sweep>
   __device__ __forceinline__ void for_each_pass(bool arrives, float4* partial, Sweep sweep) const {
-    const int start = share.sample_group * plan.tiles_per_pass;
+    const int start = share.sample_group() * plan.tiles_per_pass;
     const int step = plan.sample_groups * plan.tiles_per_pass;
     for (int first = start; first < tiles; first += step) {
       Values sums[kTiles];
@@ -231,7 +241,7 @@ struct SweepBlock {
     });
     __syncthreads();
     const int J = fragments * kTileRows / Tile::D;
-    for (int unit = threadIdx.x; unit < slots * 4 * J * kCapsuleLanes; unit += blockDim.x) {
+    for (int unit = here(threadIdx.x); unit < slots * 4 * J * kCapsuleLanes; unit += blockDim.x) {
       const int d = unit % kCapsuleLanes * 4, j = unit / kCapsuleLanes % J;
       const int q = unit / (kCapsuleLanes * J) % 4, slot = unit / (4 * J * kCapsuleLanes);
       const int tile = first + slot * kTiles;
@@ -245,7 +255,7 @@ struct SweepBlock {
       float low[4] = {}, high[4] = {};
       collect(d, low);
       collect(d + 2, high);
-      float4* const to = partial + share.capsule_group * state_size +
+      float4* const to = partial + share.capsule_group() * state_size +
                          ((tile * kTileSamples + 2 * q) * J + j) * kCapsuleLanes + d / 4;
       to[0] = make_float4(low[0], low[2], high[0], high[2]);
       to[J * kCapsuleLanes] = make_float4(low[1], low[3], high[1], high[3]);
@@ -258,46 +268,70 @@ struct SweepBlock {
     return lane ^ fragment / 2 % 4;
   }
 
-  // Calls visit(i, the first elements of u_i of each row) for a warp's capsules. u of the next
-  // capsule is loaded while one is worked on, once too often at the end: a load of what is there is
-  // cheaper than a branch. It comes from the L1, where it was asked for a capsule before.
-  template <int kTiles, class Visit>
+  // Capsules a warp works on at a time: while one waits, the other has something to do. One in the
+  // first sweep, which waits for W, and where each has three products to wait for.
+  template <int kStates>
+  static constexpr int kAtATime =
+      Tile::kKnown && kStates > 0 && P::kProducts == 1 ? kMostAtATime : 1;
+
+  // Calls visit(count, i, the first elements of u of each capsule and row) for a warp's capsules,
+  // `count.value` at a time: `kCount` of them, or one of what is left. u of the next capsules is
+  // loaded while some are worked on, once too often at the end: a load of what is there is cheaper
+  // than a branch. It comes from the L1, where it was asked for a turn before.
+  template <int kCount, int kTiles, class Visit>
   __device__ __forceinline__ void for_each_capsule(bool arrives,
                                                    const InputRow<T, Tile> (&rows)[kTiles],
                                                    int lane_of_capsules, int lanes,
                                                    Visit visit) const {
     int i = share.first_capsule + lane_of_capsules, end = share.first_capsule;
-    float next_u[kTiles][2] = {};
+    float next_u[kCount][kTiles][2] = {};
     InputRow<T, Tile> next[kTiles];  // from u of the next capsule on
-    const auto load = [&](int distance) {
+    const int last = share.last_capsule, stride = lanes * shape.K;
+    const auto load = [&](int capsule, int distance) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        next[m].u += distance * shape.K;
-        next[m].load(next_u[m], 0, 0, shape.K, lane);
+        next[m].u += distance;
+#pragma unroll
+        for (int n = 0; n < kCount; ++n) {
+          InputRow<T, Tile> row = next[m];
+          row.u += capsule + n * lanes < last ? n * stride : 0;
+          row.load(next_u[n][m], 0, 0, shape.K, lane);
+        }
       }
+    };
+    const auto step = [&](auto count) {
+      float first_u[count.value][kTiles][2];
+#pragma unroll
+      for (int n = 0; n < count.value; ++n) {
+        for (int m = 0; m < kTiles; ++m) {
+          for (int e = 0; e < 2; ++e) first_u[n][m][e] = next_u[n][m][e];
+        }
+      }
+      const int following = i + count.value * lanes;
+      load(following, following < last ? count.value * stride : 0);
+      // One more turn is asked for; further ones would not stay in what is left of the L1.
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) {
+        const int further = following + (kCount + n) * lanes < last ? (kCount + n) * stride : 0;
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) {
+          prefetch(next[m].u + further);
+        }
+      }
+      visit(count, i, first_u);
+      i = following;
     };
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) next[m] = rows[m];
-    load(min(i, shape.I - 1));
+    load(i, min(i, shape.I - 1) * shape.K);
     do {
       if (arrives) receive_piece(end);
-      end = arrives ? min(end + kPiece, share.last_capsule) : share.last_capsule;
-      for (; i < end; i += lanes) {
-        float first_u[kTiles][2];
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          for (int e = 0; e < 2; ++e) first_u[m][e] = next_u[m][e];
-        }
-        load(i + lanes < share.last_capsule ? lanes : 0);
-        // One more is asked for; further ones would not stay in what is left of the L1.
-        const int further = i + 2 * lanes < share.last_capsule ? lanes : 0;
-#pragma unroll
-        for (int m = 0; m < kTiles; ++m) {
-          if (next[m].inside) prefetch(next[m].u + further * shape.K);
-        }
-        visit(i, first_u);
+      end = arrives ? min(end + kPiece, last) : last;
+      while (i + (kCount - 1) * lanes < end) step(Constant<kCount>());
+      if constexpr (kCount > 1) {
+        while (i < end) step(Constant<1>());
       }
-    } while (end < share.last_capsule);
+    } while (end < last);
   }
 };
 

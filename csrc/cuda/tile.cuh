@@ -200,22 +200,31 @@ __device__ __forceinline__ Pair<T> load_pair(const T* x, bool is_row, int k, int
 // u of sample g of a tile.
 template <class T, class Tile>
 struct InputRow {
-  const T* u;   // the lane's first element of the sample
-  bool inside;  // the batch
+  const T* u;   // the lane's first element of the sample, or of one that is there
+  bool inside;  // the batch, and K where it is known
 
   InputRow() = default;
-  __device__ __forceinline__ InputRow(const T* u, int tile, const Shape& shape, const Lane& lane)
-      : u(u + (std::size_t(tile * kTileSamples + lane.g) * shape.I * shape.K + 2 * lane.q)),
-        inside(tile * kTileSamples + lane.g < shape.B) {}
+  __device__ __forceinline__ InputRow(const T* u, int tile, const Shape& shape, const Lane& lane) {
+    const int b = tile * kTileSamples + lane.g, k = 2 * lane.q;
+    inside = b < shape.B && (!Tile::kKnown || k < shape.K);
+    this->u = u + std::size_t(min(b, shape.B - 1)) * shape.I * shape.K + (inside ? k : 0);
+  }
 
   // Elements k0 + 2q and k0 + 2q + 1 of input capsule i, as the right side of a product: in its
   // contraction, slots q and q + 4 of lane q are elements 2q and 2q + 1, so that a pair is one
   // load. 32 bits count the elements of a sample (`sample_is_counted`).
   __device__ __forceinline__ void load(float (&x)[2], int i, int k0, int K,
                                        const Lane& lane) const {
-    const auto pair = load_pair<Tile>(u + (i * K + k0), inside, k0 + 2 * lane.q, K);
-    x[0] = to_float(pair.first);
-    x[1] = to_float(pair.second);
+    const T* const from = u + (i * K + k0);
+    if constexpr (Tile::kKnown) {  // no branch: it would keep apart what overlaps
+      const auto pair = *reinterpret_cast<const Pair<T>*>(from);
+      x[0] = inside ? to_float(pair.first) : 0.0f;
+      x[1] = inside ? to_float(pair.second) : 0.0f;
+    } else {
+      const auto pair = load_pair<Tile>(from, inside, k0 + 2 * lane.q, K);
+      x[0] = to_float(pair.first);
+      x[1] = to_float(pair.second);
+    }
   }
 };
 
