@@ -62,10 +62,14 @@ def unavailable() -> str | None:
 def is_preferred(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     """Whether ``backend="auto"`` takes these kernels before Triton's on a CUDA device.
 
-    The routing of the paper's networks for digits, in float32: what was measured.
+    The routing of the paper's networks for digits, in float32 and bfloat16: what was measured.
     """
     _, J, K, D, _, weight_sharing = shape
-    alike = dtype == torch.float32 and (J, K, D) == (10, 8, 16) and weight_sharing == 1
+    alike = (
+        dtype in (torch.float32, torch.bfloat16)
+        and (J, K, D) == (10, 8, 16)
+        and weight_sharing == 1
+    )
     return alike and torch.cuda.get_device_capability(device) in MEASURED_ON
 
 
