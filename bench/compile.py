@@ -21,6 +21,7 @@ from .shapes import MANY_CLASSES, MNIST, SHAPES, Shape, make_inputs
 Point = tuple[Shape, int, Settings]
 GOALS_BATCHES = (128, 1024)
 """What the goals of a GPU are about."""
+BFLOAT16_BATCHES = (1, 16, 128, 1024)
 
 
 def points() -> Iterator[Point]:
@@ -28,6 +29,9 @@ def points() -> Iterator[Point]:
     ieee, tf32 = (Settings("cuda", precision=precision) for precision in ("ieee", "tf32"))
     for B, settings in itertools.product((*GOALS_BATCHES, *routing.BATCHES), (tf32, ieee)):
         yield MNIST, B, settings
+    for B in BFLOAT16_BATCHES:
+        yield MNIST, min(B, routing.CHECKED_SAMPLES), replace(ieee, dtype=torch.bfloat16)
+        yield MNIST, B, replace(ieee, dtype=torch.bfloat16)
     for times in memory.TIMES_I:
         yield replace(MNIST, I=times * MNIST.I), memory.GROWTH_B, ieee
     yield MANY_CLASSES, memory.GROWTH_B, ieee

@@ -24,11 +24,12 @@ from pathlib import Path
 
 import torch
 
-from . import machine
+from . import compile, machine
 from .aot_rows import TARGETS
 from .options import default_device, positive, reason_against_device
 from .peers import BACKENDS
 from .records import Record
+from .shapes import MNIST
 from .sources import NETWORK, ROOT, digest
 from .steps import Step, run_together
 
@@ -40,7 +41,8 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TRUST = ("tests/test_determinism.py", "tests/test_range.py", "tests/test_properties.py")
 """Tests of many values and sizes: a step of their own, as Triton compiles for each size."""
 FIRST = ("tests/test_gpu.py", "tests/test_cuda_graphs.py", "tests/test_every_backend.py")
-"""Tests of the GPU backends themselves, which come before those of what they share."""
+"""Tests of the GPU backends themselves, which come before those of what they share; Triton, which
+compiles for each of their many shapes, has them last."""
 SANITIZED = "tests/test_cuda_sanitizer.py"
 """compute-sanitizer has steps of its own."""
 TRITON, OTHERS = "triton", "not triton"
@@ -99,20 +101,23 @@ def steps(
         build.environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
     build.minutes = 4
     # An epoch of the digits is 11 steps, of which a graph warms up three.
-    train += ["--cuda-graph", "--tf32", "--epochs=15", "--max-minutes=0.6"]
+    train += ["--cuda-graph", "--tf32", "--amp", "--epochs=15", "--max-minutes=0.6"]
     # By name: of folders pytest would choose the order.
     found = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}
-    everything = [*FIRST, *sorted(found.difference(FIRST, TRUST, [SANITIZED]))]
+    others = sorted(found.difference(FIRST, TRUST, [SANITIZED]))
+    ours_alone = ("--peers", "none")
+    bfloat16 = ["--dtype", "bfloat16", "--shape", MNIST.name]
+    bfloat16 += [option for B in compile.BFLOAT16_BATCHES for option in ("--batch", str(B))]
     own = f"sm_{major}{minor}"
     aot = ["aot", "--shape=MNIST", "--target", own if own in TARGETS else "sm_90", "--markdown"]
-    while_it_builds = 1.6 if built else 2.5
+    while_it_builds = 1.4 if built else 2.5
     beside_the_build = [
         build,
-        gpu_tests("tests-triton", while_it_builds, f"{TRITON} and {MAIN_TYPES}", *everything),
+        gpu_tests("tests-triton", while_it_builds, f"{TRITON} and {MAIN_TYPES}", *others, *FIRST),
         Step("compile", [python, "-m", "bench.compile"], while_it_builds),
     ]
     after_the_build = [
-        gpu_tests("tests", 1.6, OTHERS, *everything),
+        gpu_tests("tests", 1.4, OTHERS, *FIRST, *others),
         bench("accuracy", 1),
         bench("memory", 1.5, "--quick", "--no-max-autotune", *plots),
         *sanitizer_steps(),
@@ -120,14 +125,15 @@ def steps(
     together = [beside_the_build + after_the_build]
     return [
         *(together if built else [beside_the_build, after_the_build]),
-        [bench("goals", 3)],
-        [Step("training-run", train, 0.9)],
-        [bench("routing-tf32", 1, "--precision", "tf32", "--peers", "none", command="routing")],
+        [bench("goals", 2.5)],
+        [Step("training-run", train, 0.8)],
+        [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone, command="routing")],
+        [bench("routing", 0.8, "--shape", "MNIST", "--peers", "eager", *plots)],
         [bench("scaling", 0.75)],
-        [bench("routing", 1, "--shape", "MNIST", "--peers", "eager", *plots)],
+        [bench("routing-tf32", 0.8, "--precision", "tf32", *ours_alone, command="routing")],
         [bench("training", 0.5)],
         [
-            gpu_tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *everything),
+            gpu_tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *others, *FIRST),
             gpu_tests("trust", 1, "", *TRUST),
             Step("aot", [python, "-m", "bench", *aot], 1),
         ],
