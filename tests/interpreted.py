@@ -30,7 +30,8 @@ def marked(test: Callable[..., None]) -> Callable[..., None]:
 
 def environment(*, covered: bool = False) -> dict[str, str]:
     """Of a process with the interpreter. ``covered``: its lines are counted where this one's are,
-    which more than doubles the time; test_triton.py says which tests reach nearly all of them."""
+    which more than doubles the time; test_triton_interpreted.py says which tests reach nearly all
+    of them."""
     kept = {n: value for n, value in os.environ.items() if covered or "COVERAGE" not in n}
     return kept | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 

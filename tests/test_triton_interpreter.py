@@ -1,6 +1,6 @@
 """The Triton kernels, interpreted on CPU tensors, against the oracle.
 
-test_triton.py runs this file in a process of its own, with TRITON_INTERPRET=1.
+test_triton_interpreted.py runs this file in a process of its own, with TRITON_INTERPRET=1.
 
 What this proves: the kernels' arithmetic, indices, masks and order of launches. What it does not:
 the compiler, races, and the rounding of matrix units, which the interpreter computes exactly;
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(
         not (backend.INSTALLED and backend.INTERPRETED),
-        reason="test_triton.py runs these in a process with TRITON_INTERPRET=1",
+        reason="test_triton_interpreted.py runs these in a process with TRITON_INTERPRET=1",
     ),
 ]
 

@@ -1,6 +1,6 @@
 """What the operators allocate for windows: no copy of them, on every kernel that can run here.
 
-test_triton.py runs this file once more, with the interpreted kernels.
+test_triton_interpreted.py runs this file once more, with the interpreted kernels.
 """
 
 from collections.abc import Iterator

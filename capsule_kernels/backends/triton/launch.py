@@ -14,7 +14,7 @@ from .checks import check_backward, check_forward
 from .device import Gpu
 from .forward import routing_forward_kernel, routing_output_kernel
 from .gradients import routing_gradients_kernel
-from .routing import Routing, device_guard, run
+from .routing import Routing, device_guard, laid_out, run
 
 UNROLLS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 """Whether the last sweep may take two iterations at once. They keep W in registers, of which only
@@ -43,7 +43,7 @@ def routing_forward(
     )
     if u.shape[0] == 0:
         return v, s, coupling
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else laid_out(bias)
     routing = Routing.of(launch, gpu, False, u, weight, logits, s, leaky, weight_sharing, window)
     B, I, J, K, D, _ = routing.sizes
     if config.is_wide(J, K, D):
@@ -107,10 +107,10 @@ def routing_backward(
     grad_u, grad_weight, grad_logits, grad_bias = (
         g if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)
     )
-    s = s.contiguous()  # torch.func.vmap hands on slices
+    s = laid_out(s)  # torch.func.vmap hands on slices
     routing = Routing.of(launch, gpu, True, u, weight, logits, s, leaky, weight_sharing, window)
     B, I, J, K, D, R = routing.sizes
-    grad_v = grad_v.contiguous()
+    grad_v = laid_out(grad_v)
     if config.is_wide(J, K, D):
         launch_wide.backward(
             routing, grad_v, full_gradient, grad_u, grad_weight, grad_logits, grad_bias

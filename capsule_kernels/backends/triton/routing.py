@@ -57,6 +57,16 @@ def device_guard(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+ALIGNMENT = 16
+"""Bytes. For other addresses Triton compiles a kernel anew, which moves and sums in other units."""
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """``x``, or a copy: contiguous, and aligned, so that how it lay changes no bit of a result."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
 @dataclass(frozen=True)
 class Routing:
     """One call of an operator: its inputs, how its sweeps are cut, and where they are launched."""
@@ -83,14 +93,12 @@ class Routing:
         logits: Tensor | None,
         *rest: Any,
     ) -> "Routing":
-        logits = None if logits is None else logits.contiguous()
+        logits = None if logits is None else laid_out(logits)
         gpu = gpu or gpu_of(u.device)
         reason = does_not_fit(gpu, u.dtype, *weight.shape[1:])
         if reason is not None:
             raise RuntimeError(f"routing_{'backward' if backward else 'forward'}: {reason}")
-        return cls(
-            launch, gpu, backward, u.contiguous(), weight.contiguous(), logits, *rest
-        )  # fmt: skip
+        return cls(launch, gpu, backward, laid_out(u), laid_out(weight), logits, *rest)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
