@@ -210,6 +210,7 @@ def make_anonymous(folder: Path, scratch: Path, data: Path | None) -> None:
         sys.prefix: "<python>",
         sys.base_prefix: "<python>",
         str(ROOT): ".",
+        str(folder): "<report>",
         str(scratch): "<scratch>",
         str(Path.home()): "~",
     }

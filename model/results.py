@@ -24,7 +24,7 @@ HEAD = """# Results
 Made by `python -m model.results` from the metrics in `docs/results/`; do not edit. "Paper" is
 Sabour, Frosst, Hinton 2017 (arXiv 1710.09829v2), "independent" the best published figure of another
 implementation. Errors are of the last epoch, never of the best one; +- is the standard deviation
-over seeds.
+over seeds. Durations are of whole runs, with whatever ran beside them (three seeds at once, tests).
 
 """
 

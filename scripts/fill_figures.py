@@ -60,6 +60,7 @@ VIEWS = {
     "peers": View("goals", tables.routing_table, "routing", (("case", "MNIST"), ("B", 128))),
     "batches": View("routing", tables.summary_table, "routing", (("case", "MNIST"),)),
     "batches-tf32": View("routing-tf32", tables.summary_table, "routing"),
+    "batches-bfloat16": View("routing-bfloat16", tables.summary_table, "routing"),
     "memory": View("memory", tables.memory_table, "memory"),
     "memory-growth": View("memory", tables.exponents_table, "exponents"),
     "training": View("training", tables.training_table, "training"),
