@@ -34,7 +34,7 @@ test: setup
 ifdef COVERAGE
 	JOBS=$(JOBS) scripts/coverage.sh
 else
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 endif
 
 # The same tests, and what they cover.

@@ -10,7 +10,7 @@ DIRECTORY=$PWD/build/coverage
 rm -rf "$DIRECTORY"
 mkdir -p "$DIRECTORY"
 
-"$PY" -m coverage run -m pytest tests --numprocesses "${JOBS:-2}" --dist loadfile
+"$PY" -m coverage run -m pytest tests --numprocesses "${JOBS:-2}" --dist loadfile --no-loadscope-reorder
 "$PY" -m coverage combine --quiet
 status=0
 "$PY" -m coverage report || status=1

@@ -22,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with interpreted kernels first: they take minutes, and a file is one process's."""
+    long = {item.path for item in items if item.get_closest_marker("interpreter")}
+    items.sort(key=lambda item: item.path not in long)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LINES] = {}
     if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
