@@ -259,7 +259,7 @@ def conclude(records: list[Record], device: str, ceilings: Record) -> list[Recor
 
 PARTS = {
     "cpu": ("batches", "shapes", "memory", "training"),
-    "cuda": ("batches", "memory", "autotuned", "training", "small batches"),
+    "cuda": ("batches", "autotuned", "memory", "training", "small batches"),
 }
 """What is measured on a device, the most wanted first."""
 

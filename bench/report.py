@@ -120,6 +120,8 @@ def steps(
         gpu_tests("tests", 1.4, OTHERS, *FIRST, *others),
         bench("accuracy", 1),
         bench("memory", 1.5, "--quick", "--no-max-autotune", *plots),
+        # Inductor keeps what it compiles and tunes: the goals, measured alone, find it.
+        Step("autotune", [python, "-m", "bench", "goals", "--only", "autotuned"], 1.4),
         *sanitizer_steps(),
     ]
     together = [beside_the_build + after_the_build]

@@ -45,6 +45,31 @@ def test_one_program_for_every_batch_size(device: str) -> None:
         torch.testing.assert_close(module(images), network(images))
 
 
+CONTROL = """
+import sys, torch
+
+device, package = sys.argv[1:]
+network, x = torch.nn.Linear(4, 3, device=device), torch.randn(2, 4, device=device)
+torch._inductor.aoti_compile_and_package(torch.export.export(network, (x,)), package_path=package)
+torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), network(x))
+"""
+
+
+def skip_where_torch_itself_fails(device: str, package: Path) -> None:
+    """Skip where a package of torch's own layer, with nothing of ours, can't be loaded either.
+
+    Seen on an H200 were packages with our operators that crashed when they were loaded.
+    """
+    if device == "cpu":
+        return
+    done = subprocess.run(
+        [sys.executable, "-c", CONTROL, device, package],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip(f"a package of nn.Linear fails here, too: exit code {done.returncode}")
+
+
 SERVE = """
 import sys, torch
 import capsule_kernels
@@ -65,6 +90,8 @@ assert not any(name.split(".")[0] in ("model", "tests") for name in sys.modules)
 @pytest.mark.parametrize("kind", ["export", "aotinductor"])
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_saved_program_in_a_fresh_process(kind: str, device: str, tmp_path: Path) -> None:
+    if kind == "aotinductor":
+        skip_where_torch_itself_fails(device, tmp_path / "control.pt2")
     network = Scores().to(device)
     program = export(network, device)
     package = tmp_path / ("program.pt2" if kind == "aotinductor" else "program.ep")
@@ -86,6 +113,7 @@ def test_a_saved_program_in_a_fresh_process(kind: str, device: str, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_windows_in_a_package(device: str, tmp_path: Path) -> None:
+    skip_where_torch_itself_fails(device, tmp_path / "control.pt2")
     torch.manual_seed(0)
     layer = CapsuleConv2d(2, 4, 3, 4, 3, stride=2, padding=1, device=device).eval()
     u = torch.randn(4, 2, 4, 9, 8, device=device)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import train
+from model import fit, train
 from model.checkpoint import CHECKPOINT, load
 from model.interrupt import Interrupted, Interruption
 from model.metrics import read_metrics
@@ -35,6 +35,17 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add_tiny(patch)
         assert train.main(["--experiment", "tiny", "--save-dir", str(directory)]) == 0
     return directory
+
+
+@pytest.mark.parametrize(("least_seconds", "saves"), [(0.0, [1, 2]), (600.0, [2])])
+def test_epochs_that_take_no_time_share_a_checkpoint(
+    least_seconds: float, saves: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs: list[int] = []
+    monkeypatch.setattr(Trainer, "save", lambda trainer: epochs.append(trainer.progress.epoch))
+    monkeypatch.setattr(fit, "LEAST_SECONDS", least_seconds)
+    assert train.main(["--experiment", "tiny", "--save-dir", str(tmp_path / "run")]) == 0
+    assert epochs == saves
 
 
 TIMES = ("seconds", "images_per_second")
