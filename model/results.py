@@ -8,11 +8,12 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import write_atomically
+from .config import Config
 from .errors import UserError, run_command
 from .experiments import EXPERIMENTS
 from .metrics import read_metrics
@@ -38,8 +39,9 @@ class Run:
     epochs: int
 
     def kind(self) -> str:
-        """Equal for runs that differ only in their seed."""
-        config = {k: v for k, v in self.about["config"].items() if k != "seed"}
+        """Equal for runs that differ only in their seed; what a run's version did not have yet it had
+        as the default is."""
+        config = replace(Config.from_dict(self.about["config"]), seed=0).to_dict()
         return json.dumps([self.about["experiment"], config, self.about["device"]], sort_keys=True)
 
 

@@ -15,6 +15,8 @@ def write_run(
     path: Path, seed: int, error: float, experiment: str = "mnist", outcome: str = "finished"
 ) -> None:
     config = EXPERIMENTS[experiment].config.to_dict() | {"seed": seed}
+    if seed == 0:
+        del config["warmup_steps"]  # an older version's
     about = {
         "kind": "run", "step": 0, "experiment": experiment, "config": config,
         "device": "abacus", "commit": "c0ffee", "command": f"python -m model.train --seed {seed}",
