@@ -39,8 +39,10 @@ class Run:
     epochs: int
 
     def kind(self) -> str:
-        """Equal for runs that differ only in their seed; what a run's version did not have yet it had
-        as the default is."""
+        """Equal for runs that differ only in their seed.
+
+        An option that a run's version did not have yet counts as its default.
+        """
         config = replace(Config.from_dict(self.about["config"]), seed=0).to_dict()
         return json.dumps([self.about["experiment"], config, self.about["device"]], sort_keys=True)
 
