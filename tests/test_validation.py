@@ -325,9 +325,9 @@ def test_auto_takes_the_cuda_kernels_only_where_they_were_measured(
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         return automatic_order(device, dtype, shape)
 
-    assert order((9, 0)) == ("cuda", "triton")
+    assert order((9, 0)) == order((9, 0), torch.bfloat16) == ("cuda", "triton")
     assert order((8, 0)) == order((10, 0)) == ("triton",)
-    assert order((9, 0), torch.bfloat16) == ("triton",)
+    assert order((9, 0), torch.float16) == order((9, 0), torch.float64) == ("triton",)
     for change in ({"J": 5}, {"K": 6}, {"D": 8}, {"weight_sharing": 36}):
         assert order((9, 0), shape=mnist._replace(**change)) == ("triton",)
     assert automatic_order(torch.device("cpu"), float32, mnist) == ("cpu",)
