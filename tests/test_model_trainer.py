@@ -1,5 +1,6 @@
 """What a step sees and does: order, shares, seeds, learning rates."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from model.config import Config
 from model.data import Dataset, Split
 from model.distributed import World
 from model.errors import UserError
+from model.experiments import EXPERIMENTS
 from model.fit import Fit
 from model.interrupt import Interruption
 from model.metrics import MetricsLog
+from model.networks import build
 from model.trainer import Trainer, derived_seed
 from model.views import Batch
 
@@ -96,6 +99,22 @@ def test_learning_rates(changes: dict[str, object], expected: list[float]) -> No
     for _ in expected:
         made.step()
     assert used == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["multimnist", "affnist"])
+def test_the_first_steps_leave_capsules_something_to_learn(name: str) -> None:
+    """Their lengths stay off 1, where squash lets no gradient through."""
+    config = replace(EXPERIMENTS[name].config, batch_size=8)
+    torch.manual_seed(0)
+    strokes = 255 * (torch.rand(40, 1, 28, 28) < 0.15)
+    split = Split(strokes.to(torch.uint8), torch.arange(40) % 10)
+    dataset = Dataset(split, split, tuple("0123456789"))
+    made = Trainer(config, build(config.architecture), dataset, Path(), torch.device("cpu"))
+    for _ in range(2):
+        made.step()
+    with torch.no_grad():
+        lengths = made.model(made.test_batch(8).images).scores
+    assert lengths.mean() < 0.5
 
 
 def test_a_loss_that_diverged_in_another_process_ends_them_all(tmp_path: Path) -> None:
