@@ -24,7 +24,7 @@ export MAX_JOBS="${MAX_JOBS:-1}"
 export CAPSULE_KERNELS_CUDA=1
 
 if [ -z "${PYTHON:-}" ]; then
-    PYTHON=build/cuda-venv/bin/python
+    PYTHON=$PWD/build/cuda-venv/bin/python
     if [ ! -x "$PYTHON" ]; then
         python3 -m venv build/cuda-venv
         "$PYTHON" -m pip install --quiet torch==2.14.1 numpy ninja pybind11 "setuptools>=77" wheel
