@@ -18,6 +18,7 @@ struct CapsuleLanes {
   using V = Vec<T>;
   static constexpr int lanes = kLanes<T>;
   static constexpr int tile = 8;
+  static constexpr const T* no_prior = nullptr;  // logits begin with it here
 
   // out[f][lanes] = W of each lane's capsule, elements [begin, begin + count) of its [N][K].
   static CAPSULE_INLINE void pack_weights(const Problem<T>& p, index i0, index begin, index count,
@@ -145,7 +146,7 @@ struct CapsuleLanes {
       if (computes) pack_capsules(p, b0, b1, i, valid, u);
       for (index b = 0; b < samples; ++b) {
         start_logits(p, i, c + b * J * lanes);
-        if (!sweep.V) softmax(c + b * J * lanes, J, lanes, static_cast<const T*>(nullptr), p.leaky);
+        if (!sweep.V) softmax(c + b * J * lanes, J, lanes, no_prior, p.leaky);
       }
       for (index j = 0; j < J; ++j) {
         if (computes) pack_weights(p, i, j * D * K, D * K, W);
@@ -179,8 +180,10 @@ struct CapsuleLanes {
       }
       for (index b = 0; b < samples; ++b) {
         T* c_b = c + b * J * lanes;
-        if (sweep.V) softmax(c_b, J, lanes, static_cast<const T*>(nullptr), p.leaky);
-        if constexpr (is_backward) softmax_gradient(c_b, dl + b * J * lanes, J, lanes);
+        if constexpr (is_backward)
+          softmax_and_gradient<false>(c_b, dl + b * J * lanes, J, lanes, no_prior, p.leaky);
+        else if (sweep.V)
+          softmax(c_b, J, lanes, no_prior, p.leaky);
         if (sweep.coupling)
           scatter_rows(c_b, lanes, J, valid,
                        [&](index r) { return sweep.coupling + ((b0 + b) * p.I + i + r) * J; });
@@ -221,7 +224,7 @@ struct CapsuleLanes {
   static void final(const Problem<T>& p, const FinalSweep<T>& sweep, index i0, index i1,
                     T* grad_weight, T* memory) {
     const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
-    const index first_t = sweep.full ? 1 : R;
+    const index first_t = sweep.first_coupled(R);
     const bool prior_gradient = sweep.grad_logits != nullptr, shared = p.weight_sharing > 1;
     const bool by_rows = sweep.held && rows_fit(p);
     const Final scratch(p, memory);
@@ -259,16 +262,18 @@ struct CapsuleLanes {
         for (index t = first_t; t <= R; ++t) {
           T* c = scratch.c + (t - 1) * J * lanes;
           T* dl = scratch.dl + (t - 1) * J * lanes;
-          softmax(c, J, lanes, static_cast<const T*>(nullptr), p.leaky);
-          if (!sweep.needs_dl(t)) continue;
-          softmax_gradient(c, dl, J, lanes);
+          if (!sweep.needs_dl(t)) {
+            softmax(c, J, lanes, no_prior, p.leaky);
+            continue;
+          }
+          softmax_and_gradient<true>(c, dl, J, lanes, no_prior, p.leaky);
           if (prior_gradient)
             for (index o = 0; o < J * lanes; o += lanes)
               store(scratch.dlogits + o, load(scratch.dlogits + o) + load(dl + o));
         }
         for (index j = 0; j < J; ++j)
           for (index o = j * D; o < (j + 1) * D; ++o) {
-            V sum{};
+            V sum = sweep.uniform_term ? broadcast(sweep.uniform_term[b * N + o]) : V{};
             for (index m = 0; m < sweep.term_count; ++m)
               sum += load(coefficient(sweep.terms[m], j)) * sweep.terms[m].source[b * N + o];
             store(scratch.du_hat + o * lanes, sum);

@@ -191,14 +191,18 @@ class Driver {
     if (grad_u || grad_weight || grad_logits) {
       const index tasks = final_tasks(p_, part_), row = N * p_.K;
       T* rows = part_.splits > 1 && grad_weight ? allocate_(tasks * row) : grad_weight;
-      FinalSweep<T> final{full, nullptr, 0, nullptr, 0, held, grad_u, rows, grad_logits};
+      FinalSweep<T> final{full, nullptr, 0, nullptr, 0, nullptr, held, grad_u, rows, grad_logits};
+      if (full && R > 1 && !p_.logits) {
+        for (index x = 0; x < blocked_; ++x) ds[x] *= T(1) / T(p_.J + p_.leaky);
+        final.uniform_term = ds;
+      }
       std::vector<Term<T>> dots, terms;
       for (index t = full ? 1 : R; t <= R; ++t) {
         const T* V_before = t > 1 ? V + (t - 2) * blocked_ : nullptr;
         const T* ds_t = ds + (t - 1) * blocked_;
         if (t > 1) dots.push_back({V_before, t, false});
         if (final.needs_dl(t)) dots.push_back({ds_t, t, true});
-        terms.push_back({ds_t, t, false});
+        if (t > 1 || !final.uniform_term) terms.push_back({ds_t, t, false});
         if (full && t > 1) terms.push_back({V_before, t, true});
       }
       final.dots = dots.data();

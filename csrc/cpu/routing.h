@@ -100,11 +100,16 @@ struct FinalSweep {
   index dot_count;
   const Term<T>* terms;  // c^t ds^t, and for full gradients dl^t V^(t-1)
   index term_count;
+  // A term that comes first and has no coefficient: c^1 ds^1, blocked, where c^1 is one number for
+  // all (no prior); or null.
+  const T* uniform_term;
   const T* held;   // as in Sweep, or null
   T* grad_u;       // as u, or null; under a window it is added to
   T* grad_weight;  // [I / weight_sharing * splits, J, D, K] or null
   T* grad_logits;  // [I, J] or null
 
+  // The first iteration of which c^t is wanted.
+  CAPSULE_SHARED index first_coupled(index R) const { return !full ? R : uniform_term ? 2 : 1; }
   CAPSULE_SHARED bool needs_dl(index t) const { return grad_logits || (full && t > 1); }
 };
 

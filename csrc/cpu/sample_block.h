@@ -86,6 +86,7 @@ struct SampleBlock {
 
   // Asks for `count` elements ahead of time.
   static CAPSULE_INLINE void prefetch(const T* x, index count) {
+#pragma GCC unroll 8
     for (index o = 0; o < count; o += 64 / index(sizeof(T))) __builtin_prefetch(x + o);
   }
 

@@ -144,22 +144,28 @@ struct SampleFinal : SampleBlock<T, vectors> {
         pack_rows<fixed_K, samples>(p, first_sample, valid, i0, i1 - i0, scratch.rows,
                                     scratch.gathered);
       });
+    // W of the chunk, from far away, which is wanted a row of each capsule at a time.
+    if (first_sample == 0 && p.weight_sharing == 1)
+      Block::prefetch(p.weight + i0 * N * K, (i1 - i0) * N * K);
     couplings<fixed_K, fixed_D>(p, sweep, first_sample, i0, i1 - i0, scratch);
     for (index x = 0; x < (i1 - i0) * K * width; ++x) scratch.du[x] = 0;
     for (index j = 0; j < p.J; ++j)
       for_tiles<together>(i1 - i0, [&](auto size, index first) {
         constexpr int capsules = size;
         T* du_hat = scratch.u_hat;  // of this j: [capsules][D][width]
-        for_tiles<5>(sweep.term_count, [&](auto terms, index m0) {
+        const T* first_term =
+            sweep.uniform_term ? at_j(p, sweep.uniform_term, first_sample, j) : nullptr;
+        for_tiles<4>(sweep.term_count, [&](auto terms, index m0) {
           constexpr int n = terms;
           const T* sources[n];
           const T* coefficients[n];
-#pragma GCC unroll 5
+#pragma GCC unroll 4
           for (int m = 0; m < n; ++m) {
-            sources[m] = source(p, sweep.terms[m0 + m], first_sample, j);
+            sources[m] = at_j(p, sweep.terms[m0 + m].source, first_sample, j);
             coefficients[m] = coefficient(p, sweep.terms[m0 + m], scratch, first, j);
           }
-          combine<n, capsules>(sources, coefficients, p.R * p.J * width, D, m0 > 0, du_hat,
+          combine<n, capsules>(sources, coefficients, p.R * p.J * width, D,
+                               m0 > 0 ? du_hat : first_term, m0 > 0 ? D * width : 0, du_hat,
                                D * width);
         });
 #pragma GCC unroll 4
@@ -167,8 +173,8 @@ struct SampleFinal : SampleBlock<T, vectors> {
           const index x = first + c;
           const T* du_hat_c = du_hat + c * D * width;
           if (sweep.grad_u)
-            input_gradient<fixed_K>(p.weight + ((i0 + x) / p.weight_sharing * N + j * D) * K, D, K,
-                                    du_hat_c, scratch.du + x * K * width);
+            input_gradient<fixed_K>(p.weight + (p.row(i0 + x) * N + j * D) * K, D, K, du_hat_c,
+                                    scratch.du + x * K * width);
           if (sweep.grad_weight) {
             const index row = (p.weight_sharing == 1 ? x * N : 0) + j * D;
             T* out = part.finished_dW ? part.finished_dW + row * K : nullptr;
@@ -187,9 +193,9 @@ struct SampleFinal : SampleBlock<T, vectors> {
                          valid - q * lanes, i0, i1 - i0, sweep.grad_u, scratch.gathered);
   }
 
-  static CAPSULE_INLINE const T* source(const Problem<T>& p, const Term<T>& term,
-                                        index first_sample, index j) {
-    return term.source + first_sample * p.N() + j * p.D * width;
+  static CAPSULE_INLINE const T* at_j(const Problem<T>& p, const T* blocked, index first_sample,
+                                      index j) {
+    return blocked + first_sample * p.N() + j * p.D * width;
   }
 
   static CAPSULE_INLINE T* coefficient(const Problem<T>& p, const Term<T>& term,
@@ -209,7 +215,7 @@ struct SampleFinal : SampleBlock<T, vectors> {
         constexpr int capsules = size;
 #pragma GCC unroll 4
         for (int x = 0; x < capsules; ++x)
-          predict_all(p.weight + ((i0 + first + x) / p.weight_sharing * N + j * D) * K, D, K,
+          predict_all(p.weight + (p.row(i0 + first + x) * N + j * D) * K, D, K,
                       scratch.packed + (first + x) * K * width, scratch.u_hat + x * D * width);
         for_tiles<4>(sweep.dot_count, [&](auto size, index m0) {
           constexpr int n = size;
@@ -217,7 +223,7 @@ struct SampleFinal : SampleBlock<T, vectors> {
           T* out[n];
 #pragma GCC unroll 4
           for (int m = 0; m < n; ++m) {
-            sources[m] = source(p, sweep.dots[m0 + m], first_sample, j);
+            sources[m] = at_j(p, sweep.dots[m0 + m].source, first_sample, j);
             out[m] = coefficient(p, sweep.dots[m0 + m], scratch, first, j);
           }
           dots<n, capsules>(sources, scratch.u_hat, D * width, D, out, R * J * width);
@@ -225,7 +231,7 @@ struct SampleFinal : SampleBlock<T, vectors> {
       });
     for (index x = 0; x < count; ++x) {
       const T* prior = p.logits ? p.logits + (i0 + x) * J : nullptr;
-      for (index t = sweep.full ? 1 : R; t <= R; ++t) {
+      for (index t = sweep.first_coupled(R); t <= R; ++t) {
         T* c = scratch.c + (x * R + t - 1) * J * width;
         T* dl = scratch.dl + (x * R + t - 1) * J * width;
         if (t == 1) {
@@ -237,9 +243,14 @@ struct SampleFinal : SampleBlock<T, vectors> {
         }
 #pragma GCC unroll 2
         for (int q = 0; q < width; q += lanes) {
-          if (t > 1) softmax(c + q, J, width, prior, p.leaky);
-          if (!sweep.needs_dl(t)) continue;
-          softmax_gradient(c + q, dl + q, J, width);
+          if (!sweep.needs_dl(t)) {
+            if (t > 1) softmax(c + q, J, width, prior, p.leaky);
+            continue;
+          }
+          if (t > 1)
+            softmax_and_gradient<true>(c + q, dl + q, J, width, prior, p.leaky);
+          else
+            softmax_gradient(c + q, dl + q, J, width);
           if (sweep.grad_logits)
             for (index j = 0; j < J; ++j) {
               T* sum = scratch.dlogits + (x * J + j) * lanes;
@@ -250,11 +261,12 @@ struct SampleFinal : SampleBlock<T, vectors> {
     }
   }
 
-  // out[c][d] = sum over m of coefficient[m][c] source[m][d], on top of what is there if `add`.
+  // out[c][d] = from[c][d] + sum over m of coefficient[m][c] source[m][d]; null: from 0.
   template <int n, int capsules>
   static CAPSULE_INLINE void combine(const T* const (&sources)[n],
                                      const T* const (&coefficients)[n], index coefficient_stride,
-                                     index D, bool add, T* out, index out_stride) {
+                                     index D, const T* from, index from_stride, T* out,
+                                     index out_stride) {
 #pragma GCC unroll 16
     for (int q = 0; q < vectors; ++q) {
       V factor[n][capsules];
@@ -266,7 +278,7 @@ struct SampleFinal : SampleBlock<T, vectors> {
       for (index o = q * lanes; o < D * width; o += width) {
         V acc[capsules];
 #pragma GCC unroll 16
-        for (int c = 0; c < capsules; ++c) acc[c] = add ? load(out + c * out_stride + o) : V{};
+        for (int c = 0; c < capsules; ++c) acc[c] = from ? load(from + c * from_stride + o) : V{};
 #pragma GCC unroll 16
         for (int m = 0; m < n; ++m) {
           const V y = load(sources[m] + o);

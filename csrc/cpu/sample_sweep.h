@@ -142,8 +142,10 @@ struct SampleSweep : SampleBlock<T, vectors> {
 #pragma GCC unroll 2
         for (int q = 0; q < vectors; ++q) {
           const index o = x * J * width + q * lanes;
-          softmax(c + o, J, width, prior, p.leaky);
-          if constexpr (is_backward) softmax_gradient(c + o, dl + o, J, width);
+          if constexpr (is_backward)
+            softmax_and_gradient<false>(c + o, dl + o, J, width, prior, p.leaky);
+          else
+            softmax(c + o, J, width, prior, p.leaky);
         }
         if (sweep.coupling)
           write_coupling(p, c + x * J * width, first_sample, i + x, sweep.coupling);

@@ -5,10 +5,11 @@
 
 namespace capsule::CAPSULE_ISA {
 
-// c = softmax over j of x_j + prior_j, in place. `x` is [J][stride]; leaky adds a logit fixed at 0
-// whose share is dropped. NaN anywhere makes the whole row NaN, as in torch.softmax.
-template <typename T>
-CAPSULE_INLINE void softmax(T* x, index J, index stride, const T* prior, bool leaky) {
+// exp(x_j + prior_j - the largest of them) in place, and 1 / their sum. `x` is [J][stride]; leaky
+// adds a logit fixed at 0. visit(j, exponential) is called for each.
+template <typename T, typename Visit>
+CAPSULE_INLINE Vec<T> exponentials(T* x, index J, index stride, const T* prior, bool leaky,
+                                   Visit visit) {
   Vec<T> highest = leaky ? Vec<T>{} : broadcast(-T(__builtin_inf()));
   for (index j = 0; j < J; ++j) {
     Vec<T> logit = load(x + j * stride);
@@ -23,8 +24,16 @@ CAPSULE_INLINE void softmax(T* x, index J, index stride, const T* prior, bool le
     const Vec<T> e = exp_nonpositive<T>(load(x + j * stride) - highest);
     store(x + j * stride, e);
     total += e;
+    visit(j, e);
   }
-  const Vec<T> scale = T(1) / total;
+  return T(1) / total;
+}
+
+// c = softmax over j of x_j + prior_j, in place; the share of a leaky logit is dropped. NaN
+// anywhere makes the whole row NaN, as in torch.softmax.
+template <typename T>
+CAPSULE_INLINE void softmax(T* x, index J, index stride, const T* prior, bool leaky) {
+  const Vec<T> scale = exponentials(x, J, stride, prior, leaky, [](index, const Vec<T>&) {});
   for (index j = 0; j < J; ++j) store(x + j * stride, load(x + j * stride) * scale);
 }
 
@@ -35,6 +44,22 @@ CAPSULE_INLINE void softmax_gradient(const T* c, T* dc, index J, index stride) {
   for (index j = 0; j < J; ++j) mean += load(c + j * stride) * load(dc + j * stride);
   for (index j = 0; j < J; ++j)
     store(dc + j * stride, load(c + j * stride) * (load(dc + j * stride) - mean));
+}
+
+// Both at once; c is written over x if it `keeps_c`.
+template <bool keeps_c, typename T>
+CAPSULE_INLINE void softmax_and_gradient(T* x, T* dc, index J, index stride, const T* prior,
+                                         bool leaky) {
+  Vec<T> mean{};
+  const Vec<T> scale = exponentials(x, J, stride, prior, leaky, [&](index j, const Vec<T>& e) {
+    mean += e * load(dc + j * stride);
+  });
+  mean *= scale;
+  for (index j = 0; j < J; ++j) {
+    const Vec<T> c = load(x + j * stride) * scale;
+    if constexpr (keeps_c) store(x + j * stride, c);
+    store(dc + j * stride, c * (load(dc + j * stride) - mean));
+  }
 }
 
 // Couplings before any agreement, the same for every sample: one scalar a j, softmax of the priors

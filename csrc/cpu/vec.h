@@ -20,6 +20,8 @@ using index = int64_t;
 
 CAPSULE_INLINE index larger(index a, index b) { return a > b ? a : b; }
 
+inline constexpr long double kLn2 = 0.693147180559945309417232121458176568L;
+
 template <typename T, int lanes>
 struct VecOf {
   typedef T type __attribute__((vector_size(lanes * sizeof(T))));
@@ -84,51 +86,6 @@ CAPSULE_INLINE T sum_lanes(Vec<T> x) {
   return total;
 }
 
-template <typename T, int most>
-struct InverseFactorials {
-  T of[most + 1];
-  constexpr InverseFactorials() : of{} {
-    double factorial = 1;
-    for (int k = 0; k <= most; ++k) {
-      of[k] = T(1 / factorial);
-      factorial *= k + 1;
-    }
-  }
-};
-
-// exp(x) for x <= 0, to about one unit in the last place; below the smallest normal number exactly
-// 0, so that a log prior of -inf decouples; NaN stays NaN.
-//
-// x = n ln 2 + r, |r| <= ln 2 / 2, exp(x) = 2^n exp(r), exp(r) by its Taylor series: the first term
-// left out is below half a unit in the last place (float: r^8 / 8!, double: r^14 / 14!).
-template <typename T>
-CAPSULE_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
-  using Int = typename SignedOf<T>::type;
-  constexpr bool is_float = sizeof(T) == 4;
-  constexpr T lowest = is_float ? T(-87.3) : T(-708.3);
-  constexpr T log2_e = T(1.4426950408889634074);
-  // ln 2 in two parts; products of the first with any n in range are exact.
-  constexpr T ln2_high = is_float ? T(0.693145751953125) : T(0.69314718036912381649);
-  constexpr T ln2_low = is_float ? T(1.42860682030941723e-6) : T(1.90821492927058770e-10);
-  // Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves it in the low mantissa bits.
-  constexpr T rounder = is_float ? T(12582912) : T(6755399441055744);
-  constexpr int mantissa_bits = is_float ? 23 : 52;
-  constexpr Int exponent_bias = is_float ? 127 : 1023;
-  constexpr int terms = is_float ? 7 : 13;
-
-  const Vec<T> clamped = x < lowest ? broadcast(lowest) : x;
-  const Vec<T> shifted = clamped * log2_e + rounder;
-  const Vec<T> n = shifted - rounder;
-  const Vec<T> r = (clamped - n * ln2_high) - n * ln2_low;
-  constexpr InverseFactorials<T, terms> inverse_factorial;
-  Vec<T> series = broadcast(inverse_factorial.of[terms]);
-#pragma GCC unroll 16
-  for (int k = terms - 1; k >= 0; --k) series = series * r + inverse_factorial.of[k];
-  const Vec<Int, kLanes<T>> bits = reinterpret_cast<Vec<Int, kLanes<T>>>(shifted);
-  const Vec<T> power = reinterpret_cast<Vec<T>>((bits + exponent_bias) << mantissa_bits);
-  return x < lowest ? Vec<T>{} : series * power;
-}
-
 template <typename T>
 CAPSULE_INLINE Vec<T> square_root(Vec<T> x) {
   for (int l = 0; l < kLanes<T>; ++l) x[l] = __builtin_sqrt(x[l]);
@@ -151,16 +108,88 @@ CAPSULE_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b, From from) {
   return shuffle<T>(a, b, from, std::make_integer_sequence<int, kLanes<T>>{});
 }
 
-// Lane l of the result is lane from[l] of x.
+// Lane l of the result is lane from[l] of x, modulo their number.
 template <typename T>
 CAPSULE_INLINE Vec<T> select_lanes(Vec<T> x, Vec<typename SignedOf<T>::type, kLanes<T>> from) {
 #ifdef __clang__
   Vec<T> selected;
-  for (int l = 0; l < kLanes<T>; ++l) selected[l] = x[from[l]];
+  for (int l = 0; l < kLanes<T>; ++l) selected[l] = x[from[l] & (kLanes<T> - 1)];
   return selected;
 #else
   return __builtin_shuffle(x, from);
 #endif
+}
+
+// 2^(l / roots) for l = 0, ..., roots - 1, over and over.
+template <typename T, int roots>
+struct Roots {
+  T of[kLanes<T>];
+  constexpr Roots() : of{} {
+    for (int l = 0; l < kLanes<T>; ++l) {
+      const long double x = kLn2 * (l % roots) / roots;
+      long double sum = 0, term = 1;
+      for (int k = 1; k < 30; ++k) {
+        sum += term;
+        term *= x / k;
+      }
+      of[l] = T(sum);
+    }
+  }
+};
+
+// The Taylor series of 2^r - 1, up to the term behind which less than a quarter of `precision` is
+// missing for |r| <= 1 / (2 roots).
+template <typename T, int roots>
+struct PowerSeries {
+  T of[16];
+  int terms;
+  constexpr PowerSeries(double precision) : of{}, terms(0) {
+    long double coefficient = 1, rest = 1;
+    for (int k = 1; k < 16; ++k) {
+      coefficient *= kLn2 / k;
+      of[k] = T(coefficient);
+      rest *= kLn2 / k / (2 * roots);
+      if (terms == 0 && rest * kLn2 / (k + 1) / (2 * roots) < precision / 4) terms = k;
+    }
+  }
+};
+
+// exp(x) for x <= 0, to one unit in the last place of the result and half a unit in that of x;
+// below the smallest normal number exactly 0, so that a log prior of -inf decouples; NaN stays NaN.
+//
+// exp(x) = 2^n 2^(l / roots) 2^r with whole n and l, |r| <= 1 / (2 roots): the middle one from a
+// vector, where one instruction selects lanes, the last one by its series.
+template <typename T>
+CAPSULE_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
+  using Int = typename SignedOf<T>::type;
+  using Ints = Vec<Int, kLanes<T>>;
+  constexpr bool is_float = sizeof(T) == 4;
+  constexpr int roots = CAPSULE_VECTOR_BYTES >= 32 ? kLanes<T> : 1;
+  constexpr int mantissa_bits = is_float ? 23 : 52;
+  constexpr T lowest = is_float ? T(-87.3) : T(-708.3);
+  constexpr T log2_e = T(1 / kLn2);
+  // Adding 1.5 * 2^(mantissa bits) / roots rounds to a multiple of 1 / roots, n + l / roots, and
+  // leaves n roots + l in the low mantissa bits.
+  constexpr T rounder = T(3 * (Int(1) << (mantissa_bits - 1))) / roots;
+  const Vec<T> shifted = x * log2_e + rounder;
+  const Vec<T> r = x * log2_e - (shifted - rounder);
+  constexpr PowerSeries<T, roots> series(is_float ? 0x1p-23 : 0x1p-52);
+  Vec<T> power = broadcast(series.of[series.terms]);
+#pragma GCC unroll 16
+  for (int k = series.terms - 1; k > 0; --k) power = power * r + series.of[k];
+  power *= r;
+
+  // 2^(n + l / roots): n goes to the exponent of the root, which does without what l adds there.
+  static constexpr Roots<T, roots> table;
+  constexpr Int root_bits = (Int(1) << mantissa_bits) / roots;
+  Ints lane;
+  for (int l = 0; l < kLanes<T>; ++l) lane[l] = l % roots;
+  const Ints exponents = reinterpret_cast<Ints>(shifted);
+  Ints bits = reinterpret_cast<Ints>(load(table.of)) - lane * root_bits;
+  if constexpr (roots > 1)
+    bits = reinterpret_cast<Ints>(select_lanes<T>(reinterpret_cast<Vec<T>>(bits), exponents));
+  const Vec<T> scale = reinterpret_cast<Vec<T>>(bits + exponents * root_bits);
+  return x < lowest ? Vec<T>{} : scale * power + scale;
 }
 
 // Swaps the off-diagonal blocks of `stage` x `stage` in rows that lie `stage` apart.
