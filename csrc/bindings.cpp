@@ -17,6 +17,7 @@ py::dict kernel_plan(int64_t B, int64_t I, int64_t J, int64_t K, int64_t D, int6
   const auto part = capsule::make_partition(problem, kernels.lanes);
   py::dict plan;
   plan["lanes"] = part.capsule_lanes ? "capsules" : "samples";
+  plan["contracts_weight"] = part.contracts;
   plan["samples_per_block"] = part.block;
   plan["sweep_tasks"] = part.tasks();
   plan["capsules_per_chunk"] = part.chunk;

@@ -107,7 +107,7 @@ def spoil(rng: random.Random, value: Any) -> Any:
 
 
 def right_arguments(rng: random.Random, backward: bool, sizes: list[int]) -> list[Any]:
-    weight_sharing = rng.choice([1, 1, 2, 3])
+    weight_sharing = rng.choice([1, 1, 2, 3, 9])
     B, J, K, D = (rng.choice(sizes[low:]) for low in (0, 1, 1, 1))
     I, R = weight_sharing * rng.randint(1, 6), rng.randint(1, 4)
     dtype = rng.choice(DTYPES[:4])

@@ -7,7 +7,7 @@ import torch
 
 from capsule_kernels import backends
 
-from .cases import OPTIONS, SHAPES, check_case
+from .cases import OPTIONS, SHAPES, Case, check_case
 
 pytestmark = pytest.mark.skipif(
     not backends()["cpu"].usable, reason=f"cpu backend: {backends()['cpu'].reason}"
@@ -61,3 +61,40 @@ def test_options_at_every_batch_layout(case, B, instruction_set):
 @pytest.mark.parametrize("case", [SHAPES[0], SHAPES[1], *OPTIONS], ids=str)
 def test_low_precision(case, dtype):
     check_case(case, dtype, "cpu")
+
+
+# W is contracted with the states: capsules by the chunk, in several tasks, other K and D than the
+# paper's.
+SHARED = [
+    Case(B=40, I=36, J=10, weight_sharing=12),
+    Case(B=40, I=36, J=10, weight_sharing=12, R=1),
+    Case(B=40, I=36, J=10, weight_sharing=12, R=1, logits=True),
+    Case(B=33, I=150, J=3, K=6, D=10, weight_sharing=75, logits=True, bias=True, leaky=True),
+    Case(B=70, I=130, J=2, K=11, D=20, weight_sharing=130, R=2),
+    Case(B=70, I=130, K=3, weight_sharing=65, logits=True, routing_gradient="last"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_shared_weights(case, dtype, instruction_set):
+    from capsule_kernels import _C
+
+    sizes = {name: getattr(case, name) for name in ("B", "I", "J", "K", "D", "R", "weight_sharing")}
+    assert _C.kernel_plan(**sizes)["contracts_weight"]
+    check_case(case, dtype, "cpu")
+
+
+def test_weights_are_contracted_where_it_pays():
+    from capsule_kernels import _C
+
+    def contracts(**sizes: int) -> bool:
+        return _C.kernel_plan(**{"B": 128, "I": 1152, "J": 10, "K": 8, "D": 16} | sizes)[
+            "contracts_weight"
+        ]
+
+    assert not contracts()
+    assert not contracts(weight_sharing=3)
+    assert contracts(weight_sharing=4)
+    assert not contracts(weight_sharing=36, B=1)  # lanes are capsules
+    assert not contracts(weight_sharing=1152, D=1)  # products with W cost as much as u_hat

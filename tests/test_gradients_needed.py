@@ -16,11 +16,17 @@ from .targets import NEEDS_KERNELS
 
 pytestmark = NEEDS_KERNELS
 CASE = Case(B=3, I=6, logits=True, bias=True)
+SHARED = Case(B=20, I=12, weight_sharing=12, logits=True, bias=True)
 
 
 def route(inputs: dict[str, Any]) -> Tensor:
+    sharing = inputs["u"].shape[1] // inputs["weight"].shape[0]
     return fused_routing(
-        inputs["u"], inputs["weight"], logits=inputs["logits"], bias=inputs["bias"]
+        inputs["u"],
+        inputs["weight"],
+        logits=inputs["logits"],
+        bias=inputs["bias"],
+        weight_sharing=sharing,
     )
 
 
@@ -38,11 +44,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return noted
 
 
+@pytest.mark.parametrize("case", [CASE, SHARED], ids=str)
 @pytest.mark.parametrize("wanted", [w for w in product([True, False], repeat=4) if any(w)])
 def test_the_mask_is_what_requires_grad(
-    wanted: tuple[bool, ...], calls: list[tuple[Any, ...]]
+    wanted: tuple[bool, ...], case: Case, calls: list[tuple[Any, ...]]
 ) -> None:
-    inputs = make_inputs(CASE, torch.float64)
+    inputs = make_inputs(case, torch.float64)
     names = list(inputs)
     route(inputs).sum().backward()
     everything = {name: x.grad for name, x in inputs.items()}

@@ -32,20 +32,30 @@ Partition make_partition(const Problem<T>& p, index lanes) {
   part.group = part.capsule_lanes ? part.blocks : std::min(part.blocks, blocks_per_task);
   part.groups = ceil_div(part.blocks, part.group);
 
+  // Multiply-adds of forward and backward for a pair (i, j), R = 3: W contracted with the states,
+  // once for all capsules that share it, against u_hat of each. What is contracted takes more
+  // loads, so it has to save a quarter of them.
+  const index contracted = 21 * p.D * p.K / p.weight_sharing + 22 * p.K;
+  part.contracts = !part.capsule_lanes && 4 * contracted < 3 * (7 * p.D * p.K + 19 * p.D);
+
   const index unit = part.capsule_lanes ? lanes : 1;
   // Samples by the thousand are tasks enough: fewer partial sums then.
   const index slots = std::min(
       {most_slots, ceil_div(sweep_tasks, part.groups), ceil_div(p.I, std::max(unit, index(8)))});
   part.slot_capsules = ceil_div(ceil_div(p.I, slots), unit) * unit;
   part.slots = ceil_div(p.I, part.slot_capsules);
-  part.chunk = std::clamp(weight_bytes / bytes, index(1), part.slot_capsules);
+  // Where W is contracted it is used once a chunk: as many capsules as it has, while their u is
+  // small.
+  const index shared_chunk = std::min(p.weight_sharing, index(64));
+  part.chunk = std::clamp(part.contracts ? std::max(shared_chunk, index(16)) : weight_bytes / bytes,
+                          index(1), part.slot_capsules);
 
   // At least so many capsules that they share what the last sweep reads of V and ds.
   part.final_chunk = part.capsule_lanes
                          ? lanes
                          : std::clamp(final_weight_bytes / bytes, std::min(index(4), p.I), p.I);
   if (p.weight_sharing > 1) {
-    part.final_chunk = std::min(part.final_chunk, p.weight_sharing);
+    part.final_chunk = part.contracts ? shared_chunk : std::min(part.final_chunk, p.weight_sharing);
     part.splits = std::clamp(ceil_div(final_tasks, p.I / p.weight_sharing), index(1),
                              ceil_div(p.weight_sharing, unit));
     // No split may be empty: its rows of dW would stay unwritten.

@@ -1,6 +1,7 @@
 // The kernel table of one instruction set. Compiled once for each, see setup.py.
 #include "capsule_lanes.h"
 #include "sample_final.h"
+#include "sample_shared.h"
 #include "sample_sweep.h"
 #include "squash.h"
 
@@ -13,6 +14,9 @@ size_t scratch_size(const Problem<T>& p, const Partition& part) {
   if (part.capsule_lanes)
     return larger(
         squash, larger(CapsuleLanes<T>::sweep_scratch(p, part), CapsuleLanes<T>::final_scratch(p)));
+  if (part.contracts)
+    return larger(squash, larger(SampleShared<T, 2>::sweep_scratch(p, part.chunk),
+                                 SampleShared<T, 2>::final_scratch(p, part.final_chunk)));
   return larger(squash, larger(SampleSweep<T, 2>::sweep_scratch(p, part.chunk),
                                SampleFinal<T, 2>::final_scratch(p, part.final_chunk)));
 }
@@ -49,7 +53,12 @@ void routing_sweep(const Problem<T>& p, const Partition& part, const Sweep<T>& s
       const bool last = b + part.block >= b1;
       const index next_b = last ? b0 : b + part.block, next_i0 = last ? i1 : i0;
       T* out = partial + b * N;
-      if (is_wide<T>(part, b))
+      if (part.contracts) {
+        is_wide<T>(part, b) ? SampleShared<T, 2>::template sweep_part<is_backward>(p, sweep, b, i0,
+                                                                                   i1, out, scratch)
+                            : SampleShared<T, 1>::template sweep_part<is_backward>(
+                                  p, sweep, b, i0, i1, out, scratch);
+      } else if (is_wide<T>(part, b))
         SampleSweep<T, 2>::template sweep_part<is_backward>(p, sweep, {b, i0, i1, next_b, next_i0},
                                                             out, scratch);
       else
@@ -57,6 +66,38 @@ void routing_sweep(const Problem<T>& p, const Partition& part, const Sweep<T>& s
                                                             out, scratch);
     }
   }
+}
+
+// grad_logits of the capsules [i0, i1) from their sums [capsules][J][lanes].
+template <typename T>
+void write_prior_gradients(const Problem<T>& p, const FinalSweep<T>& sweep, index i0, index i1,
+                           const T* dlogits) {
+  if (!sweep.grad_logits) return;
+  for (index x = 0; x < (i1 - i0) * p.J; ++x)
+    sweep.grad_logits[i0 * p.J + x] = sum_lanes<T>(load(dlogits + x * kLanes<T>));
+}
+
+// The input capsules [begin, end) of one weight, all samples.
+template <typename T>
+void final_shared(const Problem<T>& p, const Partition& part, const FinalSweep<T>& sweep,
+                  index begin, index end, T* grad_weight, T* scratch) {
+  const typename SampleShared<T, 2>::Final wide(p, part.final_chunk, scratch);
+  const typename SampleShared<T, 1>::Final narrow(p, part.final_chunk, scratch);
+  for (T* x = wide.dW; x < wide.dlogits; ++x) *x = 0;
+  for (index i0 = begin; i0 < end; i0 += part.final_chunk) {
+    const index i1 = i0 + part.final_chunk < end ? i0 + part.final_chunk : end;
+    for (T* x = wide.dlogits; x < wide.packed; ++x) *x = 0;
+    for (index b = 0; b < part.padded; b += part.block) {
+      auto run = [&](auto block, const auto& scratch) {
+        using Shared = decltype(block);
+        p.K == 8 ? Shared::template final_block<8>(p, sweep, b, i0, i1, scratch)
+                 : Shared::template final_block<0>(p, sweep, b, i0, i1, scratch);
+      };
+      is_wide<T>(part, b) ? run(SampleShared<T, 2>{}, wide) : run(SampleShared<T, 1>{}, narrow);
+    }
+    write_prior_gradients(p, sweep, i0, i1, wide.dlogits);
+  }
+  if (grad_weight) SampleShared<T, 2>::write_weights(wide.dW, p.N() * p.K, grad_weight);
 }
 
 template <typename T>
@@ -84,6 +125,11 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
     return;
   }
 
+  if (part.contracts) {
+    final_shared(p, part, sweep, begin, end, grad_weight, scratch);
+    return;
+  }
+
   const bool paper_sizes = K == 8 && p.D == 16;  // loops of constant length, unrolled
   // A capsule's own dW is made in registers from block to block and leaves them finished, where its
   // rows fill a vector. What capsules share is summed in scratch.
@@ -103,11 +149,7 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
       };
       is_wide<T>(part, b) ? run(SampleFinal<T, 2>{}, wide) : run(SampleFinal<T, 1>{}, narrow);
     }
-    if (sweep.grad_logits)
-      for (index i = i0; i < i1; ++i)
-        for (index j = 0; j < p.J; ++j)
-          sweep.grad_logits[i * p.J + j] =
-              sum_lanes<T>(load(wide.dlogits + ((i - i0) * p.J + j) * kLanes<T>));
+    write_prior_gradients(p, sweep, i0, i1, wide.dlogits);
     if (last && dW && !directly)
       SampleFinal<T, 2>::write_weights(wide.dW, K, owns ? (i1 - i0) * N : N, dW);
   };

@@ -51,6 +51,7 @@ CAPSULE_SHARED bool too_few_for_lanes(index B, index lanes) { return B <= lanes 
 
 struct Partition {
   bool capsule_lanes;
+  bool contracts;       // W with the states, once for all capsules that share it (sample_shared.h)
   index lanes;          // of one vector
   index block;          // samples in a full block: 2 * lanes, or 1 with capsule lanes
   index blocks;         // in the batch; the last may hold `lanes` samples only

@@ -5,6 +5,7 @@
 
 #include "routing.h"
 #include "rows.h"
+#include "softmax.h"
 
 namespace capsule::CAPSULE_ISA {
 
@@ -62,6 +63,45 @@ struct SampleBlock {
         for (int q = 0; q < vectors; ++q) acc[m][q] += weight * x[q];
       }
     }
+  }
+
+  // out[k] += sum over n of W[n][k] x[n]
+  template <int fixed_K>
+  static CAPSULE_INLINE void add_transposed(const T* W, index N, index K_, const T* x, T* out) {
+    const index K = fixed_K ? fixed_K : K_;
+    for_tiles<tile>(K, [&](auto size, index k) {
+      constexpr int n = size;
+      Tile<n> acc;
+      load_tile<n>(out + k * width, acc);
+      for (index o = 0; o < N; ++o) {
+        V of_n[vectors];
+#pragma GCC unroll 16
+        for (int q = 0; q < vectors; ++q) of_n[q] = load(x + o * width + q * lanes);
+#pragma GCC unroll 16
+        for (int m = 0; m < n; ++m) {
+          const V weight = broadcast(W[o * K + k + m]);
+#pragma GCC unroll 16
+          for (int q = 0; q < vectors; ++q) acc[m][q] += weight * of_n[q];
+        }
+      }
+      store_tile<n>(acc, out + k * width);
+    });
+  }
+
+  // c[J][width] of the first iteration, the prior's for every sample; `scratch` holds J (lanes + 1)
+  // elements.
+  static CAPSULE_INLINE void broadcast_prior(const Problem<T>& p, const T* prior, T* c,
+                                             T* scratch) {
+    prior_softmax(scratch, p.J, prior, p.leaky, scratch + p.J);
+    for (index j = 0; j < p.J; ++j)
+      for (index q = 0; q < width; q += lanes) store(c + j * width + q, broadcast(scratch[j]));
+  }
+
+  static void write_coupling(const Problem<T>& p, const T* c, index first_sample, index i,
+                             T* coupling) {
+    for (index b = first_sample; b < p.B && b < first_sample + width; ++b)
+      for (index j = 0; j < p.J; ++j)
+        coupling[(b * p.I + i) * p.J + j] = c[j * width + b - first_sample];
   }
 
   // packed[(i, k)][width] from the rows of `count` capsules; lanes past the batch repeat its last

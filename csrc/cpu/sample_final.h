@@ -3,7 +3,6 @@
 #pragma once
 
 #include "sample_block.h"
-#include "softmax.h"
 
 namespace capsule::CAPSULE_ISA {
 
@@ -173,8 +172,8 @@ struct SampleFinal : SampleBlock<T, vectors> {
           const index x = first + c;
           const T* du_hat_c = du_hat + c * D * width;
           if (sweep.grad_u)
-            input_gradient<fixed_K>(p.weight + (p.row(i0 + x) * N + j * D) * K, D, K, du_hat_c,
-                                    scratch.du + x * K * width);
+            Block::template add_transposed<fixed_K>(p.weight + (p.row(i0 + x) * N + j * D) * K, D,
+                                                    K, du_hat_c, scratch.du + x * K * width);
           if (sweep.grad_weight) {
             const index row = (p.weight_sharing == 1 ? x * N : 0) + j * D;
             T* out = part.finished_dW ? part.finished_dW + row * K : nullptr;
@@ -229,34 +228,36 @@ struct SampleFinal : SampleBlock<T, vectors> {
           dots<n, capsules>(sources, scratch.u_hat, D * width, D, out, R * J * width);
         });
       });
-    for (index x = 0; x < count; ++x) {
-      const T* prior = p.logits ? p.logits + (i0 + x) * J : nullptr;
-      for (index t = sweep.first_coupled(R); t <= R; ++t) {
-        T* c = scratch.c + (x * R + t - 1) * J * width;
-        T* dl = scratch.dl + (x * R + t - 1) * J * width;
-        if (t == 1) {
-          T* scalars = scratch.u_hat;  // free again; [J] and [J][lanes]
-          prior_softmax(scalars, J, prior, p.leaky, scalars + J);
-          for (index j = 0; j < J; ++j)
-            for (index q = 0; q < width; q += lanes)
-              store(c + j * width + q, broadcast(scalars[j]));
-        }
+    for (index x = 0; x < count; ++x)
+      couple(p, sweep, i0 + x, scratch.c + x * R * J * width, scratch.dl + x * R * J * width,
+             scratch.dlogits + x * J * lanes, scratch.u_hat);  // free again
+  }
+
+  // Logits and dc of one capsule, c and dl [R][J][width], become couplings and their gradients;
+  // `scratch` holds J (lanes + 1) elements.
+  static CAPSULE_INLINE void couple(const Problem<T>& p, const FinalSweep<T>& sweep, index i,
+                                    T* all_c, T* all_dl, T* dlogits, T* scratch) {
+    const index J = p.J;
+    const T* prior = p.logits ? p.logits + i * J : nullptr;
+    for (index t = sweep.first_coupled(p.R); t <= p.R; ++t) {
+      T* c = all_c + (t - 1) * J * width;
+      T* dl = all_dl + (t - 1) * J * width;
+      if (t == 1) Block::broadcast_prior(p, prior, c, scratch);
 #pragma GCC unroll 2
-        for (int q = 0; q < width; q += lanes) {
-          if (!sweep.needs_dl(t)) {
-            if (t > 1) softmax(c + q, J, width, prior, p.leaky);
-            continue;
-          }
-          if (t > 1)
-            softmax_and_gradient<true>(c + q, dl + q, J, width, prior, p.leaky);
-          else
-            softmax_gradient(c + q, dl + q, J, width);
-          if (sweep.grad_logits)
-            for (index j = 0; j < J; ++j) {
-              T* sum = scratch.dlogits + (x * J + j) * lanes;
-              store(sum, load(sum) + load(dl + q + j * width));
-            }
+      for (int q = 0; q < width; q += lanes) {
+        if (!sweep.needs_dl(t)) {
+          if (t > 1) softmax(c + q, J, width, prior, p.leaky);
+          continue;
         }
+        if (t > 1)
+          softmax_and_gradient<true>(c + q, dl + q, J, width, prior, p.leaky);
+        else
+          softmax_gradient(c + q, dl + q, J, width);
+        if (sweep.grad_logits)
+          for (index j = 0; j < J; ++j) {
+            T* sum = dlogits + j * lanes;
+            store(sum, load(sum) + load(dl + q + j * width));
+          }
       }
     }
   }
@@ -289,29 +290,6 @@ struct SampleFinal : SampleBlock<T, vectors> {
         for (int c = 0; c < capsules; ++c) store(out + c * out_stride + o, acc[c]);
       }
     }
-  }
-
-  // du[k] += sum over n of W[n][k] du_hat[n]
-  template <int fixed_K>
-  static CAPSULE_INLINE void input_gradient(const T* W, index N, index K_, const T* du_hat, T* du) {
-    const index K = fixed_K ? fixed_K : K_;
-    for_tiles<tile>(K, [&](auto size, index k) {
-      constexpr int n = size;
-      Tile<n> acc;
-      Block::template load_tile<n>(du + k * width, acc);
-      for (index o = 0; o < N; ++o) {
-        V x[vectors];
-#pragma GCC unroll 16
-        for (int q = 0; q < vectors; ++q) x[q] = load(du_hat + o * width + q * lanes);
-#pragma GCC unroll 16
-        for (int m = 0; m < n; ++m) {
-          const V weight = broadcast(W[o * K + k + m]);
-#pragma GCC unroll 16
-          for (int q = 0; q < vectors; ++q) acc[m][q] += weight * x[q];
-        }
-      }
-      Block::template store_tile<n>(acc, du + k * width);
-    });
   }
 
   // dW[n] += sum_b du_hat[n][b] u[b], from 0 if it `begins`, and to `out` if that is not null;

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "sample_block.h"
-#include "softmax.h"
 
 namespace capsule::CAPSULE_ISA {
 
@@ -148,7 +147,7 @@ struct SampleSweep : SampleBlock<T, vectors> {
             softmax(c + o, J, width, prior, p.leaky);
         }
         if (sweep.coupling)
-          write_coupling(p, c + x * J * width, first_sample, i + x, sweep.coupling);
+          Block::write_coupling(p, c + x * J * width, first_sample, i + x, sweep.coupling);
       }
       before = count;
     }
@@ -192,13 +191,6 @@ struct SampleSweep : SampleBlock<T, vectors> {
   static CAPSULE_INLINE index capsules_at_once(const Problem<T>& p) {
     const index fit = (12 << 10) / (p.D * 2 * lanes * index(sizeof(T)));
     return fit < 1 ? 1 : fit > 16 ? 16 : fit;
-  }
-
-  static void write_coupling(const Problem<T>& p, const T* c, index first_sample, index i,
-                             T* coupling) {
-    for (index b = first_sample; b < p.B && b < first_sample + width; ++b)
-      for (index j = 0; j < p.J; ++j)
-        coupling[(b * p.I + i) * p.J + j] = c[j * width + b - first_sample];
   }
 
   static index sweep_scratch(const Problem<T>& p, index chunk) {

@@ -137,28 +137,28 @@ struct Roots {
   }
 };
 
-// The Taylor series of 2^r - 1, up to the term behind which less than a quarter of `precision` is
-// missing for |r| <= 1 / (2 roots).
+// The Taylor series of exp(r), up to the term behind which less than a quarter of `precision` is
+// missing for |r| <= ln 2 / (2 roots).
 template <typename T, int roots>
-struct PowerSeries {
+struct ExponentialSeries {
   T of[16];
   int terms;
-  constexpr PowerSeries(double precision) : of{}, terms(0) {
+  constexpr ExponentialSeries(double precision) : of{1}, terms(0) {
     long double coefficient = 1, rest = 1;
     for (int k = 1; k < 16; ++k) {
-      coefficient *= kLn2 / k;
+      coefficient /= k;
       of[k] = T(coefficient);
-      rest *= kLn2 / k / (2 * roots);
-      if (terms == 0 && rest * kLn2 / (k + 1) / (2 * roots) < precision / 4) terms = k;
+      rest *= kLn2 / (2 * roots) / k;
+      if (terms == 0 && rest * kLn2 / (2 * roots) / (k + 1) < precision / 4) terms = k;
     }
   }
 };
 
-// exp(x) for x <= 0, to one unit in the last place of the result and half a unit in that of x;
-// below the smallest normal number exactly 0, so that a log prior of -inf decouples; NaN stays NaN.
+// exp(x) for x <= 0, to about one unit in the last place; below the smallest normal number exactly
+// 0, so that a log prior of -inf decouples; NaN stays NaN.
 //
-// exp(x) = 2^n 2^(l / roots) 2^r with whole n and l, |r| <= 1 / (2 roots): the middle one from a
-// vector, where one instruction selects lanes, the last one by its series.
+// exp(x) = 2^n 2^(l / roots) exp(r) with whole n and l, |r| <= ln 2 / (2 roots): the middle one
+// from a vector, where one instruction selects lanes, the last one by its series.
 template <typename T>
 CAPSULE_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   using Int = typename SignedOf<T>::type;
@@ -168,12 +168,16 @@ CAPSULE_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   constexpr int mantissa_bits = is_float ? 23 : 52;
   constexpr T lowest = is_float ? T(-87.3) : T(-708.3);
   constexpr T log2_e = T(1 / kLn2);
+  // ln 2 in two parts; products of the first with whole n are exact where they are rounded.
+  constexpr T ln2_high = is_float ? T(0.693145751953125) : T(0.69314718036912381649);
+  constexpr T ln2_low = T(kLn2 - ln2_high);
   // Adding 1.5 * 2^(mantissa bits) / roots rounds to a multiple of 1 / roots, n + l / roots, and
   // leaves n roots + l in the low mantissa bits.
   constexpr T rounder = T(3 * (Int(1) << (mantissa_bits - 1))) / roots;
   const Vec<T> shifted = x * log2_e + rounder;
-  const Vec<T> r = x * log2_e - (shifted - rounder);
-  constexpr PowerSeries<T, roots> series(is_float ? 0x1p-23 : 0x1p-52);
+  const Vec<T> rounded = shifted - rounder;
+  const Vec<T> r = (x - rounded * ln2_high) - rounded * ln2_low;
+  constexpr ExponentialSeries<T, roots> series(is_float ? 0x1p-23 : 0x1p-52);
   Vec<T> power = broadcast(series.of[series.terms]);
 #pragma GCC unroll 16
   for (int k = series.terms - 1; k > 0; --k) power = power * r + series.of[k];
