@@ -17,7 +17,7 @@ from capsule_kernels import backends, fused_routing
 from .shapes import GIB, Inputs, Shape
 
 Routing = Callable[[Tensor, Tensor, int], Tensor]
-"""u [B, I, K], weight [I, J, D, K], num_iterations -> v [B, J, D]."""
+"""u [B, I, K], weight [I // weight_sharing, J, D, K], num_iterations -> v [B, J, D]."""
 
 
 def squash(s: Tensor) -> Tensor:
@@ -26,9 +26,17 @@ def squash(s: Tensor) -> Tensor:
     return s * (squared_length.sqrt() / (1 + squared_length))
 
 
+def predictions(u: Tensor, weight: Tensor) -> Tensor:
+    """u_hat [B, I, J, D] by one einsum, whether capsules share weights or not."""
+    if weight.shape[0] == u.shape[1]:
+        return torch.einsum("ijdk,bik->bijd", weight, u)
+    by_weight = u.unflatten(1, (weight.shape[0], -1))
+    return torch.einsum("wjdk,bwmk->bwmjd", weight, by_weight).flatten(1, 2)
+
+
 def einsum_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
     """A clean einsum implementation: u_hat, s and the agreement by ``torch.einsum``."""
-    u_hat = torch.einsum("ijdk,bik->bijd", weight, u)
+    u_hat = predictions(u, weight)
     b = u_hat.new_zeros(u_hat.shape[:3])
     for _ in range(num_iterations - 1):
         v = squash(torch.einsum("bij,bijd->bjd", b.softmax(-1), u_hat))
@@ -38,7 +46,7 @@ def einsum_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
 
 def multiply_sum_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
     """s and the agreement by a broadcast product and a sum, which compilers fuse best."""
-    u_hat = torch.einsum("ijdk,bik->bijd", weight, u)
+    u_hat = predictions(u, weight)
     b = u_hat.new_zeros(u_hat.shape[:3])
     for _ in range(num_iterations - 1):
         v = squash((b.softmax(-1)[..., None] * u_hat).sum(1))
@@ -50,7 +58,8 @@ def tiled_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
     """The form popular repositories use: W and u tiled over batch and capsules, then ``matmul``."""
     B, I, _ = u.shape
     J = weight.shape[1]
-    W_tiled = weight[None].repeat(B, 1, 1, 1, 1)  # [B, I, J, D, K]
+    W = weight.repeat_interleave(I // weight.shape[0], 0)
+    W_tiled = W[None].repeat(B, 1, 1, 1, 1)  # [B, I, J, D, K]
     u_tiled = u[:, :, None, :, None].repeat(1, 1, J, 1, 1)  # [B, I, J, K, 1]
     u_hat = (W_tiled @ u_tiled).squeeze(-1)
     b = u_hat.new_zeros(B, I, J)
@@ -91,7 +100,9 @@ def reason_it_does_not_fit(needed: float, device: str) -> str | None:
 
 
 def fused(backend: str) -> Routing:
-    return lambda u, weight, R: fused_routing(u, weight, R, backend=backend)
+    return lambda u, weight, R: fused_routing(
+        u, weight, R, weight_sharing=u.shape[1] // weight.shape[0], backend=backend
+    )
 
 
 def compiled(routing: Routing, mode: str) -> Routing:
@@ -160,7 +171,7 @@ def chosen_peers(options: argparse.Namespace) -> list[Implementation]:
 
 
 def oracle(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
-    return fused_routing(u, weight, num_iterations, backend="reference")
+    return fused("reference")(u, weight, num_iterations)
 
 
 def check_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], R: int) -> None:

@@ -29,7 +29,7 @@ from .aot_rows import TARGETS
 from .options import default_device, positive, reason_against_device
 from .peers import BACKENDS
 from .records import Record
-from .shapes import MNIST
+from .shapes import MNIST, SHARED
 from .sources import NETWORK, ROOT, digest
 from .steps import Step, run_together
 
@@ -88,6 +88,7 @@ def steps(
             Step("tests", [*PYTEST, "-q", "tests/test_cpu.py", "tests/test_reference.py"], 10),
             bench("goals", 12),
             bench("routing", 10, "--shape", "MNIST", *plots),
+            bench("routing-shared", 2, "--shape", SHARED.name, command="routing"),
             bench("memory", 5, *plots),
             bench("scaling", 4),
             bench("accuracy", 2),

@@ -21,7 +21,7 @@ from .peers import (
     reason_it_does_not_fit,
 )
 from .records import CannotRunError, Record, reason_of
-from .shapes import MNIST, SHAPES, Inputs, Shape, make_inputs
+from .shapes import MNIST, SHAPES, SHARED, Inputs, Shape, make_inputs
 from .timing import Timing, interleave, make_timer
 
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
@@ -122,6 +122,7 @@ def measure_routing(
                 "J": shape.J,
                 "K": shape.K,
                 "D": shape.D,
+                "weight_sharing": shape.weight_sharing,
                 "R": settings.R,
                 "dtype": str(settings.dtype).removeprefix("torch."),
                 "precision": settings.precision,
@@ -164,6 +165,7 @@ def time_pass(
 
 BATCHES = (1, 4, 16, 64, 128, 512, 2048)
 QUICK_BATCHES = (1, 16, 128)
+EVERY_SHAPE = (*SHAPES, SHARED)
 FEW_BATCHES = (32, 128)
 """For the shapes other than MNIST, whose peers take seconds a call on a CPU."""
 LARGEST_PEER_BATCH = {"cpu": 512, "cuda": 2048}
@@ -174,9 +176,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         action="append",
-        choices=[shape.name for shape in SHAPES],
+        choices=[shape.name for shape in EVERY_SHAPE],
         metavar="NAME",
-        help="only this shape (repeatable): " + ", ".join(shape.name for shape in SHAPES),
+        help="only this shape (repeatable): " + ", ".join(shape.name for shape in EVERY_SHAPE),
     )
     parser.add_argument(
         "--batch",
@@ -196,9 +198,9 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
     settings = replace(settings, dtype=getattr(torch, options.dtype))
     fused, others = ours(settings.device), chosen_peers(options)
     if options.shape:
-        shapes = [shape for shape in SHAPES if shape.name in options.shape]
+        shapes = [shape for shape in EVERY_SHAPE if shape.name in options.shape]
     else:
-        shapes = [MNIST] if options.quick else list(SHAPES)
+        shapes = [MNIST] if options.quick else list(EVERY_SHAPE)
     for shape in shapes:
         batches = QUICK_BATCHES if options.quick else BATCHES if shape == MNIST else FEW_BATCHES
         for B in options.batch or batches:

@@ -10,25 +10,40 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a routing layer: I input capsules [K], J output capsules [D]."""
+    """Sizes of a routing layer: I input capsules [K], J output capsules [D].
+
+    Operations are those of the form that takes the fewest: predictions of every capsule, or, where
+    ``weight_sharing`` capsules share a weight, products of the weight with the states
+    (docs/kernels-cpu.md counts both).
+    """
 
     name: str
     I: int
     J: int
     K: int = 8
     D: int = 16
+    weight_sharing: int = 1
+
+    @property
+    def weights(self) -> int:
+        return self.I // self.weight_sharing
 
     def forward_operations(self, B: int, R: int = 3) -> int:
         """Floating-point operations of the fused forward, two a multiply-add."""
-        N = self.J * self.D
-        return 2 * B * self.I * (R * N * self.K + 2 * (R - 1) * N)
+        N, K = self.J * self.D, self.K
+        predicting = self.I * (R * N * K + 2 * (R - 1) * N)
+        contracting = self.weights * (2 * R - 1) * N * K + self.I * K * (1 + 2 * (R - 1) * self.J)
+        return 2 * B * min(predicting, contracting)
 
     def backward_operations(self, B: int, R: int = 3) -> int:
         """Floating-point operations of the fused backward through all iterations."""
-        N = self.J * self.D
-        sweeps = (R - 1) * (N * self.K + 3 * N)
-        last_sweep = 3 * N * self.K + (4 * R - 3) * N
-        return 2 * B * self.I * (sweeps + last_sweep)
+        N, K = self.J * self.D, self.K
+        sweeps = (R - 1) * (N * K + 3 * N)
+        last_sweep = 3 * N * K + (4 * R - 3) * N
+        contracted_sweeps = (R - 1) * (self.weights * 3 * N * K + self.I * 3 * K * self.J)
+        contracted_last = self.weights * (4 * R - 2) * N * K
+        contracted_last += self.I * K * (1 + 6 * (R - 1) * self.J)
+        return 2 * B * min(self.I * (sweeps + last_sweep), contracted_sweeps + contracted_last)
 
     def operations(self, B: int, R: int, backward: bool) -> int:
         """Floating-point operations of a forward, or of forward and backward together."""
@@ -36,7 +51,7 @@ class Shape:
 
     def bytes(self, B: int, backward: bool, itemsize: int = 4) -> int:
         """Bytes that must cross the memory bus at least once: inputs, outputs, gradients."""
-        inputs = B * self.I * self.K + self.I * self.J * self.D * self.K
+        inputs = B * self.I * self.K + self.weights * self.J * self.D * self.K
         outputs = B * self.J * self.D
         return itemsize * (inputs + outputs + backward * (2 * inputs + outputs))
 
@@ -57,11 +72,13 @@ SHAPES = (
     MANY_CLASSES,
 )
 """Routing layers of the paper's networks, and the one of a published out-of-memory report."""
+SHARED = Shape("MNIST, a weight a type", 1152, 10, weight_sharing=36)
+"""The 36 capsules of each of the 32 types share a weight, as many networks have it."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves u [B, I, K] and weight [I, J, D, K], and the gradient of v [B, J, D]."""
+    """Leaves u [B, I, K] and weight [I // weight_sharing, J, D, K], and the gradient of v."""
 
     u: Tensor
     weight: Tensor
@@ -79,6 +96,6 @@ def make_inputs(
 
     return Inputs(
         (normal(B, shape.I, shape.K) * shape.K**-0.5).requires_grad_(),
-        (normal(shape.I, shape.J, shape.D, shape.K) * 0.1).requires_grad_(),
+        (normal(shape.weights, shape.J, shape.D, shape.K) * 0.1).requires_grad_(),
         normal(B, shape.J, shape.D),
     )

@@ -59,6 +59,7 @@ VIEWS = {
     "routing": View("goals", tables.summary_table, "routing"),
     "peers": View("goals", tables.routing_table, "routing", (("case", "MNIST"), ("B", 128))),
     "batches": View("routing", tables.summary_table, "routing", (("case", "MNIST"),)),
+    "shared": View("routing-shared", tables.summary_table, "routing"),
     "batches-tf32": View("routing-tf32", tables.summary_table, "routing"),
     "batches-bfloat16": View("routing-bfloat16", tables.summary_table, "routing"),
     "memory": View("memory", tables.memory_table, "memory"),

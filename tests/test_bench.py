@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic: counts, medians, goals, exponents, tables, memory."""
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from bench.peers import (
 )
 from bench.records import select
 from bench.routing import Settings, measure_routing
-from bench.shapes import MNIST, SHAPES, Shape, make_inputs
+from bench.shapes import MNIST, SHAPES, SHARED, Shape, make_inputs
 from bench.timing import CpuTimer, Timing, interleave
 
 SMALL = Shape("small", 12, 3, K=4, D=5)
@@ -54,10 +55,20 @@ def test_operations_are_those_of_the_paper_account():
     assert {s.name: s.prediction_bytes(128) // 2**20 for s in SHAPES}["many classes"] == 5929
 
 
+def test_operations_with_shared_weights_are_those_of_contracted_ones():
+    """32 weights: 160 * 8 multiply-adds for each product with a state, and 8 for each pair (i, j)."""
+    products, pairs = 32 * 1280, 1152 * 8
+    assert SHARED.forward_operations(128) == 2 * 128 * (5 * products + pairs + 4 * 10 * pairs)
+    backward = (6 + 10) * products + pairs + (6 + 12) * 10 * pairs
+    assert SHARED.backward_operations(1) == 2 * backward
+    assert replace(SHARED, weight_sharing=1).operations(1, 3, True) == MNIST.operations(1, 3, True)
+
+
+@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, weight_sharing=2)], ids=["own", "shared"])
 @pytest.mark.parametrize("name", EAGER)
 @pytest.mark.parametrize("R", [1, 3])
-def test_eager_peers_equal_the_oracle(name, R):
-    inputs = make_inputs(SMALL, 6, "cpu")
+def test_eager_peers_equal_the_oracle(name, R, shape):
+    inputs = make_inputs(shape, 6, "cpu")
     expected = outputs_and_gradients(oracle, inputs, R)
     check_equal(outputs_and_gradients(EAGER[name][0], inputs, R), expected, R)
 
