@@ -163,7 +163,7 @@ def time_pass(
     return timings, operations / timings.pop(PRODUCT).median
 
 
-BATCHES = (1, 4, 16, 64, 128, 512, 2048)
+BATCHES = (1, 4, 8, 16, 64, 128, 512, 2048)
 QUICK_BATCHES = (1, 16, 128)
 EVERY_SHAPE = (*SHAPES, SHARED)
 FEW_BATCHES = (32, 128)

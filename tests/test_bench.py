@@ -56,7 +56,7 @@ def test_operations_are_those_of_the_paper_account():
 
 
 def test_operations_with_shared_weights_are_those_of_contracted_ones():
-    """32 weights: 160 * 8 multiply-adds for each product with a state, and 8 for each pair (i, j)."""
+    """32 weights: 160 * 8 multiply-adds a product with a state, and 8 for each pair (i, j)."""
     products, pairs = 32 * 1280, 1152 * 8
     assert SHARED.forward_operations(128) == 2 * 128 * (5 * products + pairs + 4 * 10 * pairs)
     backward = (6 + 10) * products + pairs + (6 + 12) * 10 * pairs

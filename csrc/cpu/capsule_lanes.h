@@ -1,7 +1,7 @@
 // Kernels for batches too small to fill a vector with samples: lanes are consecutive input
 // capsules, one sample at a time. Weights are transposed on the way through the first-level cache.
 //
-// The predictions of a sample or two, smaller than the weights, may be held in the caches from
+// The predictions of a few samples, smaller than the weights, may be held in the caches from
 // sweep to sweep: the first one computes them, the others only read them (make_partition in
 // driver.h).
 //

@@ -18,8 +18,8 @@ template <typename T>
 Partition make_partition(const Problem<T>& p, index lanes) {
   // First-level and second-level cache sizes that every processor of the last ten years has.
   constexpr index weight_bytes = 128 << 10, final_weight_bytes = 64 << 10;
-  // Two second-level caches: what is held of u_hat must fit, and pay.
-  constexpr index held_bytes = 2 << 20;
+  // A share of the last-level cache: what is held of u_hat must fit, and pay.
+  constexpr index held_bytes = 4 << 20;
   constexpr index most_slots = 16, blocks_per_task = 4, sweep_tasks = 128, final_tasks = 32;
   const index bytes = p.N() * p.K * index(sizeof(T));
 
@@ -71,7 +71,7 @@ Partition make_partition(const Problem<T>& p, index lanes) {
     }
   }
 
-  // The predictions of a sample or two are smaller than the weights they come from. Where they fit
+  // The predictions of a few samples are smaller than the weights they come from. Where they fit
   // into the caches they stay there from sweep to sweep, and the weights are read once.
   const index predictions = ceil_div(p.I, lanes) * lanes * p.B * p.N();
   const bool pays =
