@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from capsule_kernels import backends
+from capsule_kernels import backends, fused_routing
 
 from .cases import OPTIONS, SHAPES, Case, check_case
 
@@ -98,3 +99,19 @@ def test_weights_are_contracted_where_it_pays():
     assert contracts(weight_sharing=4)
     assert not contracts(weight_sharing=36, B=1)  # lanes are capsules
     assert not contracts(weight_sharing=1152, D=1)  # products with W cost as much as u_hat
+
+
+@pytest.mark.parametrize("B", [3, 20])
+@pytest.mark.parametrize(("dtype", "lowest"), [(torch.float32, -80), (torch.float64, -600)])
+def test_small_couplings_are_exact_too(dtype, lowest, B, instruction_set):
+    """Relative to themselves, however small: softmax of priors whose largest is 0, as u is 0."""
+    generator = torch.Generator().manual_seed(0)
+    logits = lowest * torch.rand(64, 8, generator=generator, dtype=dtype)
+    logits[:, 0] = 0
+    logits[0, 1] = -torch.inf
+    u, weight = torch.zeros(B, 64, 4, dtype=dtype), torch.ones(64, 8, 3, 4, dtype=dtype)
+    _, c = fused_routing(u, weight, 2, logits=logits, return_coupling=True, backend="cpu")
+    exponentials = np.exp(logits.numpy().astype(np.longdouble))
+    expected = exponentials / exponentials.sum(-1, keepdims=True)
+    errors = np.abs(c.numpy() - expected)
+    assert (errors <= 3 * torch.finfo(dtype).eps * expected).all()

@@ -143,9 +143,11 @@ struct SampleFinal : SampleBlock<T, vectors> {
         pack_rows<fixed_K, samples>(p, first_sample, valid, i0, i1 - i0, scratch.rows,
                                     scratch.gathered);
       });
-    // W of the chunk, from far away, which is wanted a row of each capsule at a time.
-    if (first_sample == 0 && p.weight_sharing == 1)
-      Block::prefetch(p.weight + i0 * N * K, (i1 - i0) * N * K);
+    // W of the chunk, from far away, is wanted a row of each capsule at a time; asked for at once
+    // where the second-level cache takes it.
+    const index weights = (i1 - i0) * N * K;
+    if (first_sample == 0 && p.weight_sharing == 1 && weights * index(sizeof(T)) <= 128 << 10)
+      Block::prefetch(p.weight + i0 * N * K, weights);
     couplings<fixed_K, fixed_D>(p, sweep, first_sample, i0, i1 - i0, scratch);
     for (index x = 0; x < (i1 - i0) * K * width; ++x) scratch.du[x] = 0;
     for (index j = 0; j < p.J; ++j)
