@@ -34,7 +34,10 @@ KERNELS = {
     "routing_forward_kernel": "ForwardArguments, ForwardPlan",
     "routing_backward_states_kernel": "BackwardArguments, BackwardPlan",
     "routing_backward_gradients_kernel": "BackwardArguments, BackwardPlan",
+    "routing_backward_outputs_kernel": "BackwardArguments, BackwardPlan",
 }
+GRADIENTS, OUTPUTS = list(KERNELS)[2:]
+"""The last sweep, and the same by output capsules, which large batches take."""
 
 PLANNER = """
 #include <cstdio>
@@ -45,10 +48,16 @@ int main(int, char** a) {
   const auto n = [&](int i) { return std::atoi(a[i]); };
   const Shape shape{n(1), n(2), n(3), n(4), n(5), n(6), 1};
   const bool fits = tile_fits_registers(shape.J, shape.D);
-  const BackwardPlan plan = fits ? plan_backward(shape, n(7), {n(8), n(9)}) : BackwardPlan();
+  const Device device{n(8), n(9)};
+  const BackwardPlan plan =
+      fits ? plan_backward(shape, n(7), device, /*plain=*/false) : BackwardPlan();
+  Shape large = shape;
+  large.B = 1 << 20;
+  const OutputPlan outputs = plan_outputs(large, n(7), device);
   const TileChoice tile = choose_tile(shape);
-  std::printf("%d %d %d %d %d %d", tile.D, tile.J, kSweepWarps, plan.sweep.shared_bytes,
-              plan.gradients.warps, plan.gradients.shared_bytes);
+  std::printf("%d %d %d %d %d %d %d", tile.D, tile.J, kSweepWarps, plan.sweep.shared_bytes,
+              plan.gradients.warps, plan.gradients.shared_bytes,
+              outputs.blocks > 0 ? outputs.shared_bytes : 0);
 }
 """
 
@@ -62,6 +71,7 @@ class Plan(NamedTuple):
     sweep_shared: int
     gradient_warps: int
     gradient_shared: int
+    output_shared: int
 
 
 def nvcc() -> str | None:
@@ -91,18 +101,24 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
     instance = f"{policy}, {scalar}, TileOf<{plan.padded_D}{known}>"
     padded_B = -(-B // 8) * 8
     for kernel, arguments in KERNELS.items():
-        gradients = kernel == "routing_backward_gradients_kernel"
-        registers, spilled, matrix, loop_text = compiled(kernel, arguments, instance, target)
+        warps, shared, parameters = plan.sweep_warps, plan.sweep_shared, instance
+        if kernel == GRADIENTS:
+            warps, shared = plan.gradient_warps, plan.gradient_shared
+        if kernel == OUTPUTS:
+            if plan.output_shared == 0 or policy == "SplitTf32":
+                continue
+            warps, shared, parameters = shape.J, plan.output_shared, f"{instance}, {R}"
+        registers, spilled, matrix, loop_text = compiled(kernel, arguments, parameters, target)
         yield Row(
             "cuda",
             kernel,
             shape.name,
             precision,
             target,
-            plan.gradient_warps if gradients else plan.sweep_warps,
+            warps,
             registers=registers,
             spilled_bytes=spilled,
-            shared_bytes=plan.gradient_shared if gradients else plan.sweep_shared,
+            shared_bytes=shared,
             matrix_instructions=matrix,
             useful=B / padded_B * shape.D / plan.padded_D,
             loops=loop_text,

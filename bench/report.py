@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,12 +31,13 @@ from .peers import BACKENDS
 from .records import Record
 from .shapes import MNIST, SHARED
 from .sources import NETWORK, ROOT, digest
-from .steps import Step, run_together
+from .steps import NOT_RUN, Step, run_together
 
 RESULTS = ROOT / "bench" / "results"
 REPORT = "report.json"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 TOTAL_MINUTES = {"cpu": 45.0, "cuda": 8.0}
+LEFT_OUT = "skipped: left out as wished"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TRUST = ("tests/test_determinism.py", "tests/test_range.py", "tests/test_properties.py")
 """Tests of many values and sizes: a step of their own, as Triton compiles for each size."""
@@ -129,12 +130,12 @@ def steps(
     return [
         *(together if built else [beside_the_build, after_the_build]),
         [bench("goals", 2.5)],
+        [bench("routing-tf32", 0.8, "--precision", "tf32", *ours_alone, command="routing")],
+        [bench("training", 0.6)],
         [Step("training-run", train, 0.8)],
         [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone, command="routing")],
         [bench("routing", 0.8, "--shape", "MNIST", "--peers", "eager", *plots)],
         [bench("scaling", 0.75)],
-        [bench("routing-tf32", 0.8, "--precision", "tf32", *ours_alone, command="routing")],
-        [bench("training", 0.5)],
         [
             gpu_tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *others, *FIRST),
             gpu_tests("trust", 1, "", *TRUST),
@@ -272,8 +273,10 @@ def make_report(
     data: Path | None = None,
     built: bool = False,
     resumed: Path | None = None,
+    without: Sequence[str] = (),
 ) -> Path:
-    """Run every step, of a ``resumed`` report those that did not end well; returns the folder."""
+    """Run every step but those ``without``, of a ``resumed`` report those that did not end well;
+    returns the folder."""
     from rich.console import Console
     from rich.table import Table
 
@@ -295,6 +298,9 @@ def make_report(
             stored = json.loads((folder / REPORT).read_text())
             content["machine"] = stored["machine"]  # each step's own is in its records
             keep_what_is_done(every, stored["steps"])
+        for step in every:
+            if step.name in without and step.outcome == NOT_RUN:
+                step.outcome = LEFT_OUT
         try:
             for group in planned:
                 screen.print(", ".join(step.name for step in group), "...")
@@ -333,6 +339,13 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FOLDER",
         help="run the steps of this report that have failed",
     )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        metavar="STEP",
+        help="leave these out; --resume may run them later",
+    )
     options = parser.parse_args(arguments)
     reason = reason_against_device(options.device)
     if reason is None and options.resume is not None:
@@ -342,6 +355,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if "rich" in missing_packages():
         parser.error("the package rich is not installed; requirements.txt lists what is needed")
+    if options.without:
+        planned = steps(options.device, Path(), Path(), None)
+        names = {step.name for group in planned for step in group}
+        if unknown := sorted(set(options.without) - names):
+            known = ", ".join(sorted(names))
+            parser.error(f"--without: there is no step {', '.join(unknown)}, only {known}")
     data = options.data_dir
     if data is not None and not data.is_dir():
         parser.error(f"--data-dir {data}: there is no such folder")
@@ -350,7 +369,9 @@ def main(arguments: list[str] | None = None) -> int:
     minutes = options.minutes or TOTAL_MINUTES[options.device]
     results = options.results.resolve()
     data, resumed = (path and path.resolve() for path in (data, options.resume))
-    folder = make_report(options.device, minutes, results, data, options.built, resumed)
+    folder = make_report(
+        options.device, minutes, results, data, options.built, resumed, options.without
+    )
     print(folder)
     return 0
 

@@ -8,29 +8,35 @@ from capsule_kernels import backends, fused_routing
 
 from .peers import BACKENDS
 
-CALLS: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
-    ((3, 7, 5, 8, 16), {}),
-    ((33, 40, 10, 8, 16), {}),
-    ((3, 7, 5, 8, 10), {}),
-    ((3, 7, 33, 8, 16), {}),
-    ((20, 36, 10, 8, 16), {"weight_sharing": 9, "leaky": True}),
+Call = tuple[tuple[int, ...], torch.dtype, dict[str, Any]]
+CALLS: tuple[Call, ...] = (
+    ((3, 7, 5, 8, 16), torch.float32, {}),
+    ((33, 40, 10, 8, 16), torch.float32, {}),
+    ((3, 7, 5, 8, 10), torch.float32, {}),
+    ((3, 7, 33, 8, 16), torch.float32, {}),
+    ((20, 36, 10, 8, 16), torch.float32, {"weight_sharing": 9, "leaky": True}),
 )
-"""B, I, J, K, D, and options; the last one has log priors and a bias, too. All are cases of the
-tests as well, whose kernels Triton has compiled by then."""
+"""B, I, J, K, D, dtype and options; the last one has log priors and a bias, too. All are cases of
+the tests as well, whose kernels Triton has compiled by then."""
+FOR_CUDA: tuple[Call, ...] = (((520, 530, 10, 8, 16), torch.bfloat16, {}),)
+"""So large that gradients go by output capsules, on 132 multiprocessors."""
 
 
-def call(backend: str, sizes: tuple[int, ...], options: dict[str, Any]) -> None:  # needs a GPU
+def call(
+    backend: str, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
+) -> None:  # needs a GPU
     """Forward and backward, waited for."""
     B, I, J, K, D = sizes
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+
     inputs: dict[str, Any] = {
-        "u": torch.randn(B, I, K, device="cuda", requires_grad=True),
-        "weight": torch.randn(
-            I // options.get("weight_sharing", 1), J, D, K, device="cuda", requires_grad=True
-        ),
+        "u": leaf(B, I, K),
+        "weight": leaf(I // options.get("weight_sharing", 1), J, D, K),
     }
     if options:
-        inputs["logits"] = torch.randn(I, J, device="cuda", requires_grad=True)
-        inputs["bias"] = torch.randn(J, D, device="cuda", requires_grad=True)
+        inputs |= {"logits": leaf(I, J), "bias": leaf(J, D)}
     v, _ = fused_routing(**inputs, **options, return_coupling=True, backend=backend)
     torch.autograd.grad(v, list(inputs.values()), torch.ones_like(v))
     torch.cuda.synchronize()
@@ -42,9 +48,9 @@ def main() -> None:  # needs a GPU
         if not usable:
             print(f"{backend}: left out: {reason}")
             continue
-        for sizes, options in CALLS:
+        for sizes, dtype, options in CALLS + (FOR_CUDA if backend == "cuda" else ()):
             try:
-                call(backend, sizes, options)
+                call(backend, sizes, dtype, options)
             except RuntimeError as error:
                 if "can't be used" not in str(error):
                     raise

@@ -5,9 +5,10 @@ A document asks for a table by a pair of comments, and this script writes what s
     <!-- figures:cpu goals -->
     <!-- /figures -->
 
-"cpu" or "cuda" chooses the newest report of such a device below bench/results, "goals" the view
-(see VIEWS). A report that is older than what it measured, the backend's kernels or the networks
-whose training steps were timed, earns the document a warning line.
+"goals" is the view (see VIEWS), and "cpu" or "cuda" chooses the newest report of such a device
+below bench/results that has it: a report that had too little time does not hide what an earlier one
+measured. A report that is older than what it measured, the backend's kernels or the networks whose
+training steps were timed, earns the document a warning line.
 
 With --check nothing is written: it fails where a document differs from its reports, or holds a
 figure with a unit of speed outside such a block. A missing or outdated warning line is told, but
@@ -38,7 +39,7 @@ BLOCK = re.compile(
 )
 WARNING = "> **Older than the code:**"
 NO_REPORT = "*No report of such a device is committed yet.*"
-NOT_IN_REPORT = "*The newest report of such a device does not have this.*"
+NOT_IN_REPORT = "*No committed report of such a device has this.*"
 FIGURE = re.compile(r"\d\s?(ms|µs|us|[GT]FLOP/s|GB/s|images/s)\b|\d\s?(x|times) (as|faster|less)")
 UNMEASURED = re.compile(r"goal|floor|predict", re.IGNORECASE)
 """A line with one of these words may hold a figure that no report has."""
@@ -94,34 +95,31 @@ class Report:
         return found
 
 
-def newest_reports(root: Path) -> dict[str, Report]:
-    """The newest report of each kind of device."""
+def reports_of_devices(root: Path) -> dict[str, list[Report]]:
+    """The reports of each kind of device, the newest first."""
     reports = (
         Report(path.parent, json.loads(path.read_text()))
         for path in (root / "bench" / "results").glob("*/*/report.json")
     )
-    ordered = sorted(reports, key=lambda report: (report.date, report.folder.name))
-    return {report.content["machine"]["device"]: report for report in ordered}
+    found: dict[str, list[Report]] = {}
+    ordered = sorted(reports, key=lambda report: (report.date, report.folder.name), reverse=True)
+    for report in ordered:
+        found.setdefault(report.content["machine"]["device"], []).append(report)
+    return found
 
 
-def body(report: Report | None, view: str, document: Path, root: Path) -> str:
-    """What stands between the comments of a block; ``ValueError`` where there is no such view."""
-    if view not in VIEWS | PLOTS:
-        known = ", ".join([*VIEWS, *PLOTS])
-        raise ValueError(f"{document.name}: there is no view {view!r}, only {known}")
-    if report is None:
-        return f"\n{NO_REPORT}\n\n"
+def drawn(report: Report, view: str, document: Path, root: Path) -> str | None:
+    """The plot or table of a view, or None where the report does not have it."""
     link = Path(os.path.relpath(report.folder, document.parent)).as_posix()
     if view in PLOTS:
         plot = report.folder / f"{PLOTS[view]}.svg"
-        drawn = f"![{PLOTS[view]}]({link}/{plot.name})" if plot.exists() else NOT_IN_REPORT
-        return f"\n{drawn}\n\n"
+        return f"![{PLOTS[view]}]({link}/{plot.name})" if plot.exists() else None
     wanted = VIEWS[view]
     path = report.folder / f"{wanted.file}.json"
     machine_line, ceilings, records = load(path) if path.exists() else ({}, {}, [])
     chosen = select(records, table=wanted.kind, **dict(wanted.where))
     if not chosen:
-        return f"\n{NOT_IN_REPORT}\n\n"
+        return None
     lines = [
         wanted.table(chosen, ceilings).markdown(),
         f"*{machine.line(machine_line)} ([report]({link}/)).*",
@@ -130,15 +128,24 @@ def body(report: Report | None, view: str, document: Path, root: Path) -> str:
         lines[-1] += f" *Measured limits: {machine.ceilings_line(ceilings)}.*"
     if changed := report.changed(view, root):
         lines.append(f"{WARNING} {' and '.join(changed)} have changed since this was measured.")
-    return "\n" + "\n\n".join(lines) + "\n\n"
+    return "\n\n".join(lines)
+
+
+def body(reports: list[Report], view: str, document: Path, root: Path) -> str:
+    """What stands between the comments of a block; ``ValueError`` where there is no such view."""
+    if view not in VIEWS | PLOTS:
+        known = ", ".join([*VIEWS, *PLOTS])
+        raise ValueError(f"{document.name}: there is no view {view!r}, only {known}")
+    found = filter(None, (drawn(report, view, document, root) for report in reports))
+    return f"\n{next(found, NOT_IN_REPORT if reports else NO_REPORT)}\n\n"
 
 
 def fill(text: str, document: Path, root: Path) -> str:
     """The document's text with every block filled anew."""
-    reports = newest_reports(root)
+    reports = reports_of_devices(root)
 
     def replacement(block: re.Match[str]) -> str:
-        found = body(reports.get(block["device"]), block["view"], document, root)
+        found = body(reports.get(block["device"], []), block["view"], document, root)
         return block["start"] + found + block["end"]
 
     return BLOCK.sub(replacement, text)

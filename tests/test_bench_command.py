@@ -220,6 +220,26 @@ def test_a_report_whose_time_is_over_says_so(tmp_path):
     assert skipped.outcome == "skipped: no reason"
 
 
+def test_steps_can_be_left_out_and_run_later(tmp_path, monkeypatch, capsys):
+    def planned(*_):
+        return [[steps.Step(name, [sys.executable, "-c", ""], 1.0) for name in ("one", "two")]]
+
+    monkeypatch.setattr(report, "steps", planned)
+    here = ["--device", "cpu", "--results", str(tmp_path)]
+    assert report.main([*here, "--without", "two"]) == 0
+    (file,) = tmp_path.glob("*/*/report.json")
+
+    def outcomes() -> list[str]:
+        return [step["outcome"] for step in json.loads(file.read_text())["steps"]]
+
+    assert outcomes() == ["ok", "skipped: left out as wished"]
+    assert report.main([*here, "--resume", str(file.parent)]) == 0
+    assert outcomes() == ["ok", "ok"]
+    with pytest.raises(SystemExit):
+        report.main([*here, "--without", "three"])
+    assert "--without: there is no step three, only one, two" in capsys.readouterr().err
+
+
 def test_what_is_not_installed_is_told(tmp_path, monkeypatch, capsys):
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -122,6 +122,14 @@ def test_changed_networks_earn_a_warning_line_where_steps_were_timed(checkout):
     assert fill_figures.NOT_IN_REPORT in accuracy
 
 
+def test_what_the_newest_report_lacks_comes_from_the_one_before(checkout):
+    (checkout / "bench/results/a-processor/2026-02-01/goals.json").unlink()
+    run(checkout)
+    text = (checkout / "README.md").read_text()
+    assert "2x" in text
+    assert "a-processor/2026-01-01/" in text
+
+
 def test_without_a_report_a_block_holds_no_figure(checkout):
     run(checkout)
     path = checkout / "README.md"

@@ -37,6 +37,8 @@ NETWORKS = [
     Case(B=1024, I=1152, J=10), Case(B=32, I=3200, J=10), Case(B=32, I=2048, J=5),
     Case(B=16, I=4608, J=10, weight_sharing=36), Case(B=16, I=9216, J=10, bias=True),
     Case(B=64, I=1024, J=10, K=6, D=8), Case(B=4, I=3872, J=196),
+    Case(B=300, I=1153, J=10, leaky=True, bias=True), Case(B=300, I=1152, J=9, R=2),
+    Case(B=640, I=1152, J=4, weight_sharing=36),
 ]  # fmt: skip
 """The routing layers of SPEC section 4, at batches whose u_hat the float64 oracle can hold."""
 
@@ -121,6 +123,21 @@ def test_tf32_is_taken_where_allowed(backend):
         torch.set_float32_matmul_precision("highest")
     assert not torch.equal(exact, rounded)
     assert (exact - rounded).abs().max() < 2**-8
+
+
+def test_tf32_gradients_of_a_large_batch(backend):
+    """Where the CUDA backend takes its gradients by output capsules."""
+    case = Case(B=300, I=1152, J=10)
+    skip_unsupported(backend, case, torch.float32)
+    inputs = make_inputs(case, torch.float32, "cuda")
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = run(fused_routing, case, inputs, backend=backend)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    exact = run(fused_routing, case, copies(inputs, torch.float64), backend="reference")
+    for name in exact:
+        assert (found[name] - exact[name]).norm() < 2**-9 * exact[name].norm(), name
 
 
 @pytest.mark.parametrize("case", [NETWORKS[0], NETWORKS[-1], OPTIONS[-1]], ids=str)

@@ -12,8 +12,8 @@ struct BackwardWorkspace {
   float4* G;              // [B][J][D], dL/dV of the iterations done
   float4* V;              // [R - 1][tiles][tile], V^1..V^(R-1)
   float4* ds;             // [R][tiles][tile], ds^1..ds^R
-  float* partial_weight;  // [splits, I, J, D, K]
-  float* partial_logits;  // [splits, I, J]
+  float* partial_weight;  // [parts, I, J, D, K]
+  float* partial_logits;  // [parts, I, J]
 
   __device__ __forceinline__ BackwardWorkspace(const BackwardArguments& arguments,
                                                const BackwardPlan& plan) {
@@ -28,7 +28,7 @@ struct BackwardWorkspace {
     ds = V + (shape.R - 1) * state_size;
     partial_weight = reinterpret_cast<float*>(ds + shape.R * state_size);
     partial_logits =
-        partial_weight + std::size_t(plan.gradients.splits) * shape.I * shape.J * shape.D * shape.K;
+        partial_weight + std::size_t(plan.parts) * shape.I * shape.J * shape.D * shape.K;
   }
 };
 

@@ -242,7 +242,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   if (shape.B == 0)
     return {grid_gradient(grad_u, grid, window), grad_weight, grad_logits, grad_bias};
 
-  const BackwardPlan plan = plan_backward(shape, int(u.element_size()), figures_of(u.get_device()));
+  const bool one_product = scalar != Scalar::kFloat32 || products_of_float32() == Products::kTf32;
+  const BackwardPlan plan =
+      plan_backward(shape, int(u.element_size()), figures_of(u.get_device()),
+                    one_product && full_gradient && !logits.defined() && !output_mask[2]);
   check_fits(plan.sweep.blocks > 0 && plan.gradients.warps > 0);
   const Tensor workspace = at::empty({int64_t(plan.workspace_floats)}, s.options());
   routing_backward(

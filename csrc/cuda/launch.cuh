@@ -3,6 +3,7 @@
 
 #include "instances.h"
 #include "routing_backward_gradients.cuh"
+#include "routing_backward_outputs.cuh"
 #include "routing_backward_states.cuh"
 #include "routing_forward.cuh"
 
@@ -21,17 +22,26 @@ template <class P, class T, class Tile>
 void launch_backward(const BackwardArguments& arguments, const BackwardPlan& plan, void* stream) {
   launch(routing_backward_states_kernel<P, T, Tile>, sweep_grid(plan.sweep), stream, arguments,
          plan);
-  const Shape& shape = arguments.shape;
-  const GradientPlan& gradients = plan.gradients;
-  launch(routing_backward_gradients_kernel<P, T, Tile>,
-         Grid{ceil_div(shape.I, gradients.capsules) * gradients.splits, gradients.warps * kWarpSize,
-              gradients.shared_bytes, /*cooperative=*/false},
-         stream, arguments, plan);
-  if (gradients.partial_sums &&
-      (arguments.grad_weight != nullptr || arguments.grad_logits != nullptr)) {
+  if (plan.outputs.blocks == 0) {
+    const GradientPlan& gradients = plan.gradients;
+    const int groups = ceil_div(arguments.shape.I, gradients.capsules);
+    launch(routing_backward_gradients_kernel<P, T, Tile>,
+           Grid{groups * gradients.splits, gradients.warps * kWarpSize, gradients.shared_bytes,
+                /*cooperative=*/false},
+           stream, arguments, plan);
+  } else if constexpr (P::kProducts == 1 && Tile::D == kTileRows) {
+    const Grid grid{plan.outputs.blocks, arguments.shape.J * kWarpSize, plan.outputs.shared_bytes,
+                    /*cooperative=*/false};
+    if (arguments.shape.R == 2) {
+      launch(routing_backward_outputs_kernel<P, T, Tile, 2>, grid, stream, arguments, plan);
+    } else {
+      launch(routing_backward_outputs_kernel<P, T, Tile, 3>, grid, stream, arguments, plan);
+    }
+  }
+  if (plan.partial_sums && (arguments.grad_weight != nullptr || arguments.grad_logits != nullptr)) {
     launch(routing_backward_sums_kernel<T>,
-           Grid{plan.sweep.blocks, kSweepWarps * kWarpSize, 0, /*cooperative=*/false}, stream,
-           arguments, plan);
+           Grid{kSumBlocks * plan.sweep.blocks, kSweepWarps * kWarpSize, 0, /*cooperative=*/false},
+           stream, arguments, plan);
   }
 }
 

@@ -40,6 +40,7 @@ constexpr int kCounterStride = 32;  // from counter to counter: each has a cache
 // du_hat and dW, beside u_hat.
 constexpr int kSweepWarps = 8;
 constexpr int kGradientWarps = 8;  // at most
+constexpr int kSumBlocks = 8;  // that add partial sums, for each of a sweep: they wait for memory
 
 CAPSULE_KERNELS_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 CAPSULE_KERNELS_BOTH constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
@@ -226,7 +227,6 @@ struct GradientPlan {
   // warp may be a tile behind the others.
   int buffers = 0;
   int shared_bytes = 0;
-  bool partial_sums = false;  // dW and dprior go through the workspace
   Divisor by_buffers;
 };
 
@@ -281,32 +281,103 @@ inline GradientPlan plan_gradients(const Shape& shape, int scalar_bytes, const D
       best_cost = cost;
     }
   }
-  best.partial_sums = best.splits > 1 || shape.weight_sharing > 1;
   return best;
+}
+
+// The same sweep by output capsules (routing_backward_outputs.cuh): a warp owns one of them for 16
+// input capsules. A unit is a tile of a group of input capsules; units are counted group by group
+// and cut into as many runs of nearly equal length as there are blocks.
+constexpr int kMostOutputs = 10;  // warps of a block, as the registers of a thread allow
+constexpr int kOutputInputs = 16;
+constexpr int kOutputWeight = kOutputInputs * kTileRows * kStepDims;  // elements of a warp's W
+constexpr int kStateBuffers = 2, kInputBuffers = 3;
+// Units of a block from which on this sweep is the faster one (measured, docs/kernels-cuda.md): it
+// begins later, and leaves partial sums.
+constexpr int kLeastUnits = 16;
+constexpr int kInputQuads = kOutputInputs * kTileSamples * kStepDims / 4;
+
+struct OutputPlan {
+  int blocks = 0;  // 0: not for this call
+  int tiles = 0;
+  int units = 0, longer = 0;  // of each block, and how many have one more
+  int shared_bytes = 0;
+  Divisor by_tiles;
+
+  CAPSULE_KERNELS_BOTH int first_unit(int block) const {
+    return block * units + (block < longer ? block : longer);
+  }
+  CAPSULE_KERNELS_BOTH int block_of(int unit) const {
+    const int in_longer = longer * (units + 1);
+    return unit < in_longer ? unit / (units + 1) : longer + (unit - in_longer) / units;
+  }
+  // Blocks that have tiles of the group of input capsule i, and at most of any.
+  CAPSULE_KERNELS_BOTH int parts_of(int i) const {
+    const int first = i / kOutputInputs * tiles;
+    return block_of(first + tiles - 1) - block_of(first) + 1;
+  }
+  int most_parts() const {
+    return longer == 0 && units % tiles == 0 ? 1 : ceil_div(tiles - 1, units) + 1;
+  }
+};
+
+inline bool fits_outputs(const Shape& shape) {
+  return shape.R >= 2 && shape.R <= 3 && shape.J <= kMostOutputs && shape.K == kStepDims &&
+         shape.D == kTileRows;
+}
+
+inline OutputPlan plan_outputs(const Shape& shape, int scalar_bytes, const Device& device) {
+  OutputPlan plan;
+  if (!fits_outputs(shape)) return plan;
+  const int quads =
+      kStateBuffers * (gradient_states(shape) + 2 * (shape.R - 1)) * kWarpSize + kInputQuads;
+  plan.shared_bytes = 16 * shape.J * quads +
+                      scalar_bytes * (4 * kInputBuffers * kInputQuads + shape.J * kOutputWeight);
+  if (plan.shared_bytes > device.shared_per_block) return plan;
+  plan.tiles = Padded(shape).tiles;
+  plan.by_tiles = Divisor(plan.tiles);
+  const std::int64_t units = std::int64_t(ceil_div(shape.I, kOutputInputs)) * plan.tiles;
+  if (units > std::numeric_limits<int>::max()) return plan;
+  // A multiprocessor has registers for that many blocks.
+  const int resident =
+      std::min(kMostOutputs / shape.J, device.shared_per_block / plan.shared_bytes);
+  const std::int64_t blocks = std::int64_t(device.sm_count) * resident;
+  if (units < kLeastUnits * blocks) return plan;
+  plan.blocks = int(blocks);
+  plan.units = int(units) / plan.blocks;
+  plan.longer = int(units) % plan.blocks;
+  return plan;
 }
 
 struct BackwardPlan {
   SweepPlan sweep;
   GradientPlan gradients;
+  OutputPlan outputs;           // takes the place of `gradients` where it has blocks
+  int parts = 0;                // in which the samples of an input capsule are summed, at most
+  bool partial_sums = false;    // dW and dprior go through the workspace
   std::size_t first_state = 0;  // V^1, in float4s from the beginning of the workspace
   std::size_t workspace_floats = 0;
 };
 
 // Workspace: counters; partial sums of G [G_i][tiles][tile]; G, V^1..V^(R-1) and ds^1..ds^R
-// [tiles][tile] each; then partial sums of dW [splits, I, J, D, K] and of dprior [splits, I, J].
-inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const Device& device) {
+// [tiles][tile] each; then partial sums of dW [parts, I, J, D, K] and of dprior [parts, I, J].
+// `plain`: in one TF32 product, without a prior, and through all iterations.
+inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const Device& device,
+                                  bool plain) {
   const Padded padded(shape);
   BackwardPlan plan;
   plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.gradients = plan_gradients(shape, scalar_bytes, device);
+  if (plain) plan.outputs = plan_outputs(shape, scalar_bytes, device);
+  plan.parts = plan.outputs.blocks > 0 ? plan.outputs.most_parts() : plan.gradients.splits;
+  plan.partial_sums = plan.parts > 1 || shape.weight_sharing > 1;
   plan.first_state =
       (plan.sweep.capsule_groups + 1) * plan.sweep.state_size + plan.sweep.counter_floats / 4;
   plan.workspace_floats =
       std::size_t(plan.sweep.capsule_groups + 2 * shape.R) * padded.tiles * padded.tile_floats() +
       plan.sweep.counter_floats;
-  if (plan.gradients.partial_sums) {
-    plan.workspace_floats += std::size_t(plan.gradients.splits) * shape.I * shape.J *
-                             (std::size_t(shape.D) * shape.K + 1);
+  if (plan.partial_sums) {
+    plan.workspace_floats +=
+        std::size_t(plan.parts) * shape.I * shape.J * (std::size_t(shape.D) * shape.K + 1);
   }
   return plan;
 }

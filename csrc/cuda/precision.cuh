@@ -38,6 +38,7 @@ struct Tf32 {
   // from x at most (rounded to nearest: 0.5), as often below as above; TF32 values stay what they
   // are.
   static __device__ __forceinline__ float nearly_rounded(float x) { return x * 1.000352f; }
+  static constexpr float kUnrounded = 1.0f / 1.000352f;  // takes it back
 
   // `T`: the type the values were stored in; 16-bit values are TF32 values already.
   template <class T, int N>

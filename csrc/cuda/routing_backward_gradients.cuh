@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     const std::size_t i = first_i + capsule, partial = std::size_t(split) * shape.I + i;
     if (arguments.grad_weight != nullptr) {
       const float4* const stored = stored_grad_weight(capsule);
-      if (gradients.partial_sums) {
+      if (plan.partial_sums) {
         write_grad_weight<Tile>(w.partial_weight + partial * size, own_dW, stored, shape, lane);
       } else {
         write_grad_weight<Tile>(static_cast<T*>(arguments.grad_weight) + i * size, own_dW, stored,
@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
       sum += shuffle_xor(sum, 2);
       const int j = lane.capsule<Tile>(group.value);
       if (lane.q > 0 || lane.first_dim<Tile>(group.value) > 0 || j >= shape.J) return;
-      if (gradients.partial_sums) {
+      if (plan.partial_sums) {
         w.partial_logits[partial * shape.J + j] = sum;
       } else {
         store(static_cast<T*>(arguments.grad_logits) + i * shape.J + j, sum);
@@ -373,35 +373,59 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
   }
 }
 
-// Third launch, where there are partial sums: dW over the splits and the capsules of a weight, and
-// dprior over the splits.
+// Elements of a row that are loaded and stored at once.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T)) Elements {
+  T values[kCount];
+};
+
+// dW over the parts and the capsules of a weight; a block takes a piece of a row of W at a time.
+template <int kCount, class T>
+__device__ __forceinline__ void add_partial_weights(T* grad_weight, const float* partial_weight,
+                                                    const Shape& shape, const BackwardPlan& plan) {
+  const int size = shape.J * shape.D * shape.K / kCount;  // of a row
+  const int pieces = ceil_div(size, int(blockDim.x));
+  const int work = shape.I / shape.weight_sharing * pieces;
+  const auto from = reinterpret_cast<const Elements<float, kCount>*>(partial_weight);
+  for (int item = blockIdx.x; item < work; item += gridDim.x) {
+    const int row = item / pieces, e = item % pieces * int(blockDim.x) + int(threadIdx.x);
+    if (e >= size) continue;
+    float sum[kCount] = {};
+    for (int member = 0; member < shape.weight_sharing; ++member) {
+      const int i = row * shape.weight_sharing + member;
+      const int parts = plan.outputs.blocks > 0 ? plan.outputs.parts_of(i) : plan.parts;
+#pragma unroll 4
+      for (int part = 0; part < parts; ++part) {
+        const auto x = from[(std::size_t(part) * shape.I + i) * size + e];
+        for (int n = 0; n < kCount; ++n) sum[n] += x.values[n];
+      }
+    }
+    Elements<T, kCount> total;
+    for (int n = 0; n < kCount; ++n) store(total.values + n, sum[n]);
+    reinterpret_cast<Elements<T, kCount>*>(grad_weight)[std::size_t(row) * size + e] = total;
+  }
+}
+
+// Third launch, where there are partial sums: dW, and dprior over the parts.
 template <class T>
 __global__ void routing_backward_sums_kernel(BackwardArguments arguments, BackwardPlan plan) {
   const Shape& shape = arguments.shape;
   const BackwardWorkspace w(arguments, plan);
-  const std::size_t thread = std::size_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const std::size_t threads = std::size_t(gridDim.x) * blockDim.x;
   if (arguments.grad_weight != nullptr) {
-    const std::size_t size = std::size_t(shape.J) * shape.D * shape.K;
-    const std::size_t rows = shape.I / shape.weight_sharing;
-    for (std::size_t e = thread; e < rows * size; e += threads) {
-      float sum = 0;
-      for (int split = 0; split < plan.gradients.splits; ++split) {
-        for (int member = 0; member < shape.weight_sharing; ++member) {
-          const std::size_t i = e / size * shape.weight_sharing + member;
-          sum += w.partial_weight[(std::size_t(split) * shape.I + i) * size + e % size];
-        }
-      }
-      store(static_cast<T*>(arguments.grad_weight) + e, sum);
+    const auto grad_weight = static_cast<T*>(arguments.grad_weight);
+    if (shape.J * shape.D * shape.K % 4 == 0) {
+      add_partial_weights<4>(grad_weight, w.partial_weight, shape, plan);
+    } else {
+      add_partial_weights<1>(grad_weight, w.partial_weight, shape, plan);
     }
   }
   if (arguments.grad_logits != nullptr) {
     const std::size_t size = std::size_t(shape.I) * shape.J;
-    for (std::size_t e = thread; e < size; e += threads) {
+    const std::size_t threads = std::size_t(gridDim.x) * blockDim.x;
+    for (std::size_t e = std::size_t(blockIdx.x) * blockDim.x + threadIdx.x; e < size;
+         e += threads) {
       float sum = 0;
-      for (int split = 0; split < plan.gradients.splits; ++split) {
-        sum += w.partial_logits[split * size + e];
-      }
+      for (int part = 0; part < plan.parts; ++part) sum += w.partial_logits[part * size + e];
       store(static_cast<T*>(arguments.grad_logits) + e, sum);
     }
   }

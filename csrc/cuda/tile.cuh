@@ -64,6 +64,8 @@ struct TileOf {
   using Values = float[kFragments][4];  // of both rows and samples: (row, sample) 00, 01, 10, 11
   using Row = float[kGroups][2];        // a value for each sample of the lane's output capsule
 
+  // J, a constant where it is known.
+  static __device__ __forceinline__ int outputs(int J) { return kKnown ? kJ : J; }
   // Whether there are output capsules in the group.
   static __device__ __forceinline__ bool has(int group, int J) {
     return kKnown || first_capsule(group) < J;

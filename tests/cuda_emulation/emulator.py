@@ -54,6 +54,9 @@ class Plan(NamedTuple):
     gradient_capsules: int
     splits: int
     buffers: int
+    output_blocks: int
+    """Of the gradients by output capsules, in one product and without a prior; 0: not these."""
+    output_parts: int
 
 
 def grid_gradient(gradient: Tensor, grid: Tensor, window: list[int] | None) -> Tensor:
@@ -138,7 +141,7 @@ class Emulator:
         return self.library.barriers().decode().split()
 
     def plan(self, shape: Shape, dtype: torch.dtype) -> Plan:
-        figures = (ctypes.c_int * 6)()
+        figures = (ctypes.c_int * len(Plan._fields))()
         call = Call(shape, self.device, 0, 0, SCALARS[dtype], 0)
         self.library.planned(ctypes.byref(call), figures)
         return Plan(*figures)

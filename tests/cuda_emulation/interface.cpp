@@ -56,6 +56,10 @@ struct Call {
   int scalar, products;
 };
 
+bool is_one_product(const Call& call) {
+  return Scalar(call.scalar) != Scalar::kFloat32 || Products(call.products) == Products::kTf32;
+}
+
 void configure(unsigned seed, const char* skip) { emulation::configure(seed, skip); }
 
 const char* barriers() {
@@ -84,7 +88,9 @@ const char* backward(const Call* call, const void* grad_v, const void* u, const 
                      void* grad_logits, void* grad_bias) {
   return guarded([&] {
     const auto scalar = Scalar(call->scalar);
-    const BackwardPlan plan = plan_backward(call->shape, scalar_bytes(scalar), call->device);
+    const bool plain = is_one_product(*call) && call->full_gradient != 0 && logits == nullptr &&
+                       grad_logits == nullptr;
+    const BackwardPlan plan = plan_backward(call->shape, scalar_bytes(scalar), call->device, plain);
     emulation::begin_call("backward");
     Workspace workspace(plan.workspace_floats);
     const float uniform_coupling = 1.0f / float(call->shape.J + (call->leaky != 0));
@@ -96,18 +102,19 @@ const char* backward(const Call* call, const void* grad_v, const void* u, const 
   });
 }
 
-// capsule_groups, sample_groups, tiles_per_pass, gradient capsules, splits, buffers; 0 where
-// nothing fits.
+// The fields of Plan in emulator.py; 0 where nothing fits.
 void planned(const Call* call, int* figures) {
   const int bytes = scalar_bytes(Scalar(call->scalar));
   const ForwardPlan forward = plan_forward(call->shape, bytes, call->device);
-  const BackwardPlan plan = plan_backward(call->shape, bytes, call->device);
+  const BackwardPlan plan = plan_backward(call->shape, bytes, call->device, true);
   figures[0] = forward.sweep.capsule_groups;
   figures[1] = forward.sweep.sample_groups;
   figures[2] = forward.sweep.tiles_per_pass;
   figures[3] = plan.gradients.capsules;
   figures[4] = plan.gradients.splits;
   figures[5] = plan.gradients.buffers;
+  figures[6] = plan.outputs.blocks;
+  figures[7] = plan.outputs.blocks > 0 ? plan.parts : 0;
 }
 
 int fits_registers(int J, int D) { return tile_fits_registers(J, D) ? 1 : 0; }
