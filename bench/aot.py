@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from . import aot_cuda, aot_triton
+from .aot_cuda import OUTPUTS
 from .aot_rows import TARGETS, Row
 from .options import INTERRUPTED
 from .shapes import MNIST, SHAPES
@@ -21,8 +22,13 @@ USUAL = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
 which have the least shared memory."""
 
 
-KNOWN_SPILLS = {("routing_forward_kernel", "TF32", target): 8 for target in ("sm_86", "sm_89")}
-"""Bytes a thread that --check allows, of a kernel, precision and target: the first sweep's."""
+KNOWN_SPILLS = {("routing_forward_kernel", "TF32", target): 8 for target in ("sm_86", "sm_89")} | {
+    (OUTPUTS, precision, target): 32
+    for precision in ("TF32", "bfloat16", "float16")
+    for target in ("sm_90", "sm_100")
+}
+"""Bytes a thread that --check allows, of a kernel, precision and target: of the first sweep, and
+what loops over units count by."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

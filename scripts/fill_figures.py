@@ -66,10 +66,11 @@ VIEWS = {
     "memory": View("memory", tables.memory_table, "memory"),
     "memory-growth": View("memory", tables.exponents_table, "exponents"),
     "training": View("training", tables.training_table, "training"),
+    "training-step": View("goals", tables.training_table, "training"),
     "scaling": View("scaling", tables.exponents_table, "exponents"),
     "accuracy": View("accuracy", tables.accuracy_table, "accuracy"),
 }
-TRAINING_VIEWS = ("goals", "training")
+TRAINING_VIEWS = ("goals", "training", "training-step")
 """Those that hold training steps."""
 PLOTS = {"plot-roofline": "roofline", "plot-time": "time", "plot-memory": "memory"}
 
