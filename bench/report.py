@@ -129,9 +129,8 @@ def steps(
     together = [beside_the_build + after_the_build]
     return [
         *(together if built else [beside_the_build, after_the_build]),
-        [bench("goals", 2.5)],
+        [bench("goals", 2.5)],  # with a training step and its parts
         [bench("routing-tf32", 0.8, "--precision", "tf32", *ours_alone, command="routing")],
-        [bench("training", 0.6)],
         [Step("training-run", train, 0.8)],
         [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone, command="routing")],
         [bench("routing", 0.8, "--shape", "MNIST", "--peers", "eager", *plots)],

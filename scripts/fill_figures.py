@@ -11,8 +11,9 @@ measured. A report that is older than what it measured, the backend's kernels or
 training steps were timed, earns the document a warning line.
 
 With --check nothing is written: it fails where a document differs from its reports, or holds a
-figure with a unit of speed outside such a block. A missing or outdated warning line is told, but
-is no failure.
+figure with a unit of speed outside such a block; in a document without blocks, where a section with
+such a figure links nothing that is committed below bench/results or docs/results. A missing or
+outdated warning line is told, but is no failure.
 """
 
 import argparse
@@ -42,7 +43,9 @@ NO_REPORT = "*No report of such a device is committed yet.*"
 NOT_IN_REPORT = "*No committed report of such a device has this.*"
 FIGURE = re.compile(r"\d\s?(ms|µs|us|[GT]FLOP/s|GB/s|images/s)\b|\d\s?(x|times) (as|faster|less)")
 UNMEASURED = re.compile(r"goal|floor|predict", re.IGNORECASE)
-"""A line with one of these words may hold a figure that no report has."""
+"""A line with one of these words, or below such a heading, may hold a figure that no report has."""
+SECTION = re.compile(r"^(?=#+ )", re.MULTILINE)
+LINK = re.compile(r"\]\((?P<target>[^)#\s]+)")
 
 
 @dataclass(frozen=True)
@@ -165,10 +168,29 @@ def loose_figures(text: str) -> Iterator[str]:
             yield line.strip()
 
 
-def documents(root: Path) -> list[Path]:
-    """The documents that hold a block."""
+def sections_without_evidence(document: Path, root: Path) -> Iterator[str]:
+    """Headings of sections that state a measured speed and link nothing that was measured."""
+    evidence = (root / "bench" / "results", root / "docs" / "results")
+    for section in SECTION.split(document.read_text()):
+        heading = section.partition("\n")[0]
+        if UNMEASURED.search(heading) or not any(loose_figures(section)):
+            continue
+        targets = [(document.parent / link["target"]).resolve() for link in LINK.finditer(section)]
+        if not any(
+            target.exists() and target.is_relative_to(folder)
+            for target in targets
+            for folder in evidence
+        ):
+            yield heading
+
+
+def documents(root: Path) -> tuple[list[Path], list[Path]]:
+    """The documents that hold a block, and the others."""
     candidates = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    return [path for path in candidates if path.exists() and BLOCK.search(path.read_text())]
+    found: tuple[list[Path], list[Path]] = ([], [])
+    for path in filter(Path.exists, candidates):
+        found[0 if BLOCK.search(path.read_text()) else 1].append(path)
+    return found
 
 
 def check(document: Path, root: Path) -> tuple[list[str], list[str]]:
@@ -191,17 +213,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout (default: this one)")
     options = parser.parse_args(arguments)
-    failed = False
-    for document in documents(options.root):
-        if options.check:
-            failures, notices = check(document, options.root)
-            for line in [*failures, *notices]:
-                print(line, file=sys.stderr)
-            failed |= bool(failures)
-        else:
-            text = document.read_text()
-            document.write_text(fill(text, document, options.root))
-    return int(failed)
+    root = options.root.resolve()
+    with_blocks, others = documents(root)
+    if not options.check:
+        for document in with_blocks:
+            document.write_text(fill(document.read_text(), document, root))
+        return 0
+    failures, notices = [], []
+    for document in with_blocks:
+        found = check(document, root)
+        failures += found[0]
+        notices += found[1]
+    for document in others:
+        failures += [
+            f"{document.name}: figures without a report in the section {heading!r}"
+            for heading in sections_without_evidence(document, root)
+        ]
+    for line in [*failures, *notices]:
+        print(line, file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -130,6 +130,28 @@ def test_what_the_newest_report_lacks_comes_from_the_one_before(checkout):
     assert "a-processor/2026-01-01/" in text
 
 
+def test_a_section_with_figures_links_what_was_measured(checkout, capsys):
+    """In documents without blocks."""
+    run(checkout)
+    document = checkout / "docs" / "kernels.md"
+    document.parent.mkdir()
+    measured = "# Kernels\n\n## Sweeps\n\nA sweep took 3.7 ms.\n"
+    document.write_text(measured)
+    assert run(checkout, "--check") == 1
+    assert "kernels.md: figures without a report in the section '## Sweeps'" in (
+        capsys.readouterr().err
+    )
+    for link in ("nowhere", "../README.md"):
+        document.write_text(f"{measured}\n[there]({link})\n")
+        assert run(checkout, "--check") == 1
+    document.write_text(
+        f"{measured}\n[there](../bench/results/a-processor/2026-01-01/goals.json)\n"
+    )
+    assert run(checkout, "--check") == 0
+    document.write_text(measured.replace("Sweeps", "Predictions"))
+    assert run(checkout, "--check") == 0
+
+
 def test_without_a_report_a_block_holds_no_figure(checkout):
     run(checkout)
     path = checkout / "README.md"
