@@ -48,8 +48,6 @@ KERNEL_FLAGS = [
     "-fvisibility=hidden",
     # a * b + c as one instruction, everywhere alike.
     "-ffp-contract=fast",
-    # Lanes of whole numbers wrap around, whatever Python was built with.
-    "-fwrapv",
     "-fno-math-errno",
     "-fno-trapping-math",
 ]

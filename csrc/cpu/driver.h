@@ -49,6 +49,8 @@ Partition make_partition(const Problem<T>& p, index lanes) {
   const index shared_chunk = std::min(p.weight_sharing, index(64));
   part.chunk = std::clamp(part.contracts ? std::max(shared_chunk, index(16)) : weight_bytes / bytes,
                           index(1), part.slot_capsules);
+  if (!part.contracts)  // in equal parts
+    part.chunk = ceil_div(part.slot_capsules, ceil_div(part.slot_capsules, part.chunk));
 
   // At least so many capsules that they share what the last sweep reads of V and ds.
   part.final_chunk = part.capsule_lanes

@@ -13,6 +13,9 @@ struct SampleSweep : SampleBlock<T, vectors> {
   using Tile = typename Block::template Tile<n>;
   using Block::lanes, Block::width, Block::tile;
   static constexpr int product_tile = (Block::many_registers ? 16 : 12) / vectors;
+  // How many capsules before it is used a later iteration asks for W: N K elements from one to the
+  // next are too far to be guessed.
+  static constexpr index capsules_ahead = 2;
 
   // Samples from `first_sample` on and input capsules [i0, i1) of a sweep, and whose u comes next.
   struct Part {
@@ -109,8 +112,8 @@ struct SampleSweep : SampleBlock<T, vectors> {
         for (index x = 0; x < count; ++x) {
           next.step(p);
           const T* W = p.weight + (p.row(i + x) * N + j * D) * K;
-          if (i + x + 1 < p.I)  // too far from here to be guessed, too
-            Block::prefetch(p.weight + (p.row(i + x + 1) * N + j * D) * K, D * K);
+          const index later = i + x + capsules_ahead;
+          if (later < p.I) Block::prefetch(p.weight + (p.row(later) * N + j * D) * K, D * K);
           const T* u = packed + (i + x - part.i0) * K * width;
           V logit[vectors]{}, dc[vectors]{};
           for_tiles<tile>(D, [&](auto size, index d) {
@@ -206,6 +209,10 @@ struct SampleSweep : SampleBlock<T, vectors> {
     T* packed = scratch;
     T* gathered = packed + count * p.K * width;
     T* rest = gathered + Block::gathered_size(p, count);
+    // What is used first of W is on its way while u is packed.
+    const index ahead = sweep.V && capsules_ahead < count ? capsules_ahead : count;
+    for (index x = 0; x < ahead; ++x)
+      Block::prefetch(p.weight + p.row(part.i0 + x) * p.N() * p.K, product_tile * p.K);
     Block::pack(p, part.first_sample, part.i0, count, packed, gathered);
     const bool paper_sizes = p.K == 8 && p.D == 16;
     if (!sweep.V)

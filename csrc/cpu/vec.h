@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #ifndef CAPSULE_ISA
@@ -163,13 +164,16 @@ template <typename T>
 CAPSULE_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   using Int = typename SignedOf<T>::type;
   using Ints = Vec<Int, kLanes<T>>;
+  using Bit = std::make_unsigned_t<Int>;  // wraps around
+  using Bits = Vec<Bit, kLanes<T>>;
   constexpr bool is_float = sizeof(T) == 4;
   constexpr int roots = CAPSULE_VECTOR_BYTES >= 32 ? kLanes<T> : 1;
   constexpr int mantissa_bits = is_float ? 23 : 52;
   constexpr T lowest = is_float ? T(-87.3) : T(-708.3);
   constexpr T log2_e = T(1 / kLn2);
-  // ln 2 in two parts; products of the first with whole n are exact where they are rounded.
-  constexpr T ln2_high = is_float ? T(0.693145751953125) : T(0.69314718036912381649);
+  // ln 2 in two parts. The first, of 12 or 32 bits, times n + l / roots, of 11 or 13, is exact even
+  // where the product is rounded before it is subtracted.
+  constexpr T ln2_high = is_float ? T(0x1.62ep-1) : T(0x1.62e42feep-1);
   constexpr T ln2_low = T(kLn2 - ln2_high);
   // Adding 1.5 * 2^(mantissa bits) / roots rounds to a multiple of 1 / roots, n + l / roots, and
   // leaves n roots + l in the low mantissa bits.
@@ -185,13 +189,14 @@ CAPSULE_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
 
   // 2^(n + l / roots): n goes to the exponent of the root, which does without what l adds there.
   static constexpr Roots<T, roots> table;
-  constexpr Int root_bits = (Int(1) << mantissa_bits) / roots;
-  Ints lane;
+  constexpr Bit root_bits = (Bit(1) << mantissa_bits) / roots;
+  Bits lane;
   for (int l = 0; l < kLanes<T>; ++l) lane[l] = l % roots;
-  const Ints exponents = reinterpret_cast<Ints>(shifted);
-  Ints bits = reinterpret_cast<Ints>(load(table.of)) - lane * root_bits;
+  const Bits exponents = reinterpret_cast<Bits>(shifted);
+  Bits bits = reinterpret_cast<Bits>(load(table.of)) - lane * root_bits;
   if constexpr (roots > 1)
-    bits = reinterpret_cast<Ints>(select_lanes<T>(reinterpret_cast<Vec<T>>(bits), exponents));
+    bits = reinterpret_cast<Bits>(
+        select_lanes<T>(reinterpret_cast<Vec<T>>(bits), reinterpret_cast<Ints>(shifted)));
   const Vec<T> scale = reinterpret_cast<Vec<T>>(bits + exponents * root_bits);
   return x < lowest ? Vec<T>{} : scale * power + scale;
 }
