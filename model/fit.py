@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from . import checkpoint as checkpoints
 from .errors import UserError
+from .evaluation import TestResult
 from .interrupt import Interrupted, Interruption
 from .metrics import MetricsLog
 from .trainer import Trainer
@@ -46,6 +47,8 @@ class Fit:
         self.seconds_before = trainer.progress.seconds
         self.first_step = trainer.progress.step
         self.shown = -math.inf
+        self.tested: TestResult | None = None
+        """Of the weights as they are: None from the first step of an epoch to its end."""
 
     def run(self) -> Outcome:
         """Train to the end, or as long as there is time.
@@ -77,6 +80,7 @@ class Fit:
                 if wish == SAVE:
                     self.save()
                 trainer.step()
+                self.tested = None
                 if time.monotonic() - self.shown > REFRESH_SECONDS:
                     self.show(bar, task)
 
@@ -120,6 +124,7 @@ class Fit:
         # One of several processes must not leave a test that the others finish.
         alone = trainer.world.size == 1
         result = trainer.test(trainer.dataset.test, self.interruption.check if alone else nothing)
+        self.tested = result
         progress.epoch += 1
         trainer.sums.zero_()
         wanted = trainer.config.stop_accuracy

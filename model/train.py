@@ -159,8 +159,9 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
 
 def report(trainer: Trainer, fit: Fit, outcome: str, log: MetricsLog, console: Console) -> None:
     """Test errors, weights and the picture of reconstructions at the end of a run."""
-    tests = {trainer.dataset.test_name: trainer.dataset.test, **trainer.dataset.further_tests}
-    results = {name: trainer.test(split) for name, split in tests.items()}
+    dataset = trainer.dataset
+    results = {dataset.test_name: fit.tested or trainer.test(dataset.test)}
+    results |= {name: trainer.test(split) for name, split in dataset.further_tests.items()}
     weights = trainer.save_weights()
     values: dict[str, Any] = {"outcome": outcome, "seconds": fit.seconds(), "tests": {}}
     for name, result in results.items():
