@@ -84,6 +84,20 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
         run(directory)
 
 
+@pytest.mark.parametrize(("flags", "tests"), [("--epochs 2", 2), ("--epochs 0", 1)])
+def test_weights_are_tested_once(
+    flags: str, tests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested = []
+    test = Trainer.test
+    monkeypatch.setattr(Trainer, "test", lambda *args: tested.append(args) or test(*args))
+    assert run(tmp_path / "run", *flags.split()) == 0
+    assert len(tested) == tests
+    *_, before, final = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (result,) = final["tests"].values()
+    assert before["kind"] == "run" or before["test_error"] == result["error"]
+
+
 def test_weights_are_where_a_run_starts(tmp_path: Path) -> None:
     run(tmp_path / "a")
     weights = tmp_path / "a" / "weights.safetensors"
