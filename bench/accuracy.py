@@ -40,14 +40,14 @@ def compare(
         inputs.weight.detach().double().requires_grad_(),
         inputs.grad_v.double(),
     )
-    expected = outputs_and_gradients(oracle, exact, settings.R)
-    own = errors(outputs_and_gradients(oracle, inputs, settings.R), expected)
+    expected = outputs_and_gradients(oracle(shape), exact, settings.R)
+    own = errors(outputs_and_gradients(oracle(shape), inputs, settings.R), expected)
     for implementation in everyone:
         found, status = [float("nan")] * len(QUANTITIES), "ok"
         try:
             if implementation.missing:
                 raise CannotRunError(implementation.missing)
-            routing = implementation.make()
+            routing = implementation.make(shape)
             found = errors(outputs_and_gradients(routing, inputs, settings.R), expected)
         except Exception as failure:
             status = reason_of(failure)

@@ -16,7 +16,7 @@ import torch
 from . import accuracy, memory, routing, scaling
 from .peers import fused, outputs_and_gradients
 from .routing import Settings
-from .shapes import MANY_CLASSES, MNIST, SHAPES, Shape, make_inputs
+from .shapes import CONVOLUTION, MANY_CLASSES, MNIST, SHAPES, Shape, make_inputs
 
 Point = tuple[Shape, int, Settings]
 GOALS_BATCHES = (128, 1024)
@@ -35,6 +35,8 @@ def points() -> Iterator[Point]:
     for times in memory.TIMES_I:
         yield replace(MNIST, I=times * MNIST.I), memory.GROWTH_B, ieee
     yield MANY_CLASSES, memory.GROWTH_B, ieee
+    for B in (*routing.CONVOLUTION_BATCHES, memory.CONVOLUTION_B):
+        yield CONVOLUTION, B, ieee
     for dtype in accuracy.DTYPES:
         yield MNIST, accuracy.SAMPLES, replace(ieee, dtype=dtype)
     without_peers = [(shape, B, tf32) for shape in SHAPES for B in routing.FEW_BATCHES]
@@ -52,7 +54,7 @@ def compile_point(point: Point) -> str:
     what = f"{shape.name} I={shape.I} J={shape.J} B={B} R={settings.R} {settings.dtype}"
     try:
         inputs = make_inputs(shape, B, settings.device, settings.dtype)
-        outputs_and_gradients(fused("triton"), inputs, settings.R)
+        outputs_and_gradients(fused("triton", shape), inputs, settings.R)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{what}: {error}"

@@ -25,7 +25,7 @@ from .options import add_peers_arguments
 from .peers import Implementation, Routing, chosen_peers, ours, outputs_and_gradients, peers
 from .records import CannotRunError, Record, reason_of, select
 from .routing import Settings
-from .shapes import MANY_CLASSES, MNIST, Inputs, Shape, make_inputs
+from .shapes import CONVOLUTION, MANY_CLASSES, MNIST, Inputs, Shape, make_inputs
 
 Result = TypeVar("Result")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -84,7 +84,7 @@ def probe(name: str, shape: Shape, B: int, settings: Settings) -> tuple[int, int
     """Extra bytes at the peak of forward+backward, and bytes saved between the two."""
     settings.apply()
     candidates = ours(settings.device) + peers(("default", "max-autotune"))
-    routing = next(x for x in candidates if x.name == name).make()
+    routing = next(x for x in candidates if x.name == name).make(shape)
     inputs = make_inputs(shape, B, settings.device, settings.dtype)
     outputs_and_gradients(routing, inputs, settings.R)  # compiles, starts threads
     extra = extra_bytes(lambda: outputs_and_gradients(routing, inputs, settings.R), settings.device)
@@ -139,6 +139,7 @@ def saved_bytes(routing: Routing, inputs: Inputs, R: int) -> int:
 
 BATCHES = (1, 4, 16, 64, 128, 256)
 QUICK_BATCHES = (16, 128)
+CONVOLUTION_B = 16
 GROWTH_B = 32
 TIMES_I = (1, 2, 4, 8)
 """Multiples of MNIST's I: the extra memory of a fused implementation should not follow them."""
@@ -149,10 +150,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
-    """MNIST over the batch; the fused backends over I, and at the shape with many classes."""
-    fused = ours(settings.device)
+    """MNIST over the batch, and a convolution; the fused backends over I, and at the shape with
+    many classes."""
+    fused, others = ours(settings.device), chosen_peers(options)
     for B in QUICK_BATCHES if options.quick else BATCHES:
-        yield from measure_memory(MNIST, B, [*fused, *chosen_peers(options)], settings)
+        yield from measure_memory(MNIST, B, [*fused, *others], settings)
+    yield from measure_memory(CONVOLUTION, CONVOLUTION_B, [*fused, *others], settings)
     for times in TIMES_I:
         shape = replace(MNIST, name=f"MNIST, I = {times * MNIST.I}", I=times * MNIST.I)
         for record in measure_memory(shape, GROWTH_B, fused, settings):

@@ -12,12 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from capsule_kernels import backends, fused_routing
+from capsule_kernels import backends, fused_routing, fused_routing_conv
 
-from .shapes import GIB, Inputs, Shape
+from .shapes import GIB, Convolution, Inputs, Shape
 
 Routing = Callable[[Tensor, Tensor, int], Tensor]
-"""u [B, I, K], weight [I // weight_sharing, J, D, K], num_iterations -> v [B, J, D]."""
+"""u, weight, num_iterations -> v, in the sizes of a shape: mostly u [B, I, K],
+weight [I // weight_sharing, J, D, K], v [B, J, D]."""
 
 
 def squash(s: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def tiled_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to compute routing: ours, or a peer's.
+    """A way to compute routing: ours, or a peer's. ``make`` has the one for a shape.
 
     ``family`` is "ours", "eager" or "compiled". ``stored`` says roughly how many buffers of the
     size of ``u_hat`` forward and backward hold at their peak: only to skip what would run the
@@ -80,7 +81,7 @@ class Implementation:
 
     name: str
     family: str
-    make: Callable[[], Routing]
+    make: Callable[[Shape], Routing]
     stored: float = 0.0
     missing: str | None = None
 
@@ -99,16 +100,33 @@ def reason_it_does_not_fit(needed: float, device: str) -> str | None:
     return f"too little memory: needs about {needed / GIB:.0f} of {free / GIB:.0f} GiB free"
 
 
-def fused(backend: str) -> Routing:
+def fused(backend: str, shape: Shape) -> Routing:
+    if isinstance(shape, Convolution):
+        stride = shape.stride
+        return lambda u, weight, R: fused_routing_conv(u, weight, R, stride=stride, backend=backend)
     return lambda u, weight, R: fused_routing(
         u, weight, R, weight_sharing=u.shape[1] // weight.shape[0], backend=backend
     )
 
 
-def compiled(routing: Routing, mode: str) -> Routing:
+def eager(routing: Routing, shape: Shape) -> Routing:
+    """A peer, which knows nothing of windows: they are copied for it."""
+    if not isinstance(shape, Convolution):
+        return routing
+
+    def over_windows(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
+        v = routing(shape.windows(u), weight.flatten(0, 2), num_iterations)
+        return shape.on_grid(v)
+
+    return over_windows
+
+
+def compiled(routing: Routing, mode: str, shape: Shape) -> Routing:
     """Compiled for one shape; CUDA graphs are left to the timer, which replays every peer."""
     return torch.compile(
-        routing, dynamic=False, mode=mode.replace("max-autotune", "max-autotune-no-cudagraphs")
+        eager(routing, shape),
+        dynamic=False,
+        mode=mode.replace("max-autotune", "max-autotune-no-cudagraphs"),
     )
 
 
@@ -145,13 +163,13 @@ def peers(modes: Iterable[str] = ("default",), which: str = "all") -> list[Imple
     """
     if which == "none":
         return []
-    eager = [
-        Implementation(f"eager {name}", "eager", lambda routing=routing: routing, stored)  # type: ignore[misc]
+    uncompiled = [
+        Implementation(f"eager {name}", "eager", partial(eager, routing), stored)
         for name, (routing, stored) in EAGER.items()
     ]
     if which == "eager":
-        return eager
-    return eager + [
+        return uncompiled
+    return uncompiled + [
         Implementation(
             f"compiled {name}" + ("" if mode == "default" else f" ({mode})"),
             "compiled",
@@ -170,8 +188,8 @@ def chosen_peers(options: argparse.Namespace) -> list[Implementation]:
     return peers(("default", "max-autotune") if autotune else ("default",), options.peers)
 
 
-def oracle(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
-    return fused("reference")(u, weight, num_iterations)
+def oracle(shape: Shape) -> Routing:
+    return fused("reference", shape)
 
 
 def check_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], R: int) -> None:

@@ -29,7 +29,7 @@ from .aot_rows import TARGETS
 from .options import default_device, positive, reason_against_device
 from .peers import BACKENDS
 from .records import Record
-from .shapes import MNIST, SHARED
+from .shapes import CONVOLUTION, MNIST, SHARED
 from .sources import NETWORK, ROOT, digest
 from .steps import NOT_RUN, Step, run_together
 
@@ -83,6 +83,8 @@ def steps(
     if data is not None:
         train += ["--experiment=mnist", "--lr-schedule=linear", f"--data-dir={data}"]
     plots = ("--plots", str(folder))
+    of_windows = ("--shape", CONVOLUTION.name, "--no-max-autotune")
+    windows = bench("routing-windows", 3, *of_windows, command="routing")
     if device == "cpu":
         one_by_one = [
             build,
@@ -90,6 +92,7 @@ def steps(
             bench("goals", 12),
             bench("routing", 10, "--shape", "MNIST", *plots),
             bench("routing-shared", 2, "--shape", SHARED.name, command="routing"),
+            windows,
             bench("memory", 5, *plots),
             bench("scaling", 4),
             bench("accuracy", 2),
@@ -101,7 +104,7 @@ def steps(
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         # Only what runs here: every further architecture costs a compilation.
         build.environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
-    build.minutes = 4
+    build.minutes, windows.minutes = 4, 0.4
     # An epoch of the digits is 11 steps, of which a graph warms up three.
     train += ["--cuda-graph", "--tf32", "--amp", "--epochs=15", "--max-minutes=0.6"]
     # By name: of folders pytest would choose the order.
@@ -135,6 +138,7 @@ def steps(
         [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone, command="routing")],
         [bench("routing", 0.8, "--shape", "MNIST", "--peers", "eager", *plots)],
         [bench("scaling", 0.75)],
+        [windows],
         [
             gpu_tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *others, *FIRST),
             gpu_tests("trust", 1, "", *TRUST),

@@ -21,7 +21,7 @@ from .peers import (
     reason_it_does_not_fit,
 )
 from .records import CannotRunError, Record, reason_of
-from .shapes import MNIST, SHAPES, SHARED, Inputs, Shape, make_inputs
+from .shapes import CONVOLUTION, MNIST, SHAPES, SHARED, Inputs, Shape, make_inputs
 from .timing import Timing, interleave, make_timer
 
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
@@ -100,12 +100,12 @@ def measure_routing(
     failures: dict[str, str] = {}
     routings: dict[str, Routing] = {}
     checked = inputs_to_check(shape, B, implementations, settings, sets[0])
-    expected = outputs_and_gradients(oracle, checked, settings.R)
+    expected = outputs_and_gradients(oracle(shape), checked, settings.R)
     for implementation in implementations:
         try:
             if reason := implementation.reason_to_skip(shape, B, settings.device):
                 raise CannotRunError(reason)
-            routing = implementation.make()
+            routing = implementation.make(shape)
             check_equal(outputs_and_gradients(routing, checked, settings.R), expected, settings.R)
             routings[implementation.name] = routing
         except Exception as error:
@@ -165,9 +165,10 @@ def time_pass(
 
 BATCHES = (1, 4, 8, 16, 64, 128, 512, 2048)
 QUICK_BATCHES = (1, 16, 128)
-EVERY_SHAPE = (*SHAPES, SHARED)
+EVERY_SHAPE = (*SHAPES, SHARED, CONVOLUTION)
 FEW_BATCHES = (32, 128)
 """For the shapes other than MNIST, whose peers take seconds a call on a CPU."""
+CONVOLUTION_BATCHES = (4, 32)
 LARGEST_PEER_BATCH = {"cpu": 512, "cuda": 2048}
 """Beyond it a peer takes minutes a row; a larger batch that is asked for is measured."""
 
@@ -193,6 +194,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_peers_arguments(parser)
 
 
+def batches_of(shape: Shape, quick: bool) -> tuple[int, ...]:
+    if shape == CONVOLUTION:
+        return CONVOLUTION_BATCHES
+    if quick:
+        return QUICK_BATCHES
+    return BATCHES if shape == MNIST else FEW_BATCHES
+
+
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
     """MNIST at every batch, the other shapes at a few; what the options ask for instead."""
     settings = replace(settings, dtype=getattr(torch, options.dtype))
@@ -202,8 +211,7 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
     else:
         shapes = [MNIST] if options.quick else list(EVERY_SHAPE)
     for shape in shapes:
-        batches = QUICK_BATCHES if options.quick else BATCHES if shape == MNIST else FEW_BATCHES
-        for B in options.batch or batches:
+        for B in options.batch or batches_of(shape, options.quick):
             too_large = LARGEST_PEER_BATCH[settings.device] < B and not options.batch
             everyone = fused if too_large else [*fused, *others]
             yield from measure_routing(shape, B, everyone, settings)

@@ -1,5 +1,6 @@
 """The shapes that are measured, their inputs, and the operations and bytes that they need."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,21 @@ class Shape:
     def weights(self) -> int:
         return self.I // self.weight_sharing
 
+    def samples(self, B: int) -> int:
+        """How often a batch is routed: once for each of its samples."""
+        return B
+
+    def sizes(self, B: int) -> tuple[tuple[int, ...], ...]:
+        """Of u, of the weights and of v."""
+        I, J, K, D = self.I, self.J, self.K, self.D
+        return (B, I, K), (self.weights, J, D, K), (B, J, D)
+
     def forward_operations(self, B: int, R: int = 3) -> int:
         """Floating-point operations of the fused forward, two a multiply-add."""
         N, K = self.J * self.D, self.K
         predicting = self.I * (R * N * K + 2 * (R - 1) * N)
         contracting = self.weights * (2 * R - 1) * N * K + self.I * K * (1 + 2 * (R - 1) * self.J)
-        return 2 * B * min(predicting, contracting)
+        return 2 * self.samples(B) * min(predicting, contracting)
 
     def backward_operations(self, B: int, R: int = 3) -> int:
         """Floating-point operations of the fused backward through all iterations."""
@@ -43,7 +53,11 @@ class Shape:
         contracted_sweeps = (R - 1) * (self.weights * 3 * N * K + self.I * 3 * K * self.J)
         contracted_last = self.weights * (4 * R - 2) * N * K
         contracted_last += self.I * K * (1 + 6 * (R - 1) * self.J)
-        return 2 * B * min(self.I * (sweeps + last_sweep), contracted_sweeps + contracted_last)
+        predicting, contracting = (
+            self.I * (sweeps + last_sweep),
+            contracted_sweeps + contracted_last,
+        )
+        return 2 * self.samples(B) * min(predicting, contracting)
 
     def operations(self, B: int, R: int, backward: bool) -> int:
         """Floating-point operations of a forward, or of forward and backward together."""
@@ -51,13 +65,53 @@ class Shape:
 
     def bytes(self, B: int, backward: bool, itemsize: int = 4) -> int:
         """Bytes that must cross the memory bus at least once: inputs, outputs, gradients."""
-        inputs = B * self.I * self.K + self.weights * self.J * self.D * self.K
-        outputs = B * self.J * self.D
+        u, weight, v = map(math.prod, self.sizes(B))
+        inputs, outputs = u + weight, v
         return itemsize * (inputs + outputs + backward * (2 * inputs + outputs))
 
     def prediction_bytes(self, B: int, itemsize: int = 4) -> int:
         """Size of ``u_hat`` [B, I, J, D], which a fused implementation never stores."""
-        return itemsize * B * self.I * self.J * self.D
+        return itemsize * self.samples(B) * self.I * self.J * self.D
+
+
+@dataclass(frozen=True)
+class Convolution(Shape):
+    """Convolutional capsules: I = C kh kw capsules under a square ``window`` that takes ``stride``
+    steps over a square ``grid``. Every place of the window is routed; B counts grids."""
+
+    grid: int = 14
+    window: int = 3
+    stride: int = 2
+
+    @property
+    def types(self) -> int:
+        return self.I // self.window**2
+
+    @property
+    def places(self) -> int:
+        """Of the window, along a side."""
+        return (self.grid - self.window) // self.stride + 1
+
+    def samples(self, B: int) -> int:
+        return B * self.places**2
+
+    def sizes(self, B: int) -> tuple[tuple[int, ...], ...]:
+        C, J, K, D, window = self.types, self.J, self.K, self.D, self.window
+        u, weight = (B, C, K, self.grid, self.grid), (C, window, window, J, D, K)
+        return u, weight, (B, J, D, self.places, self.places)
+
+    def windows(self, u: Tensor) -> Tensor:
+        """A copy of each place's capsules, [samples, I, K]: of the grid [B, C, K, H, W]."""
+        side, end = range(self.window), self.stride * self.places
+        # By slices: compiled, the backward of Tensor.unfold writes past its memory (torch 2.13).
+        cells = [
+            u[..., y : y + end : self.stride, x : x + end : self.stride] for y in side for x in side
+        ]
+        return torch.stack(cells, -1).permute(0, 3, 4, 1, 5, 2).reshape(-1, self.I, self.K)
+
+    def on_grid(self, v: Tensor) -> Tensor:
+        """[samples, J, D] as [B, J, D, H', W']."""
+        return v.unflatten(0, (-1, self.places, self.places)).permute(0, 3, 4, 1, 2)
 
 
 MNIST = Shape("MNIST", 1152, 10)
@@ -74,11 +128,13 @@ SHAPES = (
 """Routing layers of the paper's networks, and the one of a published out-of-memory report."""
 SHARED = Shape("MNIST, a weight a type", 1152, 10, weight_sharing=36)
 """The 36 capsules of each of the 32 types share a weight, as many networks have it."""
+CONVOLUTION = Convolution("3x3 windows, stride 2", 32 * 3**2, 16)
+"""32 types of capsules on 14 x 14 to 16 types on 6 x 6."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves u [B, I, K] and weight [I // weight_sharing, J, D, K], and the gradient of v."""
+    """Leaves u and weight, and the gradient of v, in the sizes of a shape."""
 
     u: Tensor
     weight: Tensor
@@ -94,8 +150,9 @@ def make_inputs(
     def normal(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=generator).to(device, dtype)
 
+    u, weight, v = shape.sizes(B)
     return Inputs(
-        (normal(B, shape.I, shape.K) * shape.K**-0.5).requires_grad_(),
-        (normal(shape.weights, shape.J, shape.D, shape.K) * 0.1).requires_grad_(),
-        normal(B, shape.J, shape.D),
+        (normal(*u) * shape.K**-0.5).requires_grad_(),
+        (normal(*weight) * 0.1).requires_grad_(),
+        normal(*v),
     )

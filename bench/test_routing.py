@@ -25,7 +25,7 @@ def test_routing(benchmark: Any, implementation: Implementation, B: int, directi
     if implementation.missing:
         pytest.skip(implementation.missing)
     SETTINGS.apply()
-    routing, (inputs, *_) = implementation.make(), input_sets(MNIST, B, SETTINGS)
+    routing, (inputs, *_) = implementation.make(MNIST), input_sets(MNIST, B, SETTINGS)
     sample = make_timer(DEVICE, replay=False).sampler(
         [lambda: RUN[direction](routing, inputs, SETTINGS.R)]
     )

@@ -64,6 +64,7 @@ VIEWS = {
     "peers": View("goals", tables.routing_table, "routing", (("case", "MNIST"), ("B", 128))),
     "batches": View("routing", tables.summary_table, "routing", (("case", "MNIST"),)),
     "shared": View("routing-shared", tables.summary_table, "routing"),
+    "windows": View("routing-windows", tables.summary_table, "routing"),
     "batches-tf32": View("routing-tf32", tables.summary_table, "routing"),
     "batches-bfloat16": View("routing-bfloat16", tables.summary_table, "routing"),
     "memory": View("memory", tables.memory_table, "memory"),

@@ -13,16 +13,19 @@ from bench.peers import (
     EAGER,
     Implementation,
     check_equal,
+    eager,
+    fused,
     oracle,
     outputs_and_gradients,
     peers,
 )
 from bench.records import select
 from bench.routing import Settings, measure_routing
-from bench.shapes import MNIST, SHAPES, SHARED, Shape, make_inputs
+from bench.shapes import MNIST, SHAPES, SHARED, Convolution, Shape, make_inputs
 from bench.timing import CpuTimer, Timing, interleave
 
 SMALL = Shape("small", 12, 3, K=4, D=5)
+SMALL_WINDOWS = Convolution("small windows", 2 * 3**2, 3, K=4, D=5, grid=8)
 CEILINGS = {"gemm": 1e11, "copy": 1e10}
 
 
@@ -64,20 +67,36 @@ def test_operations_with_shared_weights_are_those_of_contracted_ones():
     assert replace(SHARED, weight_sharing=1).operations(1, 3, True) == MNIST.operations(1, 3, True)
 
 
-@pytest.mark.parametrize("shape", [SMALL, replace(SMALL, weight_sharing=2)], ids=["own", "shared"])
+@pytest.mark.parametrize(
+    "shape",
+    [SMALL, replace(SMALL, weight_sharing=2), SMALL_WINDOWS],
+    ids=["own", "shared", "windows"],
+)
 @pytest.mark.parametrize("name", EAGER)
 @pytest.mark.parametrize("R", [1, 3])
 def test_eager_peers_equal_the_oracle(name, R, shape):
     inputs = make_inputs(shape, 6, "cpu")
-    expected = outputs_and_gradients(oracle, inputs, R)
-    check_equal(outputs_and_gradients(EAGER[name][0], inputs, R), expected, R)
+    expected = outputs_and_gradients(oracle(shape), inputs, R)
+    check_equal(outputs_and_gradients(eager(EAGER[name][0], shape), inputs, R), expected, R)
+    check_equal(outputs_and_gradients(fused("cpu", shape), inputs, R), expected, R)
+
+
+def test_operations_and_bytes_of_windows():
+    """Those of as many samples as places; the inputs cross the bus once, not once a window."""
+    flat = Shape("flat", SMALL_WINDOWS.I, SMALL_WINDOWS.J, SMALL_WINDOWS.K, SMALL_WINDOWS.D)
+    assert SMALL_WINDOWS.places == 3
+    assert SMALL_WINDOWS.operations(2, 3, True) == flat.operations(18, 3, True)
+    assert SMALL_WINDOWS.prediction_bytes(2) == flat.prediction_bytes(18)
+    u, weight, v = (x.numel() for x in vars(make_inputs(SMALL_WINDOWS, 2, "cpu")).values())
+    assert SMALL_WINDOWS.bytes(2, False) == 4 * (u + weight + v)
+    assert SMALL_WINDOWS.bytes(2, True) == 4 * (3 * (u + weight) + 2 * v)
 
 
 def test_a_peer_that_computes_something_else_is_told_apart():
     inputs = make_inputs(SMALL, 6, "cpu")
-    expected = outputs_and_gradients(oracle, inputs, 3)
+    expected = outputs_and_gradients(oracle(SMALL), inputs, 3)
     with pytest.raises(ValueError, match=r"^v \[6, 3, 5\] is off the oracle's by"):
-        check_equal(outputs_and_gradients(oracle, inputs, 2), expected, 2)
+        check_equal(outputs_and_gradients(oracle(SMALL), inputs, 2), expected, 2)
 
 
 def test_wrong_and_failing_implementations_become_rows_and_the_rest_goes_on():
@@ -85,11 +104,11 @@ def test_wrong_and_failing_implementations_become_rows_and_the_rest_goes_on():
         raise MemoryError("no room")
 
     implementations = [
-        Implementation("good", "ours", lambda: oracle),
-        Implementation("wrong", "eager", lambda: lambda u, W, R: oracle(u, W, 1)),
-        Implementation("broken", "eager", lambda: broken),
-        Implementation("absent", "eager", lambda: oracle, missing="not built"),
-        Implementation("huge", "eager", lambda: oracle, stored=1e12),
+        Implementation("good", "ours", oracle),
+        Implementation("wrong", "eager", lambda shape: lambda u, W, R: oracle(shape)(u, W, 1)),
+        Implementation("broken", "eager", lambda _: broken),
+        Implementation("absent", "eager", oracle, missing="not built"),
+        Implementation("huge", "eager", oracle, stored=1e12),
     ]
     settings = Settings(rounds=1, slice_seconds=0)
     records = list(measure_routing(SMALL, 2, implementations, settings, ["forward"]))
@@ -271,8 +290,8 @@ def test_extra_memory_sees_allocations_that_torch_does_not():
 @pytest.mark.skipif(not CLEAR.exists(), reason="the peak resident set needs Linux's /proc")
 def test_memory_of_an_eager_peer_is_a_few_times_u_hat():
     shape = Shape("some", 1152, 10)
-    (eager,) = (peer for peer in peers(which="eager") if peer.name == "eager einsum")
-    (record,) = measure_memory(shape, 16, [eager], Settings())
+    (peer,) = (peer for peer in peers(which="eager") if peer.name == "eager einsum")
+    (record,) = measure_memory(shape, 16, [peer], Settings())
     assert record["status"] == "ok"
     assert 2 < record["extra_bytes"] / shape.prediction_bytes(16) < 8
     assert 1 <= record["saved_bytes"] / shape.prediction_bytes(16) < 3
