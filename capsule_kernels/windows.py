@@ -5,24 +5,39 @@ A ``window`` as in :data:`capsule_kernels.ops.FORWARD_SCHEMA`; without one u sta
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
+def places(u: Tensor, window: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the places that a window takes, H' and W'."""
+    _, H, W, _, _ = u.shape
+    kh, kw, down, right = window
+    return (H - kh) // down + 1, (W - kw) // right + 1
+
+
 def capsules(u: Tensor, window: Sequence[int] | None) -> Tensor:
-    """Input capsules [B, I, K]: u itself, or a copy of its windows."""
-    return view(u, window).flatten(0, 2).flatten(1, 3) if window else u
+    """Input capsules [B, I, K]: u itself, or a copy of its windows.
+
+    By slices: where Inductor (torch 2.13) compiles the backward of ``Tensor.unfold``, it writes
+    past its memory.
+    """
+    if not window:
+        return u
+    kh, kw, down, right = window
+    rows, columns = places(u, window)
+    cells = [
+        u[:, y : y + down * (rows - 1) + 1 : down, x : x + right * (columns - 1) + 1 : right]
+        for y in range(kh)
+        for x in range(kw)
+    ]
+    return torch.stack(cells, 4).flatten(0, 2).flatten(1, 2)
 
 
 def sizes(u: Tensor, window: Sequence[int] | None) -> tuple[int, int]:
     """Samples and input capsules of a sample: B and I."""
     if not window:
         return u.shape[0], u.shape[1]
-    B, H, W, C, _ = u.shape
-    kh, kw, down, right = window
-    return B * ((H - kh) // down + 1) * ((W - kw) // right + 1), C * kh * kw
-
-
-def view(u: Tensor, window: Sequence[int]) -> Tensor:
-    """All windows [B, H', W', C, kh, kw, K], in the memory of the grid."""
-    kh, kw, down, right = window
-    return u.unfold(1, kh, down).unfold(2, kw, right).permute(0, 1, 2, 3, 5, 6, 4)
+    rows, columns = places(u, window)
+    kh, kw, *_ = window
+    return u.shape[0] * rows * columns, u.shape[3] * kh * kw

@@ -178,6 +178,25 @@ def test_layer(options: dict[str, Any]) -> None:
     torch.testing.assert_close(*gradient, layer.weight.grad)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_inductor_compiles_overlapping_windows(backend: str) -> None:
+    """Sizes at which the backward of ``Tensor.unfold`` wrote past its memory."""
+
+    def scores(u: Tensor, weight: Tensor) -> Tensor:
+        return fused_routing_conv(u, weight, stride=2, backend=backend).square().sum((2, 3, 4))
+
+    u = torch.randn(4, 32, 8, 14, 14, requires_grad=True)
+    weight = (0.1 * torch.randn(32, 3, 3, 4, 4, 8)).requires_grad_()
+    whole = torch.compile(scores, fullgraph=True)
+    for _ in range(3):
+        found, expected = (
+            torch.autograd.grad(function(u, weight).sum(), (u, weight))
+            for function in (whole, scores)
+        )
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -7,6 +7,7 @@
 #include <array>
 #include <atomic>
 #include <deque>
+#include <vector>
 
 #include "dispatch.h"
 #include "driver.h"
@@ -89,6 +90,12 @@ Sizes check_inputs(const char* op, const Tensor& u, const Tensor& weight,
   return {B, I, J, K, D};
 }
 
+// Tasks that are left of a thread's, alone in its cache line.
+struct alignas(64) Share {
+  std::atomic<index> next{0};
+  index end = 0;
+};
+
 // Owns what the kernels point to: inputs in the compute type, and workspaces.
 template <typename T>
 class Call {
@@ -118,12 +125,22 @@ class Call {
   static constexpr at::ScalarType type() { return c10::CppTypeToScalarType<T>::value; }
 
   auto driver() {
-    // body(task, thread) for every task. Threads take the next task when they are free: a slow core
-    // delays no one, and results do not depend on who runs what.
+    // body(task, thread) for every task. A thread begins with its own share of the tasks, whose
+    // capsules are in its caches from sweep to sweep, and goes on with what is left of the others':
+    // a slow core delays no one, and results do not depend on who runs what.
     auto parallel = [](index tasks, index threads, auto body) {
-      std::atomic<index> next{0};
-      at::parallel_for(0, std::min(tasks, threads), 1, [&](index, index) {
-        for (index task; (task = next++) < tasks;) body(task, at::get_thread_num());
+      const index shares = std::min(tasks, threads);
+      std::vector<Share> all(shares);
+      for (index x = 0; x < shares; ++x) {
+        all[x].next = x * tasks / shares;
+        all[x].end = (x + 1) * tasks / shares;
+      }
+      at::parallel_for(0, shares, 1, [&](index, index) {
+        const index thread = at::get_thread_num();
+        for (index x = 0; x < shares; ++x) {
+          Share& share = all[(thread + x) % shares];
+          for (index task; (task = share.next++) < share.end;) body(task, thread);
+        }
       });
     };
     auto allocate = [this](index count) {
