@@ -9,7 +9,7 @@ from torch import Tensor
 
 from capsule_kernels import fused_routing, reference_routing
 
-from .tolerance import assert_results_as_good_as_reference, reference_dtype
+from .tolerance import assert_as_good_as_reference, reference_dtype
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,21 @@ def check_case(
 
 def check_inputs(case: Case, inputs: dict[str, Any], backend: str) -> None:
     """The same for given values, whose sizes and options are those of the case."""
+    found = run(fused_routing, case, inputs, backend=backend)
     dtype = reference_dtype(inputs["u"].dtype)
-    assert_results_as_good_as_reference(
-        str(case),
-        run(fused_routing, case, inputs, backend=backend),
-        lambda seed: run(reordered(seed), case, copies(inputs, dtype)),
-        run(reference_routing, case, copies(inputs, torch.float64)),
-    )
+    exact = run(reference_routing, case, copies(inputs, torch.float64))
+    assert found.keys() == exact.keys()
+    references: list[dict[str, Tensor]] = []
+
+    def check(runs: int) -> None:
+        seeds = range(len(references), runs)
+        references.extend(run(reordered(seed), case, copies(inputs, dtype)) for seed in seeds)
+        for name in exact:
+            assert_as_good_as_reference(
+                f"{case}: {name}", found[name], [r[name] for r in references], exact[name]
+            )
+
+    try:
+        check(8)
+    except AssertionError:  # where there is little to add up, eight runs may all be lucky
+        check(64)

@@ -13,8 +13,6 @@ that of the oracle in float32, scaled by the ratio of the two roundings. Gradien
 as vectors (relative L2 and cosine), which a few lucky or unlucky elements can't hide.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -58,26 +56,3 @@ def assert_as_good_as_reference(
         cosine = (x * x64).sum() / (x.norm() * norm).clamp_min(torch.finfo(torch.float64).tiny)
         lost = 2 * (bound_l2 / norm) ** 2 + torch.finfo(torch.float64).eps * x.numel()
         assert 1 - cosine <= lost, f"{name}: 1 - cosine {1 - cosine:.3e} > {lost:.3e}"
-
-
-def assert_results_as_good_as_reference(
-    name: str,
-    found: dict[str, Tensor],
-    run: Callable[[int], dict[str, Tensor]],
-    exact: dict[str, Tensor],
-) -> None:
-    """The same for all results of a call; ``run(seed)`` is the oracle in another order."""
-    references: list[dict[str, Tensor]] = []
-
-    def check(runs: int) -> None:
-        references.extend(run(seed) for seed in range(len(references), runs))
-        for result, x64 in exact.items():
-            assert_as_good_as_reference(
-                f"{name}: {result}", found[result], [r[result] for r in references], x64
-            )
-
-    assert found.keys() == exact.keys()
-    try:
-        check(8)
-    except AssertionError:  # where there is little to add up, eight runs may all be lucky
-        check(64)
