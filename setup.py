@@ -89,6 +89,23 @@ def wants_cuda() -> bool:
     return False
 
 
+def builds_for_sm_90a() -> bool:
+    """Whether sm_90 is among the architectures; it then becomes sm_90a in ``TORCH_CUDA_ARCH_LIST``.
+
+    Only code for the very device knows the products of warpgroups (csrc/cuda/execution.cuh). Where
+    nothing is said, the devices at hand decide, as they do for torch.
+    """
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if wish is None and torch.cuda.is_available():
+        devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        wish = ";".join(sorted({f"{major}.{minor}" for major, minor in devices}))
+    if not wish:
+        return False
+    names = ["9.0a" if name == "9.0" else name for name in wish.replace(";", " ").split()]
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
+    return "9.0a" in names
+
+
 class Build(cpp_extension.BuildExtension):
     """Compiles the CPU kernels once for each instruction set, beside what torch builds."""
 
@@ -140,6 +157,8 @@ def extensions() -> list[Extension]:
     if wants_cuda():
         make = cpp_extension.CUDAExtension
         macros.append(("CAPSULE_CUDA", None))
+        if builds_for_sm_90a():
+            macros.append(("CAPSULE_SM_90A", None))
         sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c[pu]*"))
         sources = [source for source in sources if not source.endswith(".cuh")]
         flags["nvcc"] = ["-O3", "-std=c++17"]

@@ -35,9 +35,12 @@ KERNELS = {
     "routing_backward_states_kernel": "BackwardArguments, BackwardPlan",
     "routing_backward_gradients_kernel": "BackwardArguments, BackwardPlan",
     "routing_backward_outputs_kernel": "BackwardArguments, BackwardPlan",
+    "warpgroup_forward_kernel": "ForwardArguments, ForwardPlan",
+    "warpgroup_backward_states_kernel": "BackwardArguments, BackwardPlan",
 }
-GRADIENTS, OUTPUTS = list(KERNELS)[2:]
-"""The last sweep, and the same by output capsules, which large batches take."""
+GRADIENTS, OUTPUTS, *WARPGROUPS = list(KERNELS)[2:]
+"""The last sweep, and the same by output capsules, which large batches take; forward and states of
+large batches in products of warpgroups, which sm_90 has."""
 
 PLANNER = """
 #include <cstdio>
@@ -54,10 +57,13 @@ int main(int, char** a) {
   Shape large = shape;
   large.B = 1 << 20;
   const OutputPlan outputs = plan_outputs(large, n(7), device);
+  const Device hopper{n(8), n(9), 1};
   const TileChoice tile = choose_tile(shape);
-  std::printf("%d %d %d %d %d %d %d", tile.D, tile.J, kSweepWarps, plan.sweep.shared_bytes,
+  std::printf("%d %d %d %d %d %d %d %d %d", tile.D, tile.J, kSweepWarps, plan.sweep.shared_bytes,
               plan.gradients.warps, plan.gradients.shared_bytes,
-              outputs.blocks > 0 ? outputs.shared_bytes : 0);
+              outputs.blocks > 0 ? outputs.shared_bytes : 0,
+              plan_warpgroups(large, hopper, 1).shared_bytes,
+              plan_warpgroups(large, hopper, 2).shared_bytes);
 }
 """
 
@@ -72,6 +78,9 @@ class Plan(NamedTuple):
     gradient_warps: int
     gradient_shared: int
     output_shared: int
+    warpgroup_shared: int
+    """Of the forward; then of the backward's states."""
+    warpgroup_states_shared: int
 
 
 def nvcc() -> str | None:
@@ -108,7 +117,13 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
             if plan.output_shared == 0 or policy == "SplitTf32":
                 continue
             warps, shared, parameters = shape.J, plan.output_shared, f"{instance}, {R}"
-        registers, spilled, matrix, loop_text = compiled(kernel, arguments, parameters, target)
+        if kernel in WARPGROUPS:
+            shared = (plan.warpgroup_shared, plan.warpgroup_states_shared)[WARPGROUPS.index(kernel)]
+            if shared == 0 or target != "sm_90" or policy == "SplitTf32":
+                continue
+            parameters = f"{scalar}, {shape.J}"
+        processor = "sm_90a" if kernel in WARPGROUPS else target
+        registers, spilled, matrix, loop_text = compiled(kernel, arguments, parameters, processor)
         yield Row(
             "cuda",
             kernel,
@@ -144,7 +159,7 @@ def compiled(kernel: str, arguments: str, instance: str, target: str) -> tuple[i
     registers = re.search(r"Used (\d+) registers", report)
     if stack is None or registers is None:
         raise RuntimeError(f"ptxas named no registers of {kernel}:\n{report}")
-    matrix = len(re.findall(r"\bHMMA\b", listing))
+    matrix = len(re.findall(r"\bHG?MMA\b", listing))
     return int(registers[1]), int(stack[1]), matrix, loops(listing)
 
 

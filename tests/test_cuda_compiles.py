@@ -25,6 +25,13 @@ OF_PAIRS = {"routing_forward_kernel": 2 * 20, "routing_backward_states_kernel": 
 # The gradients by output capsules: of four k, two products of each state for the logits and for du,
 # and dW. They need more shared memory than sm_80 has.
 OF_OUTPUTS = 32 + 40 + 80
+# Of warpgroups, for each of 10 output capsules and four input capsules: two for the products with
+# a state, V and in the backward ds, and four for the sum. The forward's first sweep only sums, five
+# output capsules at a time.
+OF_WARPGROUPS = {
+    "warpgroup_forward_kernel": 2 * 4 + 10 * (2 + 4),
+    "warpgroup_backward_states_kernel": 10 * (2 + 2 + 4),
+}
 
 
 @pytest.mark.slow
@@ -39,6 +46,13 @@ def test_the_mnist_shape_stays_in_registers(precision: str, target: str) -> None
         assert outputs.spilled_bytes <= KNOWN_SPILLS[aot_cuda.OUTPUTS, precision, target]
         assert outputs.matrix_instructions == OF_OUTPUTS
         assert outputs.blocks == 1
+    for name in aot_cuda.WARPGROUPS:
+        row = rows.pop(name, None)
+        assert (row is None) == (target != "sm_90" or precision == "float32")
+        if row is not None:
+            assert row.spilled_bytes == 0, name
+            assert row.matrix_instructions == OF_WARPGROUPS[name]
+            assert row.blocks == 1
     assert rows.keys() == PRODUCTS.keys()
     for name, row in rows.items():
         assert row.spilled_bytes == 0, name

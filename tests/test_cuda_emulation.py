@@ -3,7 +3,7 @@ execution model with shuffled schedules, behind the public face and against the 
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from statistics import median
 
@@ -104,23 +104,25 @@ def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
     return (bits & ~0x1FFF).view(torch.float32).requires_grad_()
 
 
-def run_tf32(case: Case, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def run_tf32(
+    case: Case, inputs: dict[str, torch.Tensor], return_coupling: bool = True
+) -> dict[str, torch.Tensor]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        return run(fused_routing, case, inputs, backend="cuda")
+        return run(fused_routing, case, inputs, return_coupling, backend="cuda")
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def check_tf32(case: Case) -> None:
+def check_tf32(case: Case, return_coupling: bool = True) -> None:
     inputs = make_inputs(case, torch.float32)
-    found = run_tf32(case, inputs)
+    found = run_tf32(case, inputs, return_coupling)
     # The oracle in the same precision: what enters a product is rounded to TF32.
     rounded = inputs | {name: rounded_to_tf32(inputs[name]) for name in ("u", "weight")}
     reference = run(reference_routing, case, rounded)
     exact = run(reference_routing, case, copies(inputs, torch.float64))
-    for name in exact:
+    for name in found:
         assert_as_good_as_reference(name, found[name], reference[name], exact[name])
     strict = run(fused_routing, case, inputs, backend="cuda")
     assert not torch.equal(strict["v"], found["v"]), "TF32 products were not used"
@@ -171,6 +173,78 @@ def test_other_shapes_and_few_units_have_other_gradients(built: Emulator, case: 
     assert plan.output_blocks == 0
 
 
+# Groups of input capsules and of samples, and the tiles of a pass: 8 where the warpgroups of a
+# block share its samples, 16 where they do not. One pass of a block and several; a warpgroup
+# without samples, or without input capsules, which are no multiple of four.
+BY_WARPGROUPS = [
+    (Case(B=260, I=9, J=5, R=2), 2, (2, 1, 8)),
+    (Case(B=256, I=22, J=10, leaky=True, bias=True), 5, (1, 4, 8)),
+    (Case(B=150, I=22, J=10), 4, (1, 3, 8)),
+    (Case(B=256, I=12, J=5, R=4, leaky=True), 6, (3, 2, 16)),
+    (Case(B=270, I=18, J=5), 4, (1, 3, 16)),
+    (Case(B=260, I=4, J=5), 1, (1, 1, 16)),
+]
+
+
+@pytest.mark.parametrize(("case", "sm_count", "expected"), BY_WARPGROUPS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sweeps_by_warpgroups(
+    emulator: Emulator,
+    case: Case,
+    sm_count: int,
+    expected: tuple[int, int, int],
+    dtype: torch.dtype,
+) -> None:
+    emulator.device = Device(sm_count, 227 * 1024, warpgroups=1)
+    shape = Shape(case.B, case.I, case.J, case.K, case.D, case.R, 1)
+    plan = emulator.plan(shape, dtype)
+    assert plan.slots > 0
+    assert plan[:3] == expected
+    if dtype == torch.float32:
+        check_tf32(case, return_coupling=False)
+    else:
+        check_case(case, dtype, "cuda", return_coupling=False)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(B=127, J=10), Case(J=9), Case(J=10, D=15), Case(J=10, K=6), Case(J=10, R=1),
+        Case(I=12, J=10, weight_sharing=4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_calls_are_not_swept_by_warpgroups(built: Emulator, case: Case) -> None:
+    built.reset()
+    case = case if case.B > 3 else replace(case, B=128)
+    shape = Shape(case.B, case.I, case.J, case.K, case.D, case.R, case.weight_sharing)
+    for warpgroups in (0, 1):
+        built.device = Device(132, 227 * 1024, warpgroups)
+        assert built.plan(shape, torch.bfloat16).slots == 0
+    built.device = Device(132, 100 * 1024, warpgroups=1)
+    assert built.plan(Shape(128, 12, 10, 8, 16, 3, 1), torch.bfloat16).slots == 0
+    built.device = Device(132, 227 * 1024, warpgroups=1)
+    assert built.plan(Shape(128, 12, 10, 8, 16, 3, 1), torch.bfloat16).slots > 0
+
+
+def test_priors_and_couplings_are_not_swept_by_warpgroups(emulator: Emulator) -> None:
+    """They give the same bits wherever warpgroups are."""
+    case = Case(B=128, I=8, J=5, logits=True)
+    for logits, return_coupling in ((True, False), (False, True)):
+        inputs = make_inputs(replace(case, logits=logits), torch.bfloat16)
+        found = []
+        for warpgroups in (0, 1):
+            emulator.device = Device(3, 227 * 1024, warpgroups)
+            with torch.no_grad():
+                options = {"return_coupling": return_coupling, "backend": "cuda"}
+                found.append(fused_routing(inputs["u"], inputs["weight"], logits=inputs["logits"],
+                                           **options))  # fmt: skip
+        if return_coupling:
+            torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+        else:
+            assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("sm_count", "expected"),
     [(2, (2, 1, 4)), (5, (2, 2, 4)), (7, (3, 2, 4)), (40, (5, 7, 1))],
@@ -185,19 +259,21 @@ def test_layouts_over_devices_of_many_sizes(
     check_case(case, torch.float32, "cuda")
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("dtype", "logits"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_any_schedule_gives_the_same_bits(
-    emulator: Emulator, dtype: torch.dtype, logits: bool, seed: int
-) -> None:
-    case = Case(B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=9)
-    if not logits:  # gradients by output capsules
-        case = Case(B=60, I=36, J=6, bias=True, leaky=True)
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kernels", ["usual", "by output capsules", "by warpgroups"])
+def test_any_schedule_gives_the_same_bits(emulator: Emulator, kernels: str, seed: int) -> None:
+    case, dtype = Case(B=20, I=36, J=10, logits=True, bias=True, leaky=True, weight_sharing=9), None
+    if kernels == "by output capsules":
+        case, dtype = Case(B=60, I=36, J=6, bias=True, leaky=True), torch.bfloat16
         emulator.device = Device(1, 227 * 1024)
-    inputs = make_inputs(case, dtype)
-    first = run(fused_routing, case, inputs, backend="cuda")
+    elif kernels == "by warpgroups":
+        case, dtype = Case(B=256, I=12, J=5, bias=True, leaky=True), torch.bfloat16
+        emulator.device = Device(6 if seed % 2 else 1, 227 * 1024, warpgroups=1)
+    inputs = make_inputs(case, dtype or torch.float32)
+    options = {"return_coupling": kernels != "by warpgroups", "backend": "cuda"}
+    first = run(fused_routing, case, inputs, **options)
     emulator.configure(seed=seed + 1)
-    second = run(fused_routing, case, inputs, backend="cuda")
+    second = run(fused_routing, case, inputs, **options)
     for name in first:
         assert torch.equal(first[name], second[name]), name
 
@@ -216,7 +292,7 @@ def test_a_hundred_schedules_give_the_same_bits(emulator: Emulator, figure) -> N
 
 # In these calls every barrier matters: several tiles, groups of samples and of capsules, also with
 # more sums than blocks; more input capsules of a block than warps, with room for the states of one
-# tile and of four; gradients by output capsules.
+# tile and of four; gradients by output capsules; sweeps by warpgroups, in one pass and in two.
 BARRIER_CASES = [
     (Case(B=50, I=8, J=3, D=10, bias=True), torch.float32, Device(5, 227 * 1024)),
     (Case(B=5, I=20, J=7, K=3, D=8), torch.float32, Device(5, 227 * 1024)),
@@ -224,6 +300,9 @@ BARRIER_CASES = [
     (Case(B=20, I=20, J=3, D=10, logits=True), torch.float32, Device(2, 75 * 1024)),
     (Case(B=50, I=18, J=3, D=10, logits=True), torch.float32, Device(2, 227 * 1024)),
     (Case(B=64, I=40, J=4), torch.bfloat16, Device(1, 120 * 1024)),
+    (Case(B=256, I=12, J=5), torch.bfloat16, Device(6, 227 * 1024, warpgroups=1)),
+    (Case(B=260, I=4, J=5), torch.bfloat16, Device(1, 227 * 1024, warpgroups=1)),
+    (Case(B=130, I=22, J=5), torch.bfloat16, Device(2, 227 * 1024, warpgroups=1)),
 ]
 # The products before them let no lane run ahead either, but only a barrier orders memory.
 ORDER_MEMORY_ONLY = [
@@ -238,7 +317,7 @@ def test_a_missing_barrier_is_found(emulator: Emulator) -> None:
 
     def result(n: int) -> dict[str, torch.Tensor]:
         case, _, emulator.device = BARRIER_CASES[n]
-        return run(fused_routing, case, inputs[n], backend="cuda")
+        return run(fused_routing, case, inputs[n], not emulator.device.warpgroups, backend="cuda")
 
     def differs(n: int) -> bool:
         try:
@@ -247,13 +326,16 @@ def test_a_missing_barrier_is_found(emulator: Emulator) -> None:
             return True
         return any(not torch.equal(whole[n][name], x) for name, x in broken.items())
 
-    cases = range(len(BARRIER_CASES))
-    whole = [result(n) for n in cases]
-    barriers = emulator.barriers()
-    assert len(barriers) >= 15
+    whole, reached_by = [], defaultdict(list)
+    for n in range(len(BARRIER_CASES)):
+        emulator.configure()
+        whole.append(result(n))
+        for barrier in emulator.barriers():
+            reached_by[barrier].append(n)
+    assert len(reached_by) >= 15
     unnoticed = []
-    for barrier in barriers:
-        for seed, n in itertools.product(range(8), cases):
+    for barrier, calls in reached_by.items():
+        for seed, n in itertools.product(range(8), calls):
             emulator.configure(seed, skip=barrier)
             if differs(n):
                 break
@@ -311,7 +393,7 @@ def test_values_at_the_end_of_the_range(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_what_is_not_finite_stays_in_its_sample(
     emulator: Emulator, dtype: torch.dtype, value: float
 ) -> None:
@@ -319,16 +401,20 @@ def test_what_is_not_finite_stays_in_its_sample(
     if dtype == torch.bfloat16:  # gradients by output capsules
         case = Case(B=60, I=36, J=6)
         emulator.device = Device(1, 227 * 1024)
+    elif dtype == torch.float16:  # sweeps by warpgroups
+        case = Case(B=256, I=14, J=5)
+        emulator.device = Device(2, 227 * 1024, warpgroups=1)
     inputs = make_inputs(case, dtype)
-    clean = run(fused_routing, case, inputs, backend="cuda")
+    options = {"return_coupling": dtype != torch.float16, "backend": "cuda"}
+    clean = run(fused_routing, case, inputs, **options)
     with torch.no_grad():
         inputs["u"][2, 3, 1] = value
-    found = run(fused_routing, case, inputs, backend="cuda")
+    found = run(fused_routing, case, inputs, **options)
     oracle = run(reference_routing, case, copies(inputs, dtype))
     for name in found:
         assert torch.equal(found[name].isfinite(), oracle[name].isfinite()), name
     others = torch.arange(case.B) != 2
-    for name in ("v", "coupling", "grad_u"):
+    for name in found.keys() & {"v", "coupling", "grad_u"}:
         assert torch.equal(found[name][others], clean[name][others]), name
 
 

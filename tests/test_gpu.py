@@ -140,6 +140,47 @@ def test_tf32_gradients_of_a_large_batch(backend):
         assert (found[name] - exact[name]).norm() < 2**-9 * exact[name].norm(), name
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        NETWORKS[0], NETWORKS[3], NETWORKS[10], Case(B=200, I=2047, J=5, R=2),
+        Case(B=2000, I=130, J=5, R=4),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sweeps_by_warpgroups(case, dtype, monkeypatch):
+    """Right, from workspaces of NaN, with the same bits every time, and other ones than without."""
+    skip_unsupported("cuda", case, dtype)
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only compute capability 9.0 has products of warpgroups")
+    inputs = make_inputs(case, dtype, "cuda")
+
+    def result():
+        torch.set_float32_matmul_precision("high")
+        torch.use_deterministic_algorithms(True)  # tensors that are left empty start as NaN
+        try:
+            return run(fused_routing, case, inputs, return_coupling=False, backend="cuda")
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.set_float32_matmul_precision("highest")
+
+    usual = result()
+    monkeypatch.setenv("CAPSULE_KERNELS_WARPGROUPS", "1")
+    found = result()
+    for _ in range(3):
+        again = result()
+        for name in found:
+            assert torch.equal(again[name], found[name]), name
+    assert not torch.equal(found["grad_u"], usual["grad_u"]), "the usual sweeps were taken"
+    if dtype == torch.float32:
+        exact = run(fused_routing, case, copies(inputs, torch.float64), False, backend="reference")
+        for name in exact:
+            assert (found[name] - exact[name]).norm() < 2**-9 * exact[name].norm(), name
+    else:
+        check_case(case, dtype, "cuda", "cuda", return_coupling=False)
+
+
 @pytest.mark.parametrize("case", [NETWORKS[0], NETWORKS[-1], OPTIONS[-1]], ids=str)
 def test_same_bits_every_time(case, backend):
     skip_unsupported(backend, case, torch.float32)

@@ -18,15 +18,14 @@ struct BackwardWorkspace {
   __device__ __forceinline__ BackwardWorkspace(const BackwardArguments& arguments,
                                                const BackwardPlan& plan) {
     const Shape& shape = arguments.shape;
-    const Padded padded(shape);
-    tile_size = padded.tile_floats() / 4;
-    state_size = padded.tiles * tile_size;
+    tile_size = Padded(shape).tile_floats() / 4;
+    state_size = plan.sweep.state_size;
     // The sweeps' counters lie before all of them.
     partial = reinterpret_cast<float4*>(arguments.workspace + plan.sweep.counter_floats);
     V = reinterpret_cast<float4*>(arguments.workspace) + plan.first_state;
     G = V - state_size;
     ds = V + (shape.R - 1) * state_size;
-    partial_weight = reinterpret_cast<float*>(ds + shape.R * state_size);
+    partial_weight = arguments.workspace + 4 * plan.partial_gradients;
     partial_logits =
         partial_weight + std::size_t(plan.parts) * shape.I * shape.J * shape.D * shape.K;
   }

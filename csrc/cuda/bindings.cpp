@@ -9,10 +9,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <limits>
 #include <map>
 #include <mutex>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "routing.h"
@@ -60,17 +62,33 @@ Products products_of_float32() {
 }
 
 // The figures of the current device, asked for once.
-Device figures_of(int index) {
+Device known_figures(int index) {
   static std::mutex mutex;
   static std::map<int, Device> known;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(index);
   if (found != known.end()) return found->second;
   Device device{};
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.sm_count, cudaDevAttrMultiProcessorCount, index));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.shared_per_block,
-                                        cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  const auto ask = [&](int& figure, cudaDeviceAttr attribute) {
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&figure, attribute, index));
+  };
+  ask(device.sm_count, cudaDevAttrMultiProcessorCount);
+  ask(device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+#ifdef CAPSULE_SM_90A
+  int major = 0, minor = 0;
+  ask(major, cudaDevAttrComputeCapabilityMajor);
+  ask(minor, cudaDevAttrComputeCapabilityMinor);
+  device.warpgroups = major == 9 && minor == 0;
+#endif
   return known[index] = device;
+}
+
+// The same, with products of warpgroups only where they are asked for: no GPU has run them yet.
+Device figures_of(int index) {
+  Device device = known_figures(index);
+  const char* const wish = std::getenv("CAPSULE_KERNELS_WARPGROUPS");
+  if (wish == nullptr || std::string_view(wish) != "1") device.warpgroups = 0;
+  return device;
 }
 
 // All windows [B, H', W', C, kh, kw, K] of a grid [B, H, W, C, K], in its memory; `window` as in
@@ -202,7 +220,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& grid, const Tensor& wei
                                           : at::empty({0}, u.options());
   if (shape.B == 0) return {v, s, coupling};
 
-  const ForwardPlan plan = plan_forward(shape, int(u.element_size()), figures_of(u.get_device()));
+  const bool one_product = scalar != Scalar::kFloat32 || products_of_float32() == Products::kTf32;
+  const ForwardPlan plan = plan_forward(shape, int(u.element_size()), figures_of(u.get_device()),
+                                        one_product && !logits.defined() && !return_coupling);
   check_fits(plan.sweep.blocks > 0);
   const Tensor workspace = at::empty({int64_t(plan.workspace_floats)}, s.options());
   routing_forward({shape, leaky, 1.0f / float(shape.J + leaky), data(u), data(weight), data(logits),

@@ -45,6 +45,9 @@ __device__ __forceinline__ float shuffle(float x, int from_lane) {
   return __shfl_sync(0xffffffffu, x, from_lane);
 }
 
+// x, which all lanes have: the compiler takes what is derived of it for one value of the warp.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // Whether x is true in any lane of the warp.
 __device__ __forceinline__ bool any_lane(bool x) { return __any_sync(0xffffffffu, x) != 0; }
 
@@ -133,6 +136,19 @@ __device__ __forceinline__ void counted_barrier(unsigned* arrived, unsigned expe
   __syncthreads();
 }
 
+// Copies of whole arrays, and products of warpgroups, which are four warps and the first of them
+// has a number divisible by four: only compute capability 9.0 has those products.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define CAPSULE_KERNELS_WARPGROUPS
+#endif
+
+// What this thread wrote, or waited for, is what `Arrivals::arrive_after_copy` copies.
+__device__ __forceinline__ void publish() {
+#ifdef CAPSULE_KERNELS_WARPGROUPS
+  asm volatile("fence.proxy.async;" : : : "memory");
+#endif
+}
+
 // Counts arrivals of a block's threads on chip, `count` for each use: use 0, 1, 2, ... is complete
 // when all of them have arrived, which lets the next begin.
 struct Arrivals {
@@ -154,6 +170,22 @@ struct Arrivals {
   // Arrives when the copies are there that this thread has begun.
   __device__ __forceinline__ void arrive_after_copies() {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(address()) : "memory");
+  }
+  // Arrives when the copy is there that this thread begins: of a multiple of 16 bytes, aligned to
+  // 16. What other threads have written to `global` is copied if they called `publish` behind it,
+  // and this one behind the barrier between them.
+  __device__ __forceinline__ void arrive_after_copy(void* shared, const void* global, int bytes) {
+#ifdef CAPSULE_KERNELS_WARPGROUPS
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }"
+                 :
+                 : "r"(address()), "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        :
+        : "r"(unsigned(__cvta_generic_to_shared(shared))), "l"(global), "r"(bytes), "r"(address())
+        : "memory");
+#endif
   }
   // What was written before the arrivals is seen then. The use after this one must not be complete.
   __device__ __forceinline__ void wait(int use) const {
@@ -179,6 +211,97 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const unsigned (&a)[4],
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// What a product of a warpgroup reads on chip: rows of 8 elements of its contraction, in two halves
+// of 16 bytes. The same half of 8 rows is 128 bytes, that of the next 8 rows lies behind it; the
+// second half of a row lies `to_half` bytes behind the first.
+using Matrix = unsigned long long;
+__device__ __forceinline__ Matrix matrix_on_chip(const void* shared, int to_half) {
+  const unsigned at = unsigned(__cvta_generic_to_shared(shared)) >> 4 | unsigned(to_half >> 4)
+                                                                            << 16;
+  return (128ull >> 4) << 32 | at;
+}
+// The matrix that lies `bytes` further.
+__device__ __forceinline__ Matrix further(Matrix matrix, int bytes) {
+  return matrix + (bytes >> 4);
+}
+
+// Stands before products whose registers other instructions have touched.
+__device__ __forceinline__ void begin_products() {
+#ifdef CAPSULE_KERNELS_WARPGROUPS
+  asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+#endif
+}
+// The products since the last call are a group.
+__device__ __forceinline__ void end_group_of_products() {
+#ifdef CAPSULE_KERNELS_WARPGROUPS
+  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+#endif
+}
+// Waits for all products but those of the last `kGroups` groups.
+template <int kGroups>
+__device__ __forceinline__ void wait_for_products() {
+#ifdef CAPSULE_KERNELS_WARPGROUPS
+  asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(kGroups) : "memory");
+#endif
+}
+// Results that are there: what reads them stays behind the wait.
+template <int kFragments>
+__device__ __forceinline__ void settle(float (&c)[kFragments][4]) {
+#pragma unroll
+  for (int n = 0; n < kFragments; ++n) {
+    for (float& x : c[n]) asm volatile("" : "+f"(x) : : "memory");
+  }
+}
+
+#define CAPSULE_KERNELS_FRAGMENT(c) "+f"((c)[0]), "+f"((c)[1]), "+f"((c)[2]), "+f"((c)[3])
+
+// c [64, 32] = a [64, 8] b [8, 32] or, `kAdds`, c += a b, in the background: until they are waited
+// for, nothing may touch c or what they read. Rows of a are those of c, rows of b the columns of c;
+// the low 13 bits are ignored. Lane (g, q) of warp w holds of fragment n of c rows 16w + g and
+// 16w + g + 8 of columns 8n + 2q and 8n + 2q + 1, as `mma_tf32` has them.
+template <bool kAdds>
+__device__ __forceinline__ void multiply_on_chip(float (&c)[4][4], Matrix a, Matrix b) {
+#ifdef CAPSULE_KERNELS_WARPGROUPS
+  asm volatile(
+      "{ .reg .pred adds; setp.ne.b32 adds, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k8.f32.tf32.tf32 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+      "%9, %10, %11, %12, %13, %14, %15}, %16, %17, adds, 1, 1; }"
+      : CAPSULE_KERNELS_FRAGMENT(c[0]), CAPSULE_KERNELS_FRAGMENT(c[1]),
+        CAPSULE_KERNELS_FRAGMENT(c[2]), CAPSULE_KERNELS_FRAGMENT(c[3])
+      : "l"(a), "l"(b), "n"(int(kAdds)));
+#endif
+}
+
+// c [64, 8 kFragments] += a [64, 8] b [8, 8 kFragments], likewise; a lies in registers, 16 rows
+// with each warp, as `mma_tf32` has them.
+template <int kFragments>
+__device__ __forceinline__ void multiply_add_rows(float (*c)[4], const unsigned (&a)[4], Matrix b) {
+  static_assert(kFragments == 2 || kFragments == 10);
+#ifdef CAPSULE_KERNELS_WARPGROUPS
+  if constexpr (kFragments == 2) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k8.f32.tf32.tf32 {%0, %1, %2, %3, %4, %5, %6, %7}, "
+        "{%8, %9, %10, %11}, %12, 1, 1, 1;"
+        : CAPSULE_KERNELS_FRAGMENT(c[0]), CAPSULE_KERNELS_FRAGMENT(c[1])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n80k8.f32.tf32.tf32 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+        "%9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+        "%27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, {%40, %41, %42, %43}, "
+        "%44, 1, 1, 1;"
+        : CAPSULE_KERNELS_FRAGMENT(c[0]), CAPSULE_KERNELS_FRAGMENT(c[1]),
+          CAPSULE_KERNELS_FRAGMENT(c[2]), CAPSULE_KERNELS_FRAGMENT(c[3]),
+          CAPSULE_KERNELS_FRAGMENT(c[4]), CAPSULE_KERNELS_FRAGMENT(c[5]),
+          CAPSULE_KERNELS_FRAGMENT(c[6]), CAPSULE_KERNELS_FRAGMENT(c[7]),
+          CAPSULE_KERNELS_FRAGMENT(c[8]), CAPSULE_KERNELS_FRAGMENT(c[9])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+#endif
+}
+
+#undef CAPSULE_KERNELS_FRAGMENT
 
 inline void check(cudaError_t status, const char* call) {
   if (status != cudaSuccess) {

@@ -6,6 +6,8 @@
 #include "routing_backward_outputs.cuh"
 #include "routing_backward_states.cuh"
 #include "routing_forward.cuh"
+#include "warpgroup_backward_states.cuh"
+#include "warpgroup_forward.cuh"
 
 namespace capsule_kernels::cuda {
 
@@ -13,15 +15,36 @@ inline Grid sweep_grid(const SweepPlan& plan) {
   return {plan.blocks, kSweepWarps * kWarpSize, plan.shared_bytes, /*cooperative=*/true};
 }
 
+// Whether there are kernels by warpgroups of an instance.
+template <class P, class Tile>
+constexpr bool kByWarpgroups = P::kProducts == 1 && Tile::kKnown && Tile::D == kTileRows;
+
 template <class P, class T, class Tile>
 void launch_forward(const ForwardArguments& arguments, const ForwardPlan& plan, void* stream) {
+  if constexpr (kByWarpgroups<P, Tile>) {
+    if (plan.sweep.slots > 0) {
+      return launch(warpgroup_forward_kernel<T, Tile::kFragments>, sweep_grid(plan.sweep), stream,
+                    arguments, plan);
+    }
+  }
   launch(routing_forward_kernel<P, T, Tile>, sweep_grid(plan.sweep), stream, arguments, plan);
 }
 
 template <class P, class T, class Tile>
-void launch_backward(const BackwardArguments& arguments, const BackwardPlan& plan, void* stream) {
+void launch_states(const BackwardArguments& arguments, const BackwardPlan& plan, void* stream) {
+  if constexpr (kByWarpgroups<P, Tile>) {
+    if (plan.sweep.slots > 0) {
+      return launch(warpgroup_backward_states_kernel<T, Tile::kFragments>, sweep_grid(plan.sweep),
+                    stream, arguments, plan);
+    }
+  }
   launch(routing_backward_states_kernel<P, T, Tile>, sweep_grid(plan.sweep), stream, arguments,
          plan);
+}
+
+template <class P, class T, class Tile>
+void launch_backward(const BackwardArguments& arguments, const BackwardPlan& plan, void* stream) {
+  launch_states<P, T, Tile>(arguments, plan, stream);
   if (plan.outputs.blocks == 0) {
     const GradientPlan& gradients = plan.gradients;
     const int groups = ceil_div(arguments.shape.I, gradients.capsules);

@@ -27,6 +27,7 @@ struct Shape {
 struct Device {
   int sm_count;
   int shared_per_block;  // bytes, what a block may opt in to
+  int warpgroups;        // whether it has products of warpgroups, and the kernels that use them
 };
 
 constexpr int kTileSamples = 8;    // samples of a tile: the columns of one mma
@@ -40,6 +41,7 @@ constexpr int kCounterStride = 32;  // from counter to counter: each has a cache
 // du_hat and dW, beside u_hat.
 constexpr int kSweepWarps = 8;
 constexpr int kGradientWarps = 8;  // at most
+constexpr int kArrivalsBytes = 8;
 constexpr int kSumBlocks = 8;  // that add partial sums, for each of a sweep: they wait for memory
 
 CAPSULE_KERNELS_BOTH constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -121,10 +123,19 @@ inline bool batch_is_counted(const Shape& shape) {
   return padded.tiles * (padded.tile_floats() / 4) <= std::size_t(std::numeric_limits<int>::max());
 }
 
+// The sweeps of large batches (warpgroup_sweep.cuh): a warpgroup takes 64 samples, and four input
+// capsules at a time.
+constexpr int kWarpgroupSamples = 64;
+constexpr int kWarpgroups = 2;  // of a block
+constexpr int kQuad = 4;
+constexpr int kLeastSamples = 128;  // not measured yet (docs/kernels-cuda.md)
+
 // The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip, or the batch or a
 // sample has too many elements.
 struct SweepPlan {
   int blocks = 0;
+  int slots = 0;           // by warpgroups, for images of W on chip; 0 otherwise
+  int wide_states = 0;     // on chip, of 64 samples each
   int capsule_groups = 0;  // G_i
   int sample_groups = 0;   // G_b
   int tiles_per_pass =
@@ -200,19 +211,95 @@ inline SweepPlan plan_sweep(const Shape& shape, int scalar_bytes, const Device& 
   return best;
 }
 
+// Floats of one of the two images of four W_i, and of a state of 64 samples.
+CAPSULE_KERNELS_BOTH constexpr int image_floats(int J) { return kQuad * J * kTileRows * kStepDims; }
+CAPSULE_KERNELS_BOTH constexpr int wide_state_floats(int J) {
+  return kWarpgroupSamples * J * kTileRows;
+}
+
+// A plan for some groups of samples, which the warpgroups of a block share or not; `states` that a
+// sweep reads: V, or V and ds.
+inline SweepPlan try_warpgroups(const Shape& shape, const Device& device, int states,
+                                bool share_samples, int sample_groups) {
+  SweepPlan plan;
+  const int quads = ceil_div(shape.I, kQuad);
+  const int tiles = kWarpgroupSamples / kTileSamples;
+  plan.sample_groups = sample_groups;
+  plan.tiles_per_pass = share_samples ? tiles : kWarpgroups * tiles;
+  plan.capsules = kQuad * ceil_div(quads, std::min(quads, device.sm_count / sample_groups));
+  plan.capsule_groups = ceil_div(shape.I, plan.capsules);
+  plan.tiles = ceil_div(shape.B, kWarpgroupSamples) * tiles;
+  plan.state_size = std::size_t(plan.tiles / tiles) * (wide_state_floats(shape.J) / 4);
+  plan.counter_floats = std::size_t(sample_groups) * kCounterStride;
+  plan.by_capsule_groups = Divisor(plan.capsule_groups);
+  plan.wide_states = share_samples ? states : kWarpgroups * states;
+  plan.slots = share_samples ? 10 - 2 * states : 6 / states;
+  plan.shared_bytes =
+      4 * (plan.wide_states * wide_state_floats(shape.J) + plan.slots * image_floats(shape.J)) +
+      kSweepWarps * kWarpSize * 16 + kArrivalsBytes * (2 * plan.slots + kWarpgroups);
+  if (plan.shared_bytes <= device.shared_per_block) {
+    plan.blocks = plan.capsule_groups * sample_groups;
+  }
+  return plan;
+}
+
+// The same by warpgroups; `blocks == 0` where the sizes are others than those of the paper's
+// networks, or the batch is small.
+inline SweepPlan plan_warpgroups(const Shape& shape, const Device& device, int states) {
+  SweepPlan best;
+  const bool fits = device.warpgroups && shape.B >= kLeastSamples && shape.R > 1 &&
+                    (shape.J == 10 || shape.J == 5) && shape.K == kStepDims &&
+                    shape.D == kTileRows && shape.weight_sharing == 1 &&
+                    sample_is_counted(shape.I, shape.K) && batch_is_counted(shape);
+  if (!fits) return best;
+  double best_cost = 0;
+  for (const bool share_samples : {false, true}) {
+    const int samples = share_samples ? kWarpgroupSamples : kWarpgroups * kWarpgroupSamples;
+    const int passes = ceil_div(shape.B, samples);
+    for (int groups = 1; groups <= std::min(passes, device.sm_count); ++groups) {
+      const SweepPlan plan = try_warpgroups(shape, device, states, share_samples, groups);
+      if (plan.blocks == 0) continue;
+      // In cycles, roughly, and all of them counted, none measured: both warpgroups take 220 for
+      // an output capsule and four input capsules each; images come at 3000 bytes a cycle; partial
+      // sums are written and read once as fast.
+      const int quads = plan.capsules / kQuad;
+      const int turns = share_samples ? ceil_div(quads, kWarpgroups) : quads;
+      const double work = 220.0 * shape.J * turns * ceil_div(passes, groups);
+      const double images =
+          8.0 * image_floats(shape.J) * quads * plan.capsule_groups * passes / 3000;
+      const double exchange = 2.0 * 16 * plan.state_size * plan.capsule_groups / 3000;
+      const double cost = std::max(work, images) + exchange;
+      if (best.blocks == 0 || cost < best_cost) {
+        best = plan;
+        best_cost = cost;
+      }
+    }
+  }
+  return best;
+}
+
+// Floats of both images of all W, where the sweeps are by warpgroups.
+inline std::size_t images_of_weight(const Shape& shape, const SweepPlan& plan) {
+  return plan.slots > 0 ? std::size_t(2) * ceil_div(shape.I, kQuad) * image_floats(shape.J) : 0;
+}
+
 struct ForwardPlan {
   SweepPlan sweep;
   std::size_t first_state = 0;  // V, in float4s from the beginning of the workspace
   std::size_t workspace_floats = 0;
 };
 
-// Workspace: counters, partial sums [G_i][tiles][tile], then V [tiles][tile].
-inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Device& device) {
+// Workspace: counters, partial sums [G_i][tiles][tile], then V [tiles][tile]; by warpgroups, the
+// images of W. `plain`: in one TF32 product, without a prior, and without couplings to write.
+inline ForwardPlan plan_forward(const Shape& shape, int scalar_bytes, const Device& device,
+                                bool plain) {
   ForwardPlan plan;
-  plan.sweep = plan_sweep(shape, scalar_bytes, device);
+  if (plain) plan.sweep = plan_warpgroups(shape, device, 1);
+  if (plan.sweep.blocks == 0) plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.first_state =
       plan.sweep.capsule_groups * plan.sweep.state_size + plan.sweep.counter_floats / 4;
-  plan.workspace_floats = 4 * (plan.first_state + plan.sweep.state_size);
+  plan.workspace_floats =
+      4 * (plan.first_state + plan.sweep.state_size) + images_of_weight(shape, plan.sweep);
   return plan;
 }
 
@@ -237,8 +324,6 @@ CAPSULE_KERNELS_BOTH inline int stored_capsules(const Shape& shape, int capsules
 
 // The states of a tile that the gradients need: V^1..V^(R-1) and ds^1..ds^R.
 CAPSULE_KERNELS_BOTH inline int gradient_states(const Shape& shape) { return 2 * shape.R - 1; }
-
-constexpr int kArrivalsBytes = 8;
 
 // On chip: two counts of arrivals for each buffer, states of the tiles, dW of the capsules whose dW
 // is stored, sums of dprior for each lane of every capsule, du_hat of a tile for each warp, W_i.
@@ -351,30 +436,35 @@ inline OutputPlan plan_outputs(const Shape& shape, int scalar_bytes, const Devic
 struct BackwardPlan {
   SweepPlan sweep;
   GradientPlan gradients;
-  OutputPlan outputs;           // takes the place of `gradients` where it has blocks
-  int parts = 0;                // in which the samples of an input capsule are summed, at most
-  bool partial_sums = false;    // dW and dprior go through the workspace
-  std::size_t first_state = 0;  // V^1, in float4s from the beginning of the workspace
+  OutputPlan outputs;         // takes the place of `gradients` where it has blocks
+  int parts = 0;              // in which the samples of an input capsule are summed, at most
+  bool partial_sums = false;  // dW and dprior go through the workspace
+  // In float4s from the beginning of the workspace.
+  std::size_t first_state = 0;  // V^1
+  std::size_t wide_states = 0, weight_images = 0, partial_gradients = 0;
   std::size_t workspace_floats = 0;
 };
 
 // Workspace: counters; partial sums of G [G_i][tiles][tile]; G, V^1..V^(R-1) and ds^1..ds^R
-// [tiles][tile] each; then partial sums of dW [parts, I, J, D, K] and of dprior [parts, I, J].
-// `plain`: in one TF32 product, without a prior, and through all iterations.
+// [tiles][tile] each; by warpgroups, V^1..V^(R-1), ds of an iteration and W as its sweeps read
+// them; then partial sums of dW [parts, I, J, D, K] and of dprior [parts, I, J]. `plain`: in one
+// TF32 product, without a prior, and through all iterations.
 inline BackwardPlan plan_backward(const Shape& shape, int scalar_bytes, const Device& device,
                                   bool plain) {
-  const Padded padded(shape);
   BackwardPlan plan;
-  plan.sweep = plan_sweep(shape, scalar_bytes, device);
+  if (plain) plan.sweep = plan_warpgroups(shape, device, 2);
+  if (plan.sweep.blocks == 0) plan.sweep = plan_sweep(shape, scalar_bytes, device);
   plan.gradients = plan_gradients(shape, scalar_bytes, device);
   if (plain) plan.outputs = plan_outputs(shape, scalar_bytes, device);
   plan.parts = plan.outputs.blocks > 0 ? plan.outputs.most_parts() : plan.gradients.splits;
   plan.partial_sums = plan.parts > 1 || shape.weight_sharing > 1;
   plan.first_state =
       (plan.sweep.capsule_groups + 1) * plan.sweep.state_size + plan.sweep.counter_floats / 4;
-  plan.workspace_floats =
-      std::size_t(plan.sweep.capsule_groups + 2 * shape.R) * padded.tiles * padded.tile_floats() +
-      plan.sweep.counter_floats;
+  plan.wide_states = plan.first_state + (2 * shape.R - 1) * plan.sweep.state_size;
+  plan.weight_images =
+      plan.wide_states + (plan.sweep.slots > 0 ? shape.R * plan.sweep.state_size : 0);
+  plan.partial_gradients = plan.weight_images + images_of_weight(shape, plan.sweep) / 4;
+  plan.workspace_floats = 4 * plan.partial_gradients;
   if (plan.partial_sums) {
     plan.workspace_floats +=
         std::size_t(plan.parts) * shape.I * shape.J * (std::size_t(shape.D) * shape.K + 1);

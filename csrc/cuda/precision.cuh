@@ -37,7 +37,9 @@ struct Tf32 {
   // Rounding in one instruction: the tensor cores cut the result off 0.64 units of its last place
   // from x at most (rounded to nearest: 0.5), as often below as above; TF32 values stay what they
   // are.
-  static __device__ __forceinline__ float nearly_rounded(float x) { return x * 1.000352f; }
+  static __device__ __forceinline__ constexpr float nearly_rounded(float x) {
+    return x * 1.000352f;
+  }
   static constexpr float kUnrounded = 1.0f / 1.000352f;  // takes it back
 
   // `T`: the type the values were stored in; 16-bit values are TF32 values already.
@@ -116,7 +118,7 @@ struct SplitTf32 {
     return operand<T>(x);
   }
 
-  static __device__ __forceinline__ float nearly_rounded(float x) { return x; }
+  static __device__ __forceinline__ constexpr float nearly_rounded(float x) { return x; }
 
   static __device__ __forceinline__ void multiply(float (&c)[4], const Operand<4>& a,
                                                   const Operand<2>& b) {

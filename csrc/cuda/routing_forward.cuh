@@ -7,16 +7,59 @@
 
 namespace capsule_kernels::cuda {
 
+// s^t, v^t and V^t of the partial sums of a sweep, which are to be scaled where its couplings were
+// all alike. `V_at(b, j, d)` is where V lies, with `unit` for 1.
+template <class T, class Sums, class At>
+__device__ __forceinline__ void finish_iteration(const Sums& block,
+                                                 const ForwardArguments& arguments, int t,
+                                                 bool alike, const float4* partial, At V_at,
+                                                 float unit = 1.0f) {
+  const Shape& shape = arguments.shape;
+  const auto bias = static_cast<const T*>(arguments.bias);
+  const auto load_V = [&](int b, int j, int d) {
+    float4 before = {};
+    if (t > 1 && t < shape.R) {
+      before =
+          make_float4(*V_at(b, j, d), *V_at(b, j, d + 1), *V_at(b, j, d + 2), *V_at(b, j, d + 3));
+    }
+    return before;
+  };
+  float* const s_out = arguments.s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
+  const float factor = alike ? arguments.uniform_coupling : 1.0f;
+  const auto finish = [&](float (&s)[4], const float4& before, int b, int j, int d) {
+    const std::size_t index = (std::size_t(b) * shape.J + j) * shape.D + d;
+    for (int e = 0; e < 4; ++e) {
+      const bool inside = j < shape.J && d + e < shape.D;
+      s[e] *= factor;
+      if (bias != nullptr && inside) s[e] += to_float(bias[j * shape.D + d + e]);
+      if (b < shape.B && inside) s_out[index + e] = s[e];
+    }
+    float v[4];
+    squash<Sums::kCapsuleLanes>(v, s);
+    const bool last = t == shape.R;
+    if (!last) {
+      for (float& x : v) x *= unit;
+      add_to(v, before);
+    }
+    for (int e = 0; e < 4; ++e) {
+      if (!last) {
+        *V_at(b, j, d + e) = v[e];
+      } else if (b < shape.B && j < shape.J && d + e < shape.D) {
+        store(static_cast<T*>(arguments.v) + index + e, v[e]);
+      }
+    }
+  };
+  block.add_partial_sums(partial, load_V, finish);
+}
+
 template <class P, class T, class Tile>
 __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
     routing_forward_kernel(ForwardArguments arguments, ForwardPlan plan) {
   const Shape& shape = arguments.shape;
   const SweepBlock<P, T, Tile> block(shape, plan.sweep, arguments.u, arguments.weight,
                                      reinterpret_cast<unsigned*>(arguments.workspace));
-  constexpr int kCapsuleLanes = Tile::D / 4;
   const Lane& lane = block.lane;
   const auto logits = static_cast<const T*>(arguments.logits);
-  const auto bias = static_cast<const T*>(arguments.bias);
   // [G_i][B][J][D], and [tiles][tile].
   const auto partial = reinterpret_cast<float4*>(arguments.workspace + plan.sweep.counter_floats);
   float4* const V = reinterpret_cast<float4*>(arguments.workspace) + plan.first_state;
@@ -76,41 +119,9 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   for (int t = 1;; ++t) {
     block.share.barrier(2 * t - 1);
 
-    // s^t, v^t and V^t.
-    const auto V_at = [&](int b, int j, int d) -> float& {
-      return reinterpret_cast<float*>(V)[state_offset<Tile>(b, j, d, block.fragments)];
-    };
-    const auto load_V = [&](int b, int j, int d) {
-      float4 before = {};
-      if (t > 1 && t < shape.R) {
-        before =
-            make_float4(V_at(b, j, d), V_at(b, j, d + 1), V_at(b, j, d + 2), V_at(b, j, d + 3));
-      }
-      return before;
-    };
-    float* const s_out = arguments.s + std::size_t(t - 1) * shape.B * shape.J * shape.D;
-    const float factor = uniform && t == 1 ? arguments.uniform_coupling : 1.0f;
-    const auto finish = [&](float (&s)[4], const float4& before, int b, int j, int d) {
-      const std::size_t index = (std::size_t(b) * shape.J + j) * shape.D + d;
-      for (int e = 0; e < 4; ++e) {
-        const bool inside = j < shape.J && d + e < shape.D;
-        s[e] *= factor;
-        if (bias != nullptr && inside) s[e] += to_float(bias[j * shape.D + d + e]);
-        if (b < shape.B && inside) s_out[index + e] = s[e];
-      }
-      float v[4];
-      squash<kCapsuleLanes>(v, s);
-      const bool last = t == shape.R;
-      if (!last) add_to(v, before);
-      for (int e = 0; e < 4; ++e) {
-        if (!last) {
-          V_at(b, j, d + e) = v[e];
-        } else if (b < shape.B && j < shape.J && d + e < shape.D) {
-          store(static_cast<T*>(arguments.v) + index + e, v[e]);
-        }
-      }
-    };
-    block.add_partial_sums(partial, load_V, finish);
+    finish_iteration<T>(block, arguments, t, uniform && t == 1, partial, [&](int b, int j, int d) {
+      return reinterpret_cast<float*>(V) + state_offset<Tile>(b, j, d, block.fragments);
+    });
     if (t == shape.R) break;
 
     block.share.barrier(2 * t);

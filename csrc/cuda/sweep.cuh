@@ -7,8 +7,8 @@
 // all capsule groups, in a fixed order.
 #pragma once
 
+#include "block_sums.cuh"
 #include "coefficients.cuh"
-#include "share.cuh"
 #include "squash.cuh"
 #include "weight.cuh"
 
@@ -16,10 +16,17 @@ namespace capsule_kernels::cuda {
 
 // A block of the persistent grid.
 template <class P, class T, class Tile>
-struct SweepBlock {
+struct SweepBlock : BlockSums<Tile::D> {
   using Values = typename Tile::Values;
-  static constexpr int kCapsuleLanes =
-      Tile::D / 4;  // that hold an output capsule, where it is whole
+  using Sums = BlockSums<Tile::D>;
+  using Sums::exchange;
+  using Sums::fragments;
+  using Sums::kCapsuleLanes;
+  using Sums::lane;
+  using Sums::plan;
+  using Sums::share;
+  using Sums::state_size;
+  using Sums::tiles;
   // Capsules of a piece of W on its way to chip: as many as there are warps, so that all of them
   // stand at the same piece, however they share the capsules.
   static constexpr int kPiece = kSweepWarps;
@@ -31,34 +38,21 @@ struct SweepBlock {
 #endif
 
   const Shape& shape;
-  const SweepPlan& plan;
-  const Share share;
-  const Lane lane;
   const T* u;
-  const T* all_weight;           // of all capsules
-  const int tiles;               // of 8 samples
-  const int fragments;           // of a tile
-  const int tile_size;           // of a state tile [fragments][32], in float4s, as all below
-  const std::size_t state_size;  // of a state [tiles][tile], or of partial sums [B][J][D] (padded)
-  const int weight_quads;        // of W_i on chip
-  Rows<T>* const weight;         // on chip: W of its capsules
-  float4* const exchange;        // on chip
+  const T* all_weight;     // of all capsules
+  const int tile_size;     // of a state tile [fragments][32], in float4s, as all below
+  const int weight_quads;  // of W_i on chip
+  Rows<T>* const weight;   // on chip: W of its capsules
 
   __device__ __forceinline__ SweepBlock(const Shape& shape, const SweepPlan& plan, const void* u,
                                         const void* weight, unsigned* counters)
-      : shape(shape),
-        plan(plan),
-        share(shape, plan, counters),
+      : Sums(shape, plan, counters, Tile::fragments_of(shape.J), plan.weight_bytes),
+        shape(shape),
         u(static_cast<const T*>(u)),
         all_weight(static_cast<const T*>(weight)),
-        tiles(plan.tiles),
-        fragments(Tile::fragments_of(shape.J)),
         tile_size(fragments * kWarpSize),
-        state_size(plan.state_size),
         weight_quads(tile_size * (Tile::padded_K(shape.K) / kStepDims)),
-        weight(static_cast<Rows<T>*>(shared_memory())),
-        exchange(
-            reinterpret_cast<float4*>(static_cast<char*>(shared_memory()) + plan.weight_bytes)) {}
+        weight(static_cast<Rows<T>*>(shared_memory())) {}
 
   // W of the block's capsules sets off for the chip; the first sweep, told that it `arrives`, takes
   // it piece by piece.
@@ -114,63 +108,6 @@ struct SweepBlock {
           arrives, rows, lane_of_capsules, lanes, [&](auto, int i, const auto& first_u) {
             add_predictions<P>(sums, weight_of(i), first_u[0], rows, i, shape, lane);
           });
-    });
-  }
-
-  // Calls visit(item) for the items of the block, 32 float4s [B][J][D] of a state each, or -1 where
-  // there are no more, as often in every warp; `teams` of warps take turns.
-  template <class Visit>
-  __device__ __forceinline__ void for_each_item(int teams, int team, Visit visit) const {
-    const int width = plan.tiles_per_pass;
-    for (int first = share.sample_group() * width; first < tiles;
-         first += plan.sample_groups * width) {
-      const int end = min(first + width, tiles) * fragments;
-      for (int block = first * fragments + share.capsule_group(); block < end;
-           block += plan.capsule_groups * teams) {
-        const int item = block + team * plan.capsule_groups;
-        visit(item < end ? item : -1);
-      }
-    }
-  }
-
-  // Adds the partial sums in a fixed order. `finish(sum, ahead, b, j, d)` gets each sum once, for
-  // d ... d + 3, and what `load(b, j, d)` has loaded for it ahead of time; `kCapsuleLanes` lanes
-  // have a capsule whole.
-  template <class Load, class Finish>
-  __device__ __forceinline__ void add_partial_sums(const float4* partial, Load load,
-                                                   Finish finish) const {
-    // Many sums are split among the warps of half of the block.
-    constexpr int kWarps = kSweepWarps / 2;
-    const int warp = share.warp % kWarps;
-    for_each_item(kSweepWarps / kWarps, share.warp / kWarps, [&](int item) {
-      constexpr int kAhead = 12;
-      const int e = item * kWarpSize + here(lane.index);
-      const int capsule = e / kCapsuleLanes, J = fragments * kTileRows / Tile::D;
-      const int b = capsule / J, j = capsule % J, d = e % kCapsuleLanes * 4;
-      const bool finishes = warp == 0 && item >= 0;
-      decltype(load(0, 0, 0)) loaded = {};
-      if (finishes) loaded = load(b, j, d);
-      float sum[4] = {};
-      for (int n = warp; item >= 0 && n < plan.capsule_groups; n += kAhead * kWarps) {
-        float4 ahead[kAhead];  // all on their way before the first of them is added
-#pragma unroll
-        for (int m = 0; m < kAhead; ++m) {
-          const int next = n + m * kWarps;
-          ahead[m] = next < plan.capsule_groups ? partial[next * state_size + e]
-                                                : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        }
-#pragma unroll
-        for (int m = 0; m < kAhead; ++m) add_to(sum, ahead[m]);
-      }
-      __syncthreads();  // `exchange` is free
-      if (warp > 0) exchange[share.warp * kWarpSize + lane.index] = packed(sum);
-      __syncthreads();
-      if (!finishes) return;
-#pragma unroll
-      for (int other = 1; other < kWarps; ++other) {
-        add_to(sum, exchange[(share.warp + other) * kWarpSize + lane.index]);
-      }
-      finish(sum, loaded, b, j, d);
     });
   }
 

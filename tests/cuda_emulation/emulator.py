@@ -34,7 +34,7 @@ class Shape(ctypes.Structure):
 
 
 class Device(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("sm_count", "shared_per_block")]
+    _fields_ = [(name, ctypes.c_int) for name in ("sm_count", "shared_per_block", "warpgroups")]
 
 
 class Call(ctypes.Structure):
@@ -57,6 +57,8 @@ class Plan(NamedTuple):
     output_blocks: int
     """Of the gradients by output capsules, in one product and without a prior; 0: not these."""
     output_parts: int
+    slots: int
+    """For images of W, where the forward's sweeps are by warpgroups."""
 
 
 def grid_gradient(gradient: Tensor, grid: Tensor, window: list[int] | None) -> Tensor:
@@ -67,7 +69,7 @@ def grid_gradient(gradient: Tensor, grid: Tensor, window: list[int] | None) -> T
     kh, kw, down, right = window
     rows, columns = places(grid, window)
     gradient = gradient.view(len(grid), rows, columns, -1, kh, kw, grid.shape[-1])
-    # Place by place, each of which meets a cell once: always in the same order.
+    # Place by place, each of which meets a cell once : always in the same order.
     for y in range(kh):
         for x in range(kw):
             below = slice(y, y + down * (rows - 1) + 1, down)
@@ -140,7 +142,7 @@ class Emulator:
         self.library.configure(seed, skip.encode())
 
     def barriers(self) -> list[str]:
-        """Where the barriers stand that were reached so far, ``file:line:call``."""
+        """Where the barriers stand that were reached since ``configure``, ``file:line:call``."""
         return self.library.barriers().decode().split()
 
     def plan(self, shape: Shape, dtype: torch.dtype) -> Plan:

@@ -40,6 +40,8 @@ struct Fiber {
   unsigned expected = 0;
   std::vector<Copy> copies;
   int groups = 0;  // of copies that were ended
+  std::vector<Product> products;
+  int product_groups = 0;  // that were ended
 };
 
 struct Warp {
@@ -56,10 +58,12 @@ struct Block {
   int arrived = 0;
 };
 
-// Of a thread, once its copies of the groups before `groups` are there.
+// Of a thread, once a copy is there, or (`whole.to` is null) its copies of the groups before
+// `groups`.
 struct Arrival {
   Fiber* fiber;
   int groups;
+  Copy whole;
   Arrivals* at;
 };
 
@@ -69,7 +73,29 @@ bool is_ready(const Fiber& f) {
 
 enum class Schedule { kRandom, kBlockAhead, kBlockBehind, kWarpBehind };
 
+// The lane's part of a product, by products of its warp.
+void multiply(const Product& product) {
+  const int lane = int(thread_index.x) % kWarp, warp = int(thread_index.x) / kWarp % 4;
+  const int g = lane / 4, q = lane % 4;
+  const auto element = [&](const Matrix& matrix, int row, int half) {
+    unsigned bits;
+    std::memcpy(&bits, matrix.at + half * matrix.to_half + row * 4 + q, 4);
+    return bits;
+  };
+  for (int n = 0; n < product.fragments; ++n) {
+    float (&c)[4] = product.c[n];
+    if (!product.adds) std::fill(c, c + 4, 0.0f);
+    unsigned a[4];
+    for (int e = 0; e < 4; ++e) {
+      a[e] = product.rows != nullptr ? product.rows[e]
+                                     : element(product.a, 16 * warp + g + e % 2 * 8, e / 2);
+    }
+    mma_tf32(c, a, {element(product.b, 8 * n + g, 0), element(product.b, 8 * n + g, 1)});
+  }
+}
+
 std::mt19937 random_engine;
+bool products_are_late = false;
 Schedule schedule = Schedule::kRandom;
 std::string call;  // "forward" or "backward"
 std::string skipped_barrier;
@@ -187,8 +213,10 @@ class Launch {
   }
 
   // At once, or when nobody can go on without.
-  void arrive_after_copies(Arrivals* at) {
-    const Arrival arrival{&fiber(), ++fiber().groups, at};
+  void arrive_after_copies(Arrivals* at) { arrive({&fiber(), ++fiber().groups, {}, at}); }
+  void arrive_after_copy(Arrivals* at, const Copy& copy) { arrive({&fiber(), 0, copy, at}); }
+
+  void arrive(const Arrival& arrival) {
     if (random_engine() % 2 == 0) {
       complete(arrival);
     } else {
@@ -211,6 +239,16 @@ class Launch {
     fiber.copies = std::move(left);
   }
 
+  // Does the products of the groups before `groups`, with the other lanes of the warp.
+  static void complete_products(Fiber& fiber, int groups) {
+    std::vector<Product> done;
+    for (const Product& product : fiber.products) {
+      if (product.group < groups) done.push_back(product);
+    }
+    fiber.products.erase(fiber.products.begin(), fiber.products.begin() + done.size());
+    for (const Product& product : done) multiply(product);
+  }
+
   Fiber& fiber() { return warp_->lanes[lane_]; }
 
   [[noreturn]] void fail(const std::string& message) {
@@ -229,7 +267,11 @@ class Launch {
   std::size_t block() const { return (warp_ - warps_.data()) / (threads_ / kWarp); }
 
   static void complete(const Arrival& arrival) {
-    complete_copies(*arrival.fiber, arrival.groups);
+    if (const Copy& whole = arrival.whole; whole.to != nullptr) {
+      std::memcpy(whole.to, whole.from, whole.bytes);
+    } else {
+      complete_copies(*arrival.fiber, arrival.groups);
+    }
     ++arrival.at->arrived;
   }
 
@@ -307,7 +349,9 @@ bool skipped(const char* file, int line) {
 void configure(unsigned seed, const std::string& skip) {
   random_engine.seed(seed);
   schedule = Schedule(seed % 4);
+  products_are_late = seed / 4 % 2 == 0;
   skipped_barrier = skip;
+  barriers_seen.clear();
 }
 
 void begin_call(const std::string& name) { call = name; }
@@ -346,7 +390,24 @@ void wait_for_copies_before(int groups) {
   Launch::complete_copies(fiber, fiber.groups - groups);
 }
 
+void begin_product(const Product& product) {
+  Launch& launch = *Launch::running;
+  if (products_are_late) {
+    launch.fiber().products.push_back(product);
+    launch.fiber().products.back().group = launch.fiber().product_groups;
+  } else {
+    multiply(product);
+  }
+}
+
+void wait_for_products_before(int groups) {
+  Fiber& fiber = Launch::running->fiber();
+  Launch::complete_products(fiber, fiber.product_groups - groups);
+}
+
 }  // namespace emulation
+
+void end_group_of_products() { ++emulation::Launch::running->fiber().product_groups; }
 
 void end_group_of_copies() { ++emulation::Launch::running->fiber().groups; }
 
@@ -373,6 +434,15 @@ void Arrivals::start(int expected) {
 void Arrivals::arrive() { ++arrived; }
 
 void Arrivals::arrive_after_copies() { emulation::Launch::running->arrive_after_copies(this); }
+
+void Arrivals::arrive_after_copy(void* shared, const void* global, int bytes) {
+  emulation::Launch& launch = *emulation::Launch::running;
+  const auto misaligned = [&](const void* x) { return std::uintptr_t(x) % 16 != 0; };
+  if (misaligned(shared) || misaligned(global) || bytes % 16 != 0) {
+    launch.fail("a copy that is not aligned");
+  }
+  launch.arrive_after_copy(this, {shared, global, bytes, 0});
+}
 
 void Arrivals::wait(int use, const char* file, int line) const {
   if (emulation::skipped(file, line)) return;

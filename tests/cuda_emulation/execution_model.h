@@ -128,6 +128,7 @@ inline float reciprocal(float x) { return 1.0f / x; }
 inline void prefetch(const void*) {}
 inline void forget_loads() {}
 inline int here(int x) { return x; }
+inline int uniform(int x) { return x; }
 
 // Copied only when waited for, as late as can be, or (see `Arrivals`) at once.
 namespace emulation {
@@ -158,8 +159,54 @@ struct Arrivals {
   void start(int count);
   void arrive();
   void arrive_after_copies();
+  void arrive_after_copy(void* shared, const void* global, int bytes);
   void wait(int use, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const;
 };
+
+// Products of warpgroups, done for each warp by itself: only when waited for, or at once, by turns
+// of the schedule. What they read and add to is what is there at that moment.
+#define CAPSULE_KERNELS_WARPGROUPS
+inline void publish() {}
+
+struct Matrix {
+  const float* at;
+  int to_half;  // floats
+};
+inline Matrix matrix_on_chip(const void* shared, int to_half) {
+  return {static_cast<const float*>(shared), to_half / 4};
+}
+inline Matrix further(Matrix matrix, int bytes) { return {matrix.at + bytes / 4, matrix.to_half}; }
+
+namespace emulation {
+struct Product {
+  float (*c)[4];
+  int fragments;
+  bool adds;
+  const unsigned* rows;  // of a: the lane's four, or null
+  Matrix a, b;
+  int group;
+};
+void begin_product(const Product& product);
+void wait_for_products_before(int groups);
+}  // namespace emulation
+
+inline void begin_products() {}
+void end_group_of_products();
+template <int kGroups>
+void wait_for_products() {
+  emulation::wait_for_products_before(kGroups);
+}
+template <int kFragments>
+void settle(float (&)[kFragments][4]) {}
+
+template <bool kAdds>
+void multiply_on_chip(float (&c)[4][4], Matrix a, Matrix b) {
+  emulation::begin_product({c, 4, kAdds, nullptr, a, b, 0});
+}
+template <int kFragments>
+void multiply_add_rows(float (*c)[4], const unsigned (&a)[4], Matrix b) {
+  emulation::begin_product({c, kFragments, true, a, {}, b, 0});
+}
 
 struct Grid {
   int blocks, threads, shared_bytes;

@@ -72,7 +72,8 @@ const char* forward(const Call* call, const void* u, const void* weight, const v
                     const void* bias, void* v, float* s, void* coupling) {
   return guarded([&] {
     const auto scalar = Scalar(call->scalar);
-    const ForwardPlan plan = plan_forward(call->shape, scalar_bytes(scalar), call->device);
+    const bool plain = is_one_product(*call) && logits == nullptr && coupling == nullptr;
+    const ForwardPlan plan = plan_forward(call->shape, scalar_bytes(scalar), call->device, plain);
     emulation::begin_call("forward");
     Workspace workspace(plan.workspace_floats);
     routing_forward(
@@ -105,7 +106,7 @@ const char* backward(const Call* call, const void* grad_v, const void* u, const 
 // The fields of Plan in emulator.py; 0 where nothing fits.
 void planned(const Call* call, int* figures) {
   const int bytes = scalar_bytes(Scalar(call->scalar));
-  const ForwardPlan forward = plan_forward(call->shape, bytes, call->device);
+  const ForwardPlan forward = plan_forward(call->shape, bytes, call->device, true);
   const BackwardPlan plan = plan_backward(call->shape, bytes, call->device, true);
   figures[0] = forward.sweep.capsule_groups;
   figures[1] = forward.sweep.sample_groups;
@@ -115,6 +116,7 @@ void planned(const Call* call, int* figures) {
   figures[5] = plan.gradients.buffers;
   figures[6] = plan.outputs.blocks;
   figures[7] = plan.outputs.blocks > 0 ? plan.parts : 0;
+  figures[8] = forward.sweep.slots;
 }
 
 int fits_registers(int J, int D) { return tile_fits_registers(J, D) ? 1 : 0; }
