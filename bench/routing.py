@@ -169,6 +169,7 @@ EVERY_SHAPE = (*SHAPES, SHARED, CONVOLUTION)
 FEW_BATCHES = (32, 128)
 """For the shapes other than MNIST, whose peers take seconds a call on a CPU."""
 CONVOLUTION_BATCHES = (4, 32)
+"""Grids: each has 36 windows, samples of the routing."""
 LARGEST_PEER_BATCH = {"cpu": 512, "cuda": 2048}
 """Beyond it a peer takes minutes a row; a larger batch that is asked for is measured."""
 

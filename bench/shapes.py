@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capsule_kernels.windows import capsules
+
 GIB = 2**30
 
 
@@ -102,12 +104,7 @@ class Convolution(Shape):
 
     def windows(self, u: Tensor) -> Tensor:
         """A copy of each place's capsules, [samples, I, K]: of the grid [B, C, K, H, W]."""
-        side, end = range(self.window), self.stride * self.places
-        # By slices: compiled, the backward of Tensor.unfold writes past its memory (torch 2.13).
-        cells = [
-            u[..., y : y + end : self.stride, x : x + end : self.stride] for y in side for x in side
-        ]
-        return torch.stack(cells, -1).permute(0, 3, 4, 1, 5, 2).reshape(-1, self.I, self.K)
+        return capsules(u.permute(0, 3, 4, 1, 2), [self.window] * 2 + [self.stride] * 2)
 
     def on_grid(self, v: Tensor) -> Tensor:
         """[samples, J, D] as [B, J, D, H', W']."""

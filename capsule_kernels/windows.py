@@ -16,22 +16,26 @@ def places(u: Tensor, window: Sequence[int]) -> tuple[int, int]:
     return (H - kh) // down + 1, (W - kw) // right + 1
 
 
-def capsules(u: Tensor, window: Sequence[int] | None) -> Tensor:
-    """Input capsules [B, I, K]: u itself, or a copy of its windows.
+def cells(u: Tensor, window: Sequence[int]) -> list[Tensor]:
+    """The views [B, H', W', C, K] of the first, second, ... cell of every place's window.
 
     By slices: where Inductor (torch 2.13) compiles the backward of ``Tensor.unfold``, it writes
     past its memory.
     """
-    if not window:
-        return u
     kh, kw, down, right = window
     rows, columns = places(u, window)
-    cells = [
+    return [
         u[:, y : y + down * (rows - 1) + 1 : down, x : x + right * (columns - 1) + 1 : right]
         for y in range(kh)
         for x in range(kw)
     ]
-    return torch.stack(cells, 4).flatten(0, 2).flatten(1, 2)
+
+
+def capsules(u: Tensor, window: Sequence[int] | None) -> Tensor:
+    """Input capsules [B, I, K]: u itself, or a copy of its windows."""
+    if not window:
+        return u
+    return torch.stack(cells(u, window), 4).flatten(0, 2).flatten(1, 2)
 
 
 def sizes(u: Tensor, window: Sequence[int] | None) -> tuple[int, int]:
