@@ -1,5 +1,6 @@
 """Small forward and backward calls of the GPU backends, for compute-sanitizer to watch."""
 
+import os
 from typing import Any
 
 import torch
@@ -20,12 +21,23 @@ CALLS: tuple[Call, ...] = (
 the tests as well, whose kernels Triton has compiled by then."""
 FOR_CUDA: tuple[Call, ...] = (((520, 530, 10, 8, 16), torch.bfloat16, {}),)
 """So large that gradients go by output capsules, on 132 multiprocessors."""
+BY_WARPGROUPS: tuple[Call, ...] = (
+    ((130, 38, 5, 8, 16), torch.float32, {}),
+    ((520, 530, 10, 8, 16), torch.bfloat16, {}),
+)
+"""For CUDA, too, where warpgroups share samples, and where they do not."""
 
 
 def call(
-    backend: str, sizes: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any]
+    backend: str,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    by_warpgroups: bool,
 ) -> None:  # needs a GPU
-    """Forward and backward, waited for."""
+    """Forward and backward, waited for; by warpgroups, in TF32 and without couplings."""
+    os.environ["CAPSULE_KERNELS_WARPGROUPS"] = str(int(by_warpgroups))
+    torch.set_float32_matmul_precision("high" if by_warpgroups else "highest")
     B, I, J, K, D = sizes
 
     def leaf(*shape: int) -> torch.Tensor:
@@ -37,7 +49,10 @@ def call(
     }
     if options:
         inputs |= {"logits": leaf(I, J), "bias": leaf(J, D)}
-    v, _ = fused_routing(**inputs, **options, return_coupling=True, backend=backend)
+    if not by_warpgroups:
+        options = options | {"return_coupling": True}
+    outputs = fused_routing(**inputs, **options, backend=backend)
+    v = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
     torch.autograd.grad(v, list(inputs.values()), torch.ones_like(v))
     torch.cuda.synchronize()
 
@@ -48,9 +63,13 @@ def main() -> None:  # needs a GPU
         if not usable:
             print(f"{backend}: left out: {reason}")
             continue
-        for sizes, dtype, options in CALLS + (FOR_CUDA if backend == "cuda" else ()):
+        calls = [(small, False) for small in CALLS]
+        if backend == "cuda":
+            calls += [(small, False) for small in FOR_CUDA]
+            calls += [(small, True) for small in BY_WARPGROUPS]
+        for (sizes, dtype, options), by_warpgroups in calls:
             try:
-                call(backend, sizes, dtype, options)
+                call(backend, sizes, dtype, options, by_warpgroups)
             except RuntimeError as error:
                 if "can't be used" not in str(error):
                     raise
