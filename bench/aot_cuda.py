@@ -107,23 +107,20 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
     if plan.sweep_shared == 0 or plan.gradient_shared == 0:
         return
     known = f", {plan.known_J}" if plan.known_J else ""
-    instance = f"{policy}, {scalar}, TileOf<{plan.padded_D}{known}>"
+    tile = f"{policy}, {scalar}, TileOf<{plan.padded_D}{known}>"
+    # Warps of a block, its shared memory, and the template's arguments; no memory: not launched.
+    launched = dict.fromkeys(KERNELS, (plan.sweep_warps, plan.sweep_shared, tile))
+    launched[GRADIENTS] = plan.gradient_warps, plan.gradient_shared, tile
+    one_product = policy != "SplitTf32"
+    launched[OUTPUTS] = shape.J, plan.output_shared * one_product, f"{tile}, {R}"
+    one_product &= target == "sm_90"
+    shared = plan.warpgroup_shared * one_product, plan.warpgroup_states_shared * one_product
+    for kernel, bytes_ in zip(WARPGROUPS, shared, strict=True):
+        launched[kernel] = plan.sweep_warps, bytes_, f"{scalar}, {shape.J}"
+    launched = {kernel: launch for kernel, launch in launched.items() if launch[1] > 0}
+    code = compiled(tuple((kernel, launched[kernel][2]) for kernel in launched), target)
     padded_B = -(-B // 8) * 8
-    for kernel, arguments in KERNELS.items():
-        warps, shared, parameters = plan.sweep_warps, plan.sweep_shared, instance
-        if kernel == GRADIENTS:
-            warps, shared = plan.gradient_warps, plan.gradient_shared
-        if kernel == OUTPUTS:
-            if plan.output_shared == 0 or policy == "SplitTf32":
-                continue
-            warps, shared, parameters = shape.J, plan.output_shared, f"{instance}, {R}"
-        if kernel in WARPGROUPS:
-            shared = (plan.warpgroup_shared, plan.warpgroup_states_shared)[WARPGROUPS.index(kernel)]
-            if shared == 0 or target != "sm_90" or policy == "SplitTf32":
-                continue
-            parameters = f"{scalar}, {shape.J}"
-        processor = "sm_90a" if kernel in WARPGROUPS else target
-        registers, spilled, matrix, loop_text = compiled(kernel, arguments, parameters, processor)
+    for kernel, (warps, shared_bytes, _) in launched.items():
         yield Row(
             "cuda",
             kernel,
@@ -131,36 +128,61 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
             precision,
             target,
             warps,
-            registers=registers,
-            spilled_bytes=spilled,
-            shared_bytes=shared,
-            matrix_instructions=matrix,
+            registers=code[kernel].registers,
+            spilled_bytes=code[kernel].stack,
+            shared_bytes=shared_bytes,
+            matrix_instructions=code[kernel].matrix_instructions,
             useful=B / padded_B * shape.D / plan.padded_D,
-            loops=loop_text,
+            loops=code[kernel].loops,
         )
+
+
+class Code(NamedTuple):
+    """What became of an instance of a kernel."""
+
+    registers: int
+    stack: int
+    """Bytes of what is spilled, and of arrays that are indexed by what is no constant."""
+    matrix_instructions: int
+    loops: str
 
 
 @functools.cache
-def compiled(kernel: str, arguments: str, instance: str, target: str) -> tuple[int, int, int, str]:
-    """Registers, bytes on the stack, matrix instructions and loops of an instance."""
+def compiled(instances: tuple[tuple[str, str], ...], target: str) -> dict[str, Code]:
+    """Instances, (kernel, template arguments), in one go: what they include takes its time."""
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "instance.cu", Path(folder) / "instance.cubin"
-        source.write_text(
-            '#include "launch.cuh"\nnamespace capsule_kernels::cuda {\n'
-            f"template __global__ void {kernel}<{instance}>({arguments});\n}}\n"
+        source, cubin = Path(folder) / "instances.cu", Path(folder) / "instances.cubin"
+        wanted = "".join(
+            f"template __global__ void {kernel}<{arguments}>({KERNELS[kernel]});\n"
+            for kernel, arguments in instances
         )
+        source.write_text(
+            f'#include "launch.cuh"\nnamespace capsule_kernels::cuda {{\n{wanted}}}\n'
+        )
+        processor = "sm_90a" if target == "sm_90" else target  # as setup.py has it
         report = output_of(
-            nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch={target}", "-Xptxas", "-v",
+            nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch={processor}", "-Xptxas", "-v",
             f"-I{SOURCES}", source, "-o", cubin,
         )  # fmt: skip
         _, listing = examine_cubin(cubin.read_bytes())
-    # The stack holds what is spilled, and arrays that are indexed by what is no constant.
-    stack = re.search(r"(\d+) bytes stack frame", report)
-    registers = re.search(r"Used (\d+) registers", report)
-    if stack is None or registers is None:
-        raise RuntimeError(f"ptxas named no registers of {kernel}:\n{report}")
-    matrix = len(re.findall(r"\bHG?MMA\b", listing))
-    return int(registers[1]), int(stack[1]), matrix, loops(listing)
+    reports = by_function(r"Compiling entry function '(\w+)'", report)
+    listings = by_function(r"\.section\s+\.text\.(\w+),", listing)
+    code = {}
+    for kernel, _ in instances:
+        (name,) = (name for name in reports if f"{len(kernel)}{kernel}I" in name)
+        stack = re.search(r"(\d+) bytes stack frame", reports[name])
+        registers = re.search(r"Used (\d+) registers", reports[name])
+        if stack is None or registers is None:
+            raise RuntimeError(f"ptxas named no registers of {kernel}:\n{report}")
+        matrix = len(re.findall(r"\bHG?MMA\b", listings[name]))
+        code[kernel] = Code(int(registers[1]), int(stack[1]), matrix, loops(listings[name]))
+    return code
+
+
+def by_function(heading: str, text: str) -> dict[str, str]:
+    """What stands behind each heading, by the function's name in it."""
+    _, *parts = re.split(heading, text)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 @functools.cache
