@@ -6,8 +6,8 @@ everything without a C++ compiler, the CUDA kernels without nvcc or with a CPU b
 Environment: ``CAPSULE_KERNELS_CUDA=0`` leaves the CUDA kernels out, ``=1`` insists on them;
 ``CAPSULE_KERNELS_CXXFLAGS`` has the last word on how the CPU kernels are compiled (sanitizers,
 coverage), where ``CXXFLAGS`` set for everything on a machine must not lower their optimisation.
-``TORCH_CUDA_ARCH_LIST`` (9.0 is built as 9.0a), ``CUDA_HOME``, ``CXX`` and ``MAX_JOBS`` as for every
-torch extension.
+``TORCH_CUDA_ARCH_LIST`` (9.0 is built as 9.0a), ``CUDA_HOME``, ``CXX`` and ``MAX_JOBS`` as for
+every torch extension.
 """
 
 import copy
