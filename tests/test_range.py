@@ -110,6 +110,31 @@ def test_equal_log_priors_are_none(target, B, value):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float64, "highest"), (torch.float32, "highest"), (torch.float32, "high")],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [20, 100])
+def test_couplings_of_large_logits_sum_to_1(target, B, dtype, precision, scale):
+    """The largest logit has one rounding in the softmax's numerator and denominator, which then
+    cancels, though they may come from two kernels: where J takes several tiles. Two roundings were
+    hundreds of a coupling's last places."""
+    case = Case(B=B, I=5, J=33, scale=scale)
+    inputs = prepared(target, case, dtype)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        _, c = fused_routing(
+            inputs["u"], inputs["weight"], return_coupling=True, backend=target.backend
+        )
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    eps = torch.finfo(dtype).eps
+    assert (c == 1).any()
+    assert c.max() <= 1 + eps
+    assert (c.double().sum(2) - 1).abs().max() <= 4 * eps
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiny_and_huge_capsules(target, B, dtype):
     """By the tolerance rule: squash and softmax overflow nowhere, and lose nothing."""

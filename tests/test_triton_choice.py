@@ -116,10 +116,10 @@ def test_any_size_is_taken_up_to_the_largest_tile_of_triton(monkeypatch):
 
 
 def test_only_large_weights_take_the_path_of_blocks():
-    assert not any(config.is_wide(J, K, D) for _, J, K, D in SIZES)
-    assert not config.is_wide(10, 64, 64)
+    assert not any(config.is_wide(K, D) for _, _, K, D in SIZES)
+    assert not config.is_wide(64, 64)
     for K, D in ((72, 64), (130, 33), (5, 300), (300, 1)):
-        assert config.is_wide(10, K, D)
+        assert config.is_wide(K, D)
         blocks = config.blocks_of(K, D)
         assert blocks.BLOCK_D <= config.WIDE_BLOCK
         assert min(blocks.BLOCK_D, blocks.BLOCK_K) >= config.MATRIX_ROWS

@@ -32,7 +32,7 @@ def test_sweeps_cover_every_sample_and_capsule_once(B, sizes, processors, column
 @pytest.mark.parametrize("K", [1, 3, 6, 8, 16, 64, 256])
 @pytest.mark.parametrize("D", [1, 7, 16, 24, 64, 256])
 def test_warps_hold_what_fits(J, K, D, columns):
-    if config.tile_of(J, K, D) is None:
+    if config.is_wide(K, D):
         return
     warps = config.warps_of(J, K, D, columns)
     assert max(D, config.MATRIX_ROWS) <= warps.BLOCK_D
@@ -74,7 +74,7 @@ def test_no_shape_is_cut_to_nothing(shared_bytes, element_bytes, precision):
     has shapes of which nothing fits into 99 KiB, and in 64 KiB the largest D in split float32."""
     refused = set()
     for J, K, D in product((1, 2, 5, 10, 33, 196), (1, 8, 16, 32, 64, 128, 256), (1, 16, 64, 256)):
-        if config.is_wide(J, K, D):
+        if config.is_wide(K, D):
             continue
         fits = config.least_bytes(J, K, D, element_bytes, precision) <= shared_bytes
         for backward in (False, True):
@@ -118,21 +118,6 @@ def test_large_batches_share_weights_in_eight_warps_that_see_all_of_J(sizes, uni
     if warps is not None:
         assert (warps.number, warps.BLOCK_B) == (8, rows)
         assert warps.output_capsules >= J
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("B", [1, 3, 128, 1000])
-def test_tiles_cover_every_sample_and_output_capsule_once(B, sizes):
-    _, J, K, D = sizes
-    tiles = config.tiles(B, J, K, D)
-    tile = tiles.tile
-    assert (tiles.tiles_B - 1) * tile.BLOCK_B < B <= tiles.tiles_B * tile.BLOCK_B
-    assert (tiles.tiles_J - 1) * tile.BLOCK_J < J <= tiles.tiles_J * tile.BLOCK_J
-    assert tile.BLOCK_D >= D
-    assert max(K, config.MATRIX_ROWS) <= tile.BLOCK_K
-    assert config.MATRIX_ROWS <= tiles.columns <= config.MAX_TILE
-    for size in (*vars(tile).values(), tiles.num_warps):
-        assert size == config.power_of_two(size)
 
 
 @pytest.mark.parametrize("rows", [1, 64, 288, 800, 1152])

@@ -46,8 +46,35 @@ def test_every_launch_has_all_arguments_and_no_workspace_grows_with_u_hat():
     B, I, J, K, D = 128, 3872, 196, 8, 16
     sizes: dict[str, int] = {}
     names = launches(B, I, J, K, D, 3, sizes=sizes)
-    assert names.count("routing_statistics_kernel") == 2 + 3
+    assert names.count("routing_statistics_kernel") == 2 + 2
     assert max(sizes.values()) <= B * I * J * D / 15
+
+
+@needs_triton
+@pytest.mark.parametrize("shared_bytes", [99 << 10, 227 << 10])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 33, 8, 16), (64, 196, 6, 24)], ids=str)
+def test_statistics_are_tabled_in_the_tiles_of_the_sweep_that_reads_them(
+    shape, dtype, shared_bytes
+):
+    """So the logits that both compute have the same last bits."""
+    from capsule_kernels.backends.triton.device import Gpu
+
+    launched = []
+    gpu = Gpu(processors=82, hip=False, shared_bytes=shared_bytes)
+    launches(64, *shape, 3, gpu=gpu, dtype=dtype, launched=launched)
+    names = [field.name for field in fields(config.Warps)] + ["PRECISION", "ACC", "t"]
+    tabled = None
+    readers = []
+    for kernel, stages, arguments in launched:
+        if kernel == "routing_statistics_kernel":
+            tabled = stages, [arguments[name] for name in names]
+        elif "statistics_ptr" in arguments and not arguments.get("FIRST"):
+            readers.append(kernel)
+            if kernel != "routing_gradients_kernel":
+                assert tabled == (stages, [arguments[name] for name in names])
+    sweeps = ["routing_forward_kernel"] * 2 + ["routing_backward_kernel"] * 2
+    assert readers == [*sweeps, "routing_gradients_kernel"]
 
 
 @needs_triton

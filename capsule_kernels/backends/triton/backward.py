@@ -95,6 +95,7 @@ def routing_backward_kernel(
     """
     PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
     ALONG_K: tl.constexpr = not PAIRED  # where registers allow
+    TILED: tl.constexpr = statistics_ptr is not None
     i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
 
     p_s = s_ptr + (t - 1) * size
@@ -140,8 +141,8 @@ def routing_backward_kernel(
             b_n = logits_of_priors(
                 logits_ptr, start, i_j + n * WARPS_J, I, J, WARPS_I, WARPS_J, STEP_I, BLOCK_B, ACC
             )
-            b += (b_n + agreement_with(V[n], u, W[n], STEP_I, ACC, PRECISION),)
-            dc += (agreement_with(ds[n], u, W[n], STEP_I, ACC, PRECISION),)
+            b += (b_n + agreement_with(V[n], u, W[n], STEP_I, TILED, ACC, PRECISION),)
+            dc += (agreement_with(ds[n], u, W[n], STEP_I, TILED, ACC, PRECISION),)
         offsets, mask, plane = statistics_tile(start, i_b, B, I, WARPS_I, WARPS_J, STEP_I)
         p_statistics = None if statistics_ptr is None else statistics_ptr + offsets
         e, inverse = softmax_parts(b, p_statistics, mask, plane, LEAKY, WARPS_I, WARPS_J, UNROLL_J)

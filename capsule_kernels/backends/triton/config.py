@@ -9,13 +9,10 @@ MATRIX_ROWS = 16
 """Rows of the matrix instructions' tile, and the shortest contraction that tl.dot takes."""
 
 MAX_TILE = 256
-"""Most (j, d) columns of a tile."""
-
-WARP_COLUMNS = 64
-"""Columns of a warp: with 16 samples 32 registers of a thread for each of u_hat, V and s."""
+"""Most (j, d) columns of a tile of [B, J, D], and longest d of a sweep."""
 
 MAX_WEIGHTS = 4096
-"""Most elements of a tile of weights, (j, d) times k."""
+"""Most elements of W_ij in a sweep, with d and k padded to powers of two."""
 
 WIDE_BLOCK = 64
 """Longest block of d and of k where W_ij does not fit into a tile."""
@@ -61,8 +58,8 @@ MAX_STEP = 10240
 SCRATCH = 8 << 10
 """Shared memory of a sweep's program beside what is counted (``sweep_bytes``), at most."""
 
-STATISTICS_CAPSULES = 16
-"""Input capsules of a program that tables softmax statistics."""
+STATISTICS_STEPS = 4
+"""Steps of input capsules of a program that tables softmax statistics."""
 
 GRID_BLOCK = 1024
 """Elements of a grid of a program that sums the gradients of windows."""
@@ -77,48 +74,10 @@ def ceil_div(n: int, divisor: int) -> int:
     return -(-n // divisor)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """What a program holds at a time where u_hat is formed: in statistics."""
-
-    BLOCK_B: int
-    BLOCK_J: int
-    BLOCK_D: int
-    BLOCK_K: int
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How [B, J, D] is cut into such tiles."""
-
-    tile: Tile
-    tiles_B: int
-    tiles_J: int
-
-    @property
-    def columns(self) -> int:
-        """(j, d) of a tile."""
-        return self.tile.BLOCK_J * self.tile.BLOCK_D
-
-    @property
-    def num_warps(self) -> int:
-        return max(1, self.columns // WARP_COLUMNS)
-
-
-def tile_of(J: int, K: int, D: int) -> Tile | None:
-    """The tile for a shape, or None where not even one output capsule fits into one."""
-    BLOCK_D = power_of_two(D)
-    BLOCK_K = max(MATRIX_ROWS, power_of_two(K))
-    columns = min(MAX_TILE, MAX_WEIGHTS // BLOCK_K)
-    if columns < max(BLOCK_D, MATRIX_ROWS):
-        return None
-    BLOCK_J = min(power_of_two(J), columns // BLOCK_D)
-    return Tile(MATRIX_ROWS, max(BLOCK_J, MATRIX_ROWS // BLOCK_D), BLOCK_D, BLOCK_K)
-
-
-def is_wide(J: int, K: int, D: int) -> bool:
+def is_wide(K: int, D: int) -> bool:
     """Whether one output capsule's weights take several blocks of d and k (``wide.py``)."""
-    return tile_of(J, K, D) is None
+    BLOCK_D, BLOCK_K = max(MATRIX_ROWS, power_of_two(D)), max(MATRIX_ROWS, power_of_two(K))
+    return BLOCK_D > MAX_TILE or BLOCK_D * BLOCK_K > MAX_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -135,12 +94,6 @@ def blocks_of(K: int, D: int) -> Blocks:
         return min(max(MATRIX_ROWS, power_of_two(size)), WIDE_BLOCK)
 
     return Blocks(MATRIX_ROWS, block(D), block(K))
-
-
-def tiles(B: int, J: int, K: int, D: int) -> Tiles:
-    tile = tile_of(J, K, D)
-    assert tile is not None, "is_wide() shapes have no tiles"
-    return Tiles(tile, ceil_div(B, tile.BLOCK_B), ceil_div(J, tile.BLOCK_J))
 
 
 @dataclass(frozen=True)
@@ -246,6 +199,7 @@ def sweep_bytes(warps: Warps, stages: int, element_bytes: int, states: int) -> i
     Steps of W and u are on their way in all stages but one. States that no other warp needs are
     operands, which Triton 3.9 keeps in shared memory and 3.6 in registers. In float64 both keep
     every warp's, and one more copy of a step. Long steps and float64 exchange more between threads.
+    The statistics kernel, which has one product less, takes no more.
     """
     columns = warps.STEP_I * warps.BLOCK_K
     W = warps.number * warps.UNROLL_J * warps.BLOCK_D * columns
@@ -321,7 +275,7 @@ def fitting_gradients(
 @lru_cache(maxsize=1024)
 def least_bytes(J: int, K: int, D: int, element_bytes: int, precision: str) -> int:
     """Shared memory that the smallest programs take for a shape, forward or backward."""
-    if is_wide(J, K, D):
+    if is_wide(K, D):
         return 0
     sweeps = (
         min(

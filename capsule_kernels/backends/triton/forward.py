@@ -82,6 +82,7 @@ def routing_forward_kernel(
     PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
     # Where registers allow.
     ALONG_K: tl.constexpr = FIRST or (PRECISION != "tf32x3" and BLOCK_B == 16)
+    TILED: tl.constexpr = statistics_ptr is not None
     i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
 
     if not FIRST:
@@ -122,7 +123,7 @@ def routing_forward_kernel(
                     WARPS_I, WARPS_J, STEP_I, BLOCK_B, ACC,
                 )  # fmt: skip
                 if not FIRST:
-                    b_n += agreement_with(V[n], u, W[n], STEP_I, ACC, PRECISION)
+                    b_n += agreement_with(V[n], u, W[n], STEP_I, TILED, ACC, PRECISION)
                 b += (b_n,)
             offsets, mask, plane = statistics_tile(start, i_b, B, I, WARPS_I, WARPS_J, STEP_I)
             p_statistics = None if statistics_ptr is None else statistics_ptr + offsets

@@ -46,7 +46,7 @@ def routing_forward(
     bias = None if bias is None else laid_out(bias)
     routing = Routing.of(launch, gpu, False, u, weight, logits, s, leaky, weight_sharing, window)
     B, I, J, K, D, _ = routing.sizes
-    if config.is_wide(J, K, D):
+    if config.is_wide(K, D):
         launch_wide.forward(routing, bias, v, coupling if return_coupling else None)
         return v, s, coupling
     one_tile = routing.sweep.one_tile
@@ -56,7 +56,7 @@ def routing_forward(
     statistics = None if one_tile else s.new_empty(3, B, I)
     with device_guard(u.device):
         for t in range(1, R + 1):
-            if statistics is not None and not (t == 1 and logits is None):
+            if statistics is not None:
                 routing.tabulate(statistics, t)
             sweep = routing.first_sweep if t == 1 else routing.sweep
             routing.over_sweep(
@@ -111,7 +111,7 @@ def routing_backward(
     routing = Routing.of(launch, gpu, True, u, weight, logits, s, leaky, weight_sharing, window)
     B, I, J, K, D, R = routing.sizes
     grad_v = laid_out(grad_v)
-    if config.is_wide(J, K, D):
+    if config.is_wide(K, D):
         launch_wide.backward(
             routing, grad_v, full_gradient, grad_u, grad_weight, grad_logits, grad_bias
         )
@@ -166,7 +166,7 @@ def routing_backward(
                     LEAKY=routing.leaky, UNIFORM=uniform, PAIRED=routing.paired,
                     WARPS_J=last_sweep.WARPS_J, UNROLL_J=last_sweep.UNROLL_J,
                 )  # fmt: skip
-            if statistics is not None:
+            if statistics is not None and (tiles_J > 1 or not last):
                 routing.tabulate(statistics[t - 1], t, ds[t - 1])
             if not last:
                 assert partials is not None
@@ -189,7 +189,7 @@ def routing_backward(
             routing.over_capsules(
                 routing_gradients_kernel, (split.programs,),
                 last_sweep.number, 1, last_sweep,
-                table_ptr=table, statistics_ptr=statistics,
+                table_ptr=table, statistics_ptr=statistics if tiles_J > 1 else None,
                 grad_u_ptr=grad_capsules, du_ptr=du,
                 grad_weight_ptr=grad_weight, grad_logits_ptr=grad_logits,
                 weight_parts_ptr=weight_parts, logits_parts_ptr=logits_parts,

@@ -200,18 +200,13 @@ class Routing:
         return config.table_size(B, J, self.last_sweep)
 
     @cached_property
-    def tiles(self) -> config.Tiles:
-        B, _, J, K, D, _ = self.sizes
-        return config.tiles(B, J, K, D)
-
-    @cached_property
     def types(self) -> dict[str, Any]:
         """The kernels' arithmetic and the width of their offsets."""
         B, I, J, K, D, R = self.sizes
         counts = [self.u.numel(), self.weight.numel(), B * I * J, self.s.numel()]
         if self.backward:
             counts.append(B * I * K)  # du of windows
-        if config.is_wide(J, K, D):
+        if config.is_wide(K, D):
             counts.append(R * B * I * J)
         else:
             groups = max(self.first_sweep.groups, self.sweep.groups)
@@ -257,10 +252,6 @@ class Routing:
             capsules=sweep.capsules, **arguments,
         )  # fmt: skip
 
-    def over_tiles(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        """Launch a kernel that forms u_hat in tiles."""
-        self.over_capsules(kernel, grid, self.tiles.num_warps, 2, self.tiles.tile, **arguments)
-
     def over_state(self, kernel: Any, B: int, J: int, **arguments: Any) -> None:
         """Launch a kernel that visits [B, J, D] only."""
         BLOCK_D = self.last_sweep.BLOCK_D
@@ -272,13 +263,15 @@ class Routing:
         )  # fmt: skip
 
     def tabulate(self, statistics: Tensor, t: int, ds: Tensor | None = None) -> None:
-        """The softmax statistics of iteration t."""
-        I = self.sizes[1]
-        self.over_tiles(
-            routing_statistics_kernel,
-            (self.tiles.tiles_B, config.ceil_div(I, config.STATISTICS_CAPSULES)),
-            s_ptr=self.s, ds_ptr=ds, statistics_ptr=statistics, t=t, FIRST=t == 1,
-            BLOCK_I=config.STATISTICS_CAPSULES,
+        """The softmax statistics of iteration t, by the warps of the sweep that reads them."""
+        if t == 1 and self.logits is None:
+            return  # the coupling is uniform
+        sweep, steps = self.sweep, config.STATISTICS_STEPS
+        groups = config.ceil_div(self.sizes[1], steps * sweep.warps.capsules)
+        self.over_capsules(
+            routing_statistics_kernel, (sweep.tiles_B, groups),
+            sweep.warps.number, self.fit(sweep.warps)[1], sweep.warps,
+            s_ptr=self.s, ds_ptr=ds, statistics_ptr=statistics, t=t, FIRST=t == 1, STEPS=steps,
         )  # fmt: skip
 
     def sum_rows(self, x: Tensor, total: Tensor) -> None:

@@ -310,10 +310,22 @@ def operand_order(x, STEP_I: tl.constexpr, PAIRED: tl.constexpr):
 
 
 @triton.jit
-def agreement_with(x, u, W, STEP_I: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """u_hat . x as u . (x W), [WARPS, BLOCK_B, STEP_I]."""
-    xWu = columns_apart(product(x, W, ACC, PRECISION) * u, STEP_I)
-    return tl.sum(tl.sum(xWu, axis=4), axis=2)
+def agreement_with(
+    x, u, W, STEP_I: tl.constexpr, TILED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """u_hat . x as u . (x W), [WARPS, BLOCK_B, STEP_I].
+
+    Which of two products is fused with their sum is the compiler's choice, and not the same in
+    every kernel. Where J is TILED, two kernels must get the same bits, and it is said here.
+    """
+    xW = product(x, W, ACC, PRECISION)
+    if TILED:
+        xW_even, xW_odd = tl.split(columns_apart(xW, STEP_I))
+        u_even, u_odd = tl.split(columns_apart(u, STEP_I))
+        xWu = tl.fma(xW_even, u_even, xW_odd * u_odd)
+    else:
+        xWu = tl.sum(columns_apart(xW * u, STEP_I), axis=4)
+    return tl.sum(xWu, axis=2)
 
 
 @triton.jit
