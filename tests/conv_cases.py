@@ -67,8 +67,15 @@ def make_inputs(case: Conv, dtype: torch.dtype, device: str = "cpu") -> dict[str
     }
 
 
-def run(case: Conv, inputs: dict[str, Tensor], backend: str, **options: Any) -> dict[str, Tensor]:
-    """v, c and the gradients of a random loss of v."""
+def run(
+    case: Conv,
+    inputs: dict[str, Tensor],
+    backend: str,
+    order: tuple[Tensor, Tensor] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """v, c and the gradients of a random loss of v, whose output types and dimensions are in an
+    ``order``."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     v, coupling = fused_routing_conv(
         **leaves, stride=case.stride, padding=case.padding, leaky=True, return_coupling=True,
@@ -76,6 +83,9 @@ def run(case: Conv, inputs: dict[str, Tensor], backend: str, **options: Any) -> 
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     grad_v = torch.randn(v.shape, generator=generator).bfloat16().to(v.device, v.dtype)
+    if order is not None:
+        j, d = order
+        grad_v = grad_v[:, j][:, :, d]
     gradients = torch.autograd.grad(v, list(leaves.values()), grad_v)
     named = {f"grad_{name}": g for name, g in zip(leaves, gradients, strict=True)}
     return {"v": v.detach(), "coupling": coupling} | named
@@ -93,7 +103,7 @@ def oracle(case: Conv, inputs: dict[str, Tensor], seed: int) -> dict[str, Tensor
         "logits": inputs["logits"][c][..., j],
         "bias": inputs["bias"][j][:, d],
     }
-    found = run(case, moved, "reference")
+    found = run(case, moved, "reference", (j, d))
     c, j, d, k = (order.argsort() for order in (c, j, d, k))
     return {
         "v": found["v"][:, j][:, :, d],
