@@ -46,6 +46,15 @@ class World:
         ids = [device] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
+    def meet(self) -> None:
+        """Waits for the others, before the end.
+
+        A thread of gloo's lets go of the tensors of a collective some time after it; were Python
+        over by then, it would abort the process. Behind a barrier, which has none, it has done so.
+        """
+        if self.size > 1:
+            dist.barrier()
+
     def leave(self) -> None:
         """The end of working together."""
         if self.size > 1:

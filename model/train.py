@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         console = Console(
             stderr=True, highlight=False, soft_wrap=True, quiet=not trainer.world.is_main
         )
-        return train(trainer, arguments, console)
+        code = train(trainer, arguments, console)
+        trainer.world.meet()
+        return code
     finally:
         trainer.world.leave()
 
