@@ -123,12 +123,14 @@ def run(
         return_coupling=return_coupling,
         **options,
     )
-    v, *rest = outputs if return_coupling else (outputs,)
+    v, coupling = outputs if return_coupling else (outputs, None)
     generator = torch.Generator().manual_seed(1)
     grad_v = torch.randn(v.shape, generator=generator, dtype=torch.float64)
     # Rounded to the dtype under test before all else, so that every run sees the same gradient.
     grad_v = grad_v.to(torch.bfloat16).to(device=v.device, dtype=v.dtype)
-    results = {"v": v.detach(), **dict(zip(["coupling"], rest, strict=False))}
+    results = {"v": v.detach()}
+    if return_coupling:
+        results["coupling"] = coupling
     names = [name for name, x in inputs.items() if x is not None and x.requires_grad]
     gradients = torch.autograd.grad(v, [inputs[name] for name in names], grad_v)
     return results | {f"grad_{name}": g for name, g in zip(names, gradients, strict=True)}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from capsule_kernels import ops
 from capsule_kernels.backends import cuda
-from capsule_kernels.windows import capsules, places
+from capsule_kernels.windows import capsules, cells, places
 
 KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
 MODEL = Path(__file__).parent
@@ -66,15 +66,10 @@ def grid_gradient(gradient: Tensor, grid: Tensor, window: list[int] | None) -> T
     if not window or gradient.dim() == 1:
         return gradient
     sums = grid.new_zeros(grid.shape, dtype=torch.promote_types(grid.dtype, torch.float32))
-    kh, kw, down, right = window
-    rows, columns = places(grid, window)
-    gradient = gradient.view(len(grid), rows, columns, -1, kh, kw, grid.shape[-1])
-    # Place by place, each of which meets a cell once : always in the same order.
-    for y in range(kh):
-        for x in range(kw):
-            below = slice(y, y + down * (rows - 1) + 1, down)
-            beside = slice(x, x + right * (columns - 1) + 1, right)
-            sums[:, below, beside] += gradient[:, :, :, :, y, x]
+    gradient = gradient.view(len(grid), *places(grid, window), grid.shape[3], -1, grid.shape[4])
+    # Cell by cell of the window, none of which meets one of the grid twice: always in one order.
+    for n, cell in enumerate(cells(sums, window)):
+        cell += gradient[..., n, :]
     return sums.to(grid.dtype)
 
 
