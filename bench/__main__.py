@@ -7,13 +7,14 @@ import argparse
 import importlib
 import signal
 import sys
+import time
 
 from rich.console import Console
 
 from . import machine
 from .options import INTERRUPTED, common_arguments, reason_against_device
 from .records import Record, save
-from .routing import Settings
+from .routing import SLICE_SECONDS, Settings
 from .tables import describe_record, tables
 
 COMMANDS = {
@@ -66,9 +67,11 @@ def run(options: argparse.Namespace) -> int:
         options.precision,
         R=options.iterations,
         rounds=min(options.rounds, 3) if options.quick else options.rounds,
+        slice_seconds=SLICE_SECONDS[options.device],
         threads=options.threads,
     )
     settings.apply()
+    started = time.monotonic()
     screen = Console(stderr=True, soft_wrap=True)
     records: list[Record] = []
     status = 0
@@ -80,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
         with screen.status("measuring"):
             for record in module.measure(options, settings, ceilings):
                 records.append(record)
-                screen.print(describe_record(record), highlight=False)
+                seconds = time.monotonic() - started
+                screen.print(f"{seconds:4.0f} s: {describe_record(record)}", highlight=False)
     except KeyboardInterrupt:
         screen.print("interrupted: here is what was measured")
         status = INTERRUPTED

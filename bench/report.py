@@ -120,13 +120,17 @@ def steps(
         build,
         gpu_tests("tests-triton", while_it_builds, f"{TRITON} and {MAIN_TYPES}", *others, *FIRST),
         Step("compile", [python, "-m", "bench.compile"], while_it_builds),
+        Step("aot", [python, "-m", "bench", *aot], while_it_builds),
     ]
     after_the_build = [
         gpu_tests("tests", 1.4, OTHERS, *FIRST, *others),
         bench("accuracy", 1),
         bench("memory", 1.5, "--quick", "--no-max-autotune", *plots),
         # Inductor keeps what it compiles and tunes: the goals, measured alone, find it.
-        Step("autotune", [python, "-m", "bench", "goals", "--only", "autotuned"], 1.4),
+        *(
+            Step(f"inductor-{part}", [python, "-m", "bench", "goals", "--only", part], 1.4)
+            for part in ("batches", "autotuned")
+        ),
         *sanitizer_steps(),
     ]
     together = [beside_the_build + after_the_build]
@@ -142,7 +146,6 @@ def steps(
         [
             gpu_tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *others, *FIRST),
             gpu_tests("trust", 1, "", *TRUST),
-            Step("aot", [python, "-m", "bench", *aot], 1),
         ],
     ]
 
@@ -150,7 +153,7 @@ def steps(
 def gpu_tests(name: str, minutes: float, which: str, *files: str) -> Step:
     """Tests on the GPU in as many processes as make sense: most of them compile."""
     command = [*PYTEST, "-v", "-m", "gpu", "--continue-on-collection-errors"]
-    command += ["--failures-at-once", "-k", which]
+    command += ["--failures-at-once", "--durations=25", "-k", which]
     if importlib.util.find_spec("xdist"):
         half = max(1, len(os.sched_getaffinity(0)) // 2)
         command += ["--numprocesses", str(half), "--maxschedchunk", "2"]

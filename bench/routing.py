@@ -25,6 +25,8 @@ from .shapes import CONVOLUTION, MNIST, SHAPES, SHARED, Inputs, Shape, make_inpu
 from .timing import Timing, interleave, make_timer
 
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
+SLICE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
+"""Of a variant in its turn. A GPU is nobody else's, and its calls are short."""
 MAX_INPUT_SETS = 16
 CHECKED_SAMPLES = 8
 PRODUCT = "the machine's own matrix product"
