@@ -56,17 +56,26 @@ class View:
     table: Callable[[list[Record], Record], tables.Table]
     kind: str
     where: tuple[tuple[str, object], ...] = ()
+    batches: tuple[int, ...] = ()  # only these, if any are named
+
+    def chosen(self, records: list[Record]) -> list[Record]:
+        found = select(records, table=self.kind, **dict(self.where))
+        return [record for record in found if not self.batches or record["B"] in self.batches]
 
 
 VIEWS = {
     "goals": View("goals", tables.goals_table, "goals"),
     "routing": View("goals", tables.summary_table, "routing"),
+    "mnist": View(
+        "goals", tables.summary_table, "routing", (("case", "MNIST"),), batches=(1, 16, 128)
+    ),
     "peers": View("goals", tables.routing_table, "routing", (("case", "MNIST"), ("B", 128))),
     "batches": View("routing", tables.summary_table, "routing", (("case", "MNIST"),)),
     "shared": View("routing-shared", tables.summary_table, "routing"),
     "windows": View("routing-windows", tables.summary_table, "routing"),
     "batches-tf32": View("routing-tf32", tables.summary_table, "routing"),
     "batches-bfloat16": View("routing-bfloat16", tables.summary_table, "routing"),
+    "mnist-memory": View("goals", tables.memory_table, "memory", (("case", "MNIST"),)),
     "memory": View("memory", tables.memory_table, "memory"),
     "memory-growth": View("memory", tables.exponents_table, "exponents"),
     "training": View("training", tables.training_table, "training"),
@@ -122,7 +131,7 @@ def drawn(report: Report, view: str, document: Path, root: Path) -> str | None:
     wanted = VIEWS[view]
     path = report.folder / f"{wanted.file}.json"
     machine_line, ceilings, records = load(path) if path.exists() else ({}, {}, [])
-    chosen = select(records, table=wanted.kind, **dict(wanted.where))
+    chosen = wanted.chosen(records)
     if not chosen:
         return None
     lines = [
