@@ -114,7 +114,7 @@ def summary_table(records: list[Record], _ceilings: Record) -> Table:
     """Each shape and pass in a line: the fastest eager peer, the fastest compiled one, ours."""
     table = Table(
         "Routing layer, fastest of each kind",
-        ["shape", "B", "pass", "eager", "compiled", "ours", "of eager", "of compiled", "of gemm"],
+        ["shape", "B", "pass", "eager", "compiled", "ours", "vs eager", "vs compiled", "of gemm"],
     )
     for key, group in groups(
         select(records, table="routing"), "case", "B", "pass", "dtype", "precision"
