@@ -1,11 +1,15 @@
 """Which backend runs: decided here and nowhere else.
 
-A backend is a module of ``capsule_kernels.backends`` with two functions, both free of side effects:
+A backend is a module of ``capsule_kernels.backends`` with these, free of side effects:
 
+``SERVES``
+    What it is for, in a line of ``backends()``.
 ``unavailable() -> str | None``
     Why it can't be used on this machine at all; None where it can.
 ``unsupported(device, dtype, shape) -> str | None``
     Why it can't run this call; None where it can.
+
+"auto" also asks the cuda backend which calls it ``is_preferred`` for.
 """
 
 from typing import NamedTuple
@@ -29,7 +33,10 @@ class BackendStatus(NamedTuple):
 
 
 class RoutingShape(NamedTuple):
-    """The sizes of a call, SPEC letters; B is left out: no choice depends on the batch."""
+    """The sizes of a call, the paper's letters.
+
+    B is left out: no choice depends on the batch, so that another one compiles nothing anew.
+    """
 
     I: int
     J: int

@@ -42,7 +42,8 @@ def reference_routing(
     """Dynamic routing (Sabour et al. 2017, procedure 1), as :func:`capsule_kernels.fused_routing`.
 
     Its arguments are the same, but for ``backend``, and so are its errors. Computes in float32 or
-    wider and returns ``v`` [B, J, D] in the dtype of ``u``.
+    wider, but under ``torch.autocast``, which casts its products as any others, and returns ``v``
+    [B, J, D] in the dtype of ``u``.
     """
     check_arguments(
         u,

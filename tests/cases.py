@@ -14,7 +14,7 @@ from .tolerance import assert_as_good_as_reference, reference_dtype
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the op: sizes in SPEC letters and options."""
+    """One call of the op: sizes in the paper's letters, and options."""
 
     B: int = 3
     I: int = 7
@@ -46,7 +46,7 @@ SHAPES = [
     Case(D=32), Case(D=64),
     Case(R=1), Case(R=2), Case(R=10), Case(B=16, I=72, J=10), Case(B=33, I=40, J=10),
 ]  # fmt: skip
-"""The awkward sizes of SPEC section 4, scaled down."""
+"""Awkward sizes, and the paper's networks scaled down."""
 
 OPTIONS = [
     Case(logits=True), Case(bias=True), Case(leaky=True), Case(I=12, weight_sharing=4),
