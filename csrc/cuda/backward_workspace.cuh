@@ -7,7 +7,7 @@
 namespace capsule_kernels::cuda {
 
 struct BackwardWorkspace {
-  std::size_t tile_size, state_size;
+  std::size_t state_size;
   float4* partial;        // [partials][B][J][D], sums of a group of capsules
   float4* G;              // [B][J][D], dL/dV of the iterations done
   float4* V;              // [R - 1][tiles][tile], V^1..V^(R-1)
@@ -18,7 +18,6 @@ struct BackwardWorkspace {
   __device__ __forceinline__ BackwardWorkspace(const BackwardArguments& arguments,
                                                const BackwardPlan& plan) {
     const Shape& shape = arguments.shape;
-    tile_size = Padded(shape).tile_floats() / 4;
     state_size = plan.sweep.state_size;
     // The sweeps' counters lie before all of them.
     partial = reinterpret_cast<float4*>(arguments.workspace + plan.sweep.counter_floats);

@@ -77,7 +77,6 @@ __device__ __forceinline__ void sum_over_capsules(float (&sum)[2], const typenam
 template <class Tile, int kCapsules>
 __device__ __forceinline__ void softmax(typename Tile::Row (&b)[kCapsules], int J, bool leaky,
                                         const Lane& lane) {
-  constexpr float kLog2E = 1.4426950408889634f;
   constexpr float kFar = 64.0f;  // beyond it, and for NaN, exp(b) comes near the ends of the range
   bool far = false;
   for_each_group<Tile>(J, [&](auto group) {

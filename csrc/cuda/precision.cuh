@@ -9,6 +9,9 @@
 
 namespace capsule_kernels::cuda {
 
+// exp(x) = 2^(x kLog2E).
+constexpr float kLog2E = 1.4426950408889634f;
+
 __device__ __forceinline__ unsigned bits_of(float x) {
   union {
     float value;

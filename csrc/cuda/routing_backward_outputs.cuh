@@ -86,9 +86,8 @@ __device__ __forceinline__ void load_output_weight(T* to, const T* weight, int f
 
 // Softmax over j and its gradient, of one pair (sample, input capsule) a thread: from l and dc, in
 // place.
-__device__ __forceinline__ void softmax_of_pairs(float4* coefficients, int steps, int J,
-                                                 bool leaky) {
-  constexpr float kLog2E = 1.4426950408889634f;
+__device__ __forceinline__ void softmax_and_gradient(float4* coefficients, int steps, int J,
+                                                     bool leaky) {
   constexpr int kPairs = kOutputInputs * kTileSamples;
 #pragma unroll 1
   for (int e = threadIdx.x; e < steps * kPairs; e += J * kWarpSize) {
@@ -383,7 +382,7 @@ __global__ void __launch_bounds__(kMostOutputs* kWarpSize, 1)
       const bool is_unit = tile >= first_tile && tile < last_tile;
       if (is_unit && tile + 2 < last_tile) send_for_inputs(group(), tile + 2);
       end_group_of_copies();
-      if (is_unit) softmax_of_pairs(coefficients_of(tile), kSteps, J, arguments.leaky);
+      if (is_unit) softmax_and_gradient(coefficients_of(tile), kSteps, J, arguments.leaky);
       if (arguments.grad_u != nullptr && tile > first_tile) write_grad_u(group(), tile - 1);
       if (tile == last_tile) break;
       if (tile + 1 < last_tile) {

@@ -14,9 +14,6 @@
 
 namespace capsule_kernels::cuda {
 
-// States are in units of log 2, for exp2, and ready to be cut off to TF32.
-constexpr float kLog2E = 1.4426950408889634f;
-
 // Where element d of output capsule j of sample b lies in a state [B / 64][J][D / 4][64][4].
 template <int kJ>
 __device__ __forceinline__ std::size_t wide_state_offset(int b, int j, int d) {

@@ -12,8 +12,8 @@ namespace capsule_kernels::cuda {
 template <int kJ>
 using PairsOf = float[kJ][2];
 
-// Softmax over j in place; x is in units of log 2, `leaky` puts one more logit, fixed at 0, beside
-// them.
+// Softmax over j in place; x is in units of log 2, for exp2, `leaky` puts one more logit, fixed at
+// 0, beside them.
 template <int kJ>
 __device__ __forceinline__ void softmax_of_pairs(PairsOf<kJ>& x, bool leaky) {
   constexpr float kFar = 64.0f * kLog2E;  // beyond it, and for NaN, 2^x nears the end of the range
