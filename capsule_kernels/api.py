@@ -50,6 +50,22 @@ def fused_routing(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def fused_routing(
+    u: Tensor,
+    weight: Tensor,
+    num_iterations: int = 3,
+    *,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    weight_sharing: int = 1,
+    routing_gradient: str = "full",
+    return_coupling: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def fused_routing(
     u: Tensor,
     weight: Tensor,
@@ -119,7 +135,7 @@ def fused_routing(
     if under_autocast(u):
         cast = cast_of(u.device.type)
         with torch.autocast(u.device.type, enabled=False):
-            return fused_routing(  # type: ignore[call-overload]
+            return fused_routing(
                 cast(u),
                 cast(weight),
                 num_iterations,

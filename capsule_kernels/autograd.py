@@ -103,9 +103,9 @@ def will_run(node: Any) -> bool:
 def gradients(ctx: Any, grad_v: Tensor, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
     """A backward's result: the gradients that are ``wanted``, None for all other arguments."""
     arguments = (grad_v, *ctx.saved_tensors, ctx.options, *wanted)
-    # Grad mode is on only where this backward is itself differentiated (create_graph=True,
-    # torch.func.grad).
-    if torch.is_grad_enabled():
+    # Is this backward itself differentiated? By reverse mode (create_graph=True, torch.func.grad)
+    # where grad mode is on, by forward mode at any of its levels.
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         found = FusedRoutingBackward.apply(*arguments)
     else:
         found = backward_operator(*arguments)

@@ -53,6 +53,23 @@ def fused_routing_conv(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def fused_routing_conv(
+    u: Tensor,
+    weight: Tensor,
+    num_iterations: int = 3,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    routing_gradient: str = "full",
+    return_coupling: bool,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def fused_routing_conv(
     u: Tensor,
     weight: Tensor,
@@ -113,7 +130,7 @@ def fused_routing_conv(
     if under_autocast(u):
         cast = cast_of(u.device.type)
         with torch.autocast(u.device.type, enabled=False):
-            return fused_routing_conv(  # type: ignore[call-overload]
+            return fused_routing_conv(
                 cast(u),
                 cast(weight),
                 num_iterations,

@@ -13,9 +13,9 @@ def map_forward(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The rule of a ``routing_forward``: where only u is mapped over, one larger batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], u: Tensor, *others: Any) -> tuple[Any, Any]:
-        if any(dim is not None for dim in in_dims[1:4]):
-            return map_in_turn(operator, info, in_dims, (u, *others))
         N = info.batch_size
+        if N == 0 or any(dim is not None for dim in in_dims[1:4]):
+            return map_in_turn(operator, info, in_dims, (u, *others))
         v, s, coupling = operator(u.movedim(in_dims[0], 0).flatten(0, 1), *others)
         B = v.shape[0] // N  # samples; with a window its positions
         return_coupling = coupling.dim() == 3
@@ -40,16 +40,24 @@ def map_in_turn(
     operator: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """One call for each index of the mapped dimension, results stacked."""
-    calls = [
-        operator(
+
+    def call(of: Callable[[Tensor, int | None], Tensor]) -> tuple[Tensor, ...]:
+        return operator(
             *(
-                x if dim is None or not isinstance(x, Tensor) else x.select(dim, n)
+                of(x, dim) if isinstance(x, Tensor) else x
                 for x, dim in zip(arguments, in_dims, strict=True)
             )
         )
-        for n in range(info.batch_size)
-    ]
-    results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+
+    def selected(n: int) -> Callable[[Tensor, int | None], Tensor]:
+        return lambda x, dim: x if dim is None else x.select(dim, n)
+
+    if info.batch_size > 0:
+        calls = [call(selected(n)) for n in range(info.batch_size)]
+        results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+    else:  # the shapes of a call that there would be
+        like = call(lambda x, dim: (x if dim is None else x.movedim(dim, 0).sum(0)).to("meta"))
+        results = tuple(arguments[0].new_empty((0, *x.shape), dtype=x.dtype) for x in like)
     return results, (0,) * len(results)
 
 

@@ -93,6 +93,63 @@ def test_coupling_is_mapped_too() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_nothing_is_mapped() -> None:
+    """An empty batch of calls has shapes, as in PyTorch's own operations."""
+    inputs = make_inputs(CASES[0], torch.float32)
+    u, weight = inputs["u"].detach(), inputs["weight"].detach()
+    for f in (fused_routing, reference_routing):
+        shapes = [
+            vmap(lambda u: f(u, weight))(u.new_empty(0, *u.shape)).shape,  # noqa: B023
+            vmap(lambda w: f(u, w))(weight.new_empty(0, *weight.shape)).shape,  # noqa: B023
+            vmap(lambda u: f(u, weight, return_coupling=True)[1])(  # noqa: B023
+                u.new_empty(0, *u.shape)
+            ).shape,
+            per_sample_gradients(f)(u[:0], weight).shape,
+        ]
+        assert shapes == [(0, 2, 3, 3), (0, 2, 3, 3), (0, 2, 4, 3), (0, *weight.shape)]
+
+
+MOVED = {
+    "u": lambda u, w, f: f(forward_ad.make_dual(u, u.cos()), w),
+    "u, which is no leaf": lambda u, w, f: f(forward_ad.make_dual(u, u.cos()).sin(), w),
+    "weight": lambda u, w, f: f(u, forward_ad.make_dual(w, w.cos())),
+    "both": lambda u, w, f: f(
+        forward_ad.make_dual(u, u.cos()), forward_ad.make_dual(w, w.sin()).exp()
+    ),
+    "the output": lambda u, w, f: forward_ad.make_dual(f(u, w), torch.ones(2, 3, 3).double()),
+}
+
+
+@pytest.mark.parametrize("moved", MOVED)
+def test_forward_mode_over_a_backward(moved: str) -> None:
+    """How gradients move: Hessians times a vector by ``forward_ad``, without grad mode."""
+    inputs = make_inputs(CASES[0], torch.float64)
+    u, weight = inputs["u"], inputs["weight"]
+
+    def tangents(f: Function) -> list[Tensor]:
+        with forward_ad.dual_level():
+            loss = MOVED[moved](u, weight, f).square().sum()
+            gradients = torch.autograd.grad(loss, (u, weight))
+            return [forward_ad.unpack_dual(g).tangent for g in gradients]
+
+    found, expected = tangents(fused_routing), tangents(reference_routing)
+    assert all(x is not None for x in expected)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_tangent_of_grad_v() -> None:
+    inputs = make_inputs(CASES[0], torch.float64)
+    u, weight = inputs["u"], inputs["weight"]
+    results = []
+    for f in (fused_routing, reference_routing):
+        v = f(u, weight)
+        with forward_ad.dual_level():
+            grad_v = forward_ad.make_dual(torch.ones_like(v), v.detach().cos())
+            gradients = torch.autograd.grad(v, (u, weight), grad_v)
+            results.append([forward_ad.unpack_dual(g).tangent for g in gradients])
+    torch.testing.assert_close(*results)
+
+
 def test_forward_mode_without_torch_func() -> None:
     inputs = make_inputs(CASES[0], torch.float64)
     u, weight = inputs["u"].detach(), inputs["weight"].detach()
