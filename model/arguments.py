@@ -5,8 +5,7 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from capsule_kernels import backends
-
+from .commands import add_data_flags, add_device_flags
 from .config import Config, Schedule, flag
 from .data import DATASETS
 from .errors import UserError
@@ -50,14 +49,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run saved in DIR")
     run.add_argument("--max-minutes", type=float, help="save and stop after this time")
     run.add_argument("--checkpoint-minutes", type=float, help="save this often (default 5)")
-    run.add_argument("--device", help='"cpu", "cuda", "cuda:1" (default: cuda where there is one)')
-
+    add_device_flags(run)
     run.add_argument("--cuda-graph", action="store_true", help="capture the step in a CUDA graph")
 
     data = p.add_argument_group("data")
     data.add_argument("--dataset", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
-    data.add_argument("--data-dir", type=Path, metavar="DIR", help="folder of the data's files")
-    data.add_argument("--download", action="store_true", help="fetch files that are missing")
+    add_data_flags(data)
     data.add_argument("--shift-pixels", type=int, help="largest random shift of an image")
     data.add_argument("--image-size", type=int, help="side of what the network sees, in pixels")
     data.add_argument("--in-channels", type=int, choices=(1, 3), help="own pictures: grey, colour")
@@ -77,7 +74,6 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--bias", action=flag_pair, help="of class capsules, as the authors'")
     train.add_argument("--seed", type=int)
     train.add_argument("--stop-accuracy", type=float, help="end once the test accuracy is this")
-    train.add_argument("--backend", choices=("auto", *backends()), help="of the routing")
     train.add_argument("--amp", action=flag_pair, help="bfloat16 autocast")
     train.add_argument("--tf32", action=flag_pair, help="TF32 tensor cores for float32 products")
     train.add_argument("--compile", action=flag_pair, help="torch.compile")

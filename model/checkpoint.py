@@ -148,7 +148,7 @@ def restore_model(model: nn.Module, checkpoint: Checkpoint, source: Path) -> Non
     """Copy the weights into a model; UserError names the first that does not fit."""
     weights = checkpoint.part("model")
     own = model.state_dict()
-    for name in own.keys() | weights.keys():
+    for name in own | weights:  # in the model's order, then the file's
         theirs = list(weights[name].shape) if name in weights else "nothing"
         ours = list(own[name].shape) if name in own else "nothing"
         if theirs != ours:

@@ -1,6 +1,8 @@
 """Several processes training one network: ``torchrun --nproc-per-node N -m model.train ...``."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .environment import choose_device
-from .errors import UserError
+from .errors import UserError, tell
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,28 @@ class World:
         ids = [device] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
+    @contextmanager
+    def together(self, device: torch.device) -> Iterator[None]:
+        """What each process does by itself, and goes on from only if all of them could.
+
+        Alone, a UserError passes. Of several processes the first that has one tells it, then all
+        leave with exit code 2; not before, as torchrun ends the others once one has left.
+        """
+        mine = None
+        try:
+            yield
+        except UserError as error:
+            if self.size == 1:
+                raise
+            mine = error
+        place = 0 if mine is None else self.size - self.rank
+        first = self.largest(place, device)
+        if first > 0:
+            if mine is not None and place == first:
+                tell(mine)
+            self.meet()
+            raise SystemExit(2)
+
     def meet(self) -> None:
         """Waits for the others, before the end.
 
@@ -64,20 +88,12 @@ class World:
 ALONE = World()
 
 
-def join(device_name: str | None, batch_size: int, accumulate: int) -> tuple[World, torch.device]:
-    """Join the processes torchrun started, if it did, each on a GPU of its own or on the CPU.
-
-    UserError if a batch can't be shared out evenly.
-    """
+def join(device_name: str | None) -> tuple[World, torch.device]:
+    """Join the processes torchrun started, if it did, each on a GPU of its own or on the CPU."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return ALONE, choose_device(device_name)
-    if batch_size % (size * accumulate):
-        raise UserError(
-            f"--batch-size must be a multiple of {size} processes times --accumulate {accumulate}, "
-            f"got {batch_size}"
-        )
     device = choose_device(device_name)
+    if size == 1:
+        return ALONE, device
     if device.type == "cuda":  # needs a GPU
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from .errors import UserError
 
@@ -71,8 +70,3 @@ def without_paths(arguments: list[str]) -> list[str]:
         else:
             kept.append(argument)
     return kept
-
-
-def table_console() -> Console:
-    """For tables on stdout; piped into a file or grep, a row stays a line."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)

@@ -8,12 +8,16 @@ class UserError(Exception):
     """Its message names the argument or file, what came and what was expected, in one line."""
 
 
+def tell(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's ``main`` and leave with its exit code; the end of every ``__main__``."""
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

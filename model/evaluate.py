@@ -8,33 +8,34 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
-
-from capsule_kernels import backends
 
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint, write_atomically
+from .commands import add_data_flags, add_device_flags, open_dataset, table_console
 from .config import Config
-from .data import Dataset, Source, load_dataset
-from .environment import choose_device, table_console
+from .data import Dataset, Split
+from .environment import choose_device
 from .errors import UserError, run_command
 from .evaluation import TestResult, confusion, scores_of
-from .networks import build
+from .networks import restored
+
+States = list[tuple[Path, Checkpoint]]
+"""Where each run is, and what was read there."""
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m model.evaluate", description=__doc__)
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories or weights")
-    p.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR")
-    p.add_argument("--download", action="store_true", help="fetch files that are missing")
+    add_data_flags(p)
     p.add_argument("--ensemble", action="store_true", help="also average the networks' scores")
     p.add_argument(
         "--repeats", type=int, default=1, help="views of each test image where they are random"
     )
     p.add_argument("--confusion", action="store_true", help="show which classes are confused")
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
-    p.add_argument("--backend", choices=("auto", *backends()), default="auto")
-    p.add_argument("--device")
+    add_device_flags(p)
     return p
 
 
@@ -43,39 +44,27 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {arguments.repeats}")
     device = choose_device(arguments.device)
-    states = [(run, checkpoints.load(run)) for run in arguments.runs]
+    states = [(run, checkpoints.load(run)) for run in dict.fromkeys(arguments.runs)]
     config = same_data(states)
-    kinds = {state.config.architecture.network for _, state in states}
-    if "capsnet" in kinds and len(kinds) > 1 and (arguments.ensemble or arguments.confusion):
-        raise UserError(
-            "--ensemble and --confusion average scores, and capsules' lengths are not comparable "
-            f"with those of another network: the runs are of {' and '.join(sorted(kinds))}"
-        )
-    a = config.architecture
-    source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
-    dataset = load_dataset(config.dataset, source).to(device)
+    if arguments.ensemble or arguments.confusion:
+        check_comparable(states)
+    dataset = open_dataset(config, arguments).to(device)
     for run, state in states:
         checkpoints.check_data(state, dataset, run)
     console = table_console()
     written: dict[str, Any] = {"dataset": config.dataset, "tests": {}}
     tests = {dataset.test_name: dataset.test, **dataset.further_tests}
     for name, split in tests.items():
-        per_run = []
-        for run, state in states:
-            network = build(state.config.architecture, arguments.backend).to(device).eval()
-            checkpoints.restore_model(network, state, run)
-            per_run.append(scores_of(network, state.config, split, arguments.repeats))
-        labels = per_run[0][1]
+        scores, labels = scores_of_runs(states, split, device, arguments)
         results = {
-            str(run): TestResult.of(scores, labels, state.config)
-            for (run, state), (scores, _) in zip(states, per_run, strict=True)
+            str(run): TestResult.of(own, labels, state.config)
+            for (run, state), own in zip(states, scores, strict=True)
         }
-        mean_scores = torch.stack([scores for scores, _ in per_run]).mean(0)
         if arguments.ensemble:
-            results[f"ensemble of {len(states)}"] = TestResult.of(mean_scores, labels, config)
+            results[f"ensemble of {len(states)}"] = TestResult.of(scores.mean(0), labels, config)
         written["tests"][name] = show_results(console, name, results, len(states))
         if arguments.confusion and labels.shape[1] == 1:
-            table = confusion(mean_scores, labels)
+            table = confusion(scores.mean(0), labels)
             written["tests"][name]["confusion"] = table.tolist()
             show_confusion(console, dataset, table)
     if arguments.json is not None:
@@ -83,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def same_data(states: list[tuple[Path, Checkpoint]]) -> Config:
+def same_data(states: States) -> Config:
     """The configuration of the first run; UserError unless all saw the same kind of images."""
     run, first = states[0]
     for other, state in states[1:]:
@@ -95,6 +84,28 @@ def same_data(states: list[tuple[Path, Checkpoint]]) -> Config:
         if sizes[0] != sizes[1]:
             raise UserError(f"{other}: sees {sizes[1]} pixels, {run} sees {sizes[0]}")
     return first.config
+
+
+def check_comparable(states: States) -> None:
+    """UserError unless the networks' scores can be averaged."""
+    kinds = {state.config.architecture.network for _, state in states}
+    if "capsnet" in kinds and len(kinds) > 1:
+        raise UserError(
+            "--ensemble and --confusion average scores, and capsules' lengths are not comparable "
+            f"with those of another network: the runs are of {' and '.join(sorted(kinds))}"
+        )
+
+
+def scores_of_runs(
+    states: States, split: Split, device: torch.device, arguments: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """Scores [runs, M, J] of every network, one after another, and the labels [M, T] of all."""
+    scores = []
+    for run, state in states:
+        network = restored(state, run, device, arguments.backend)
+        own, labels = scores_of(network, state.config, split, arguments.repeats)
+        scores.append(own)
+    return torch.stack(scores), labels
 
 
 def show_results(
@@ -121,7 +132,7 @@ def show_confusion(console: Console, dataset: Dataset, table: Tensor) -> None:
     """Rows are true classes, columns what was found."""
     grid = Table("true \\ found", *dataset.classes, box=None)
     for i, row in enumerate(table.tolist()):
-        cells = [f"[bold]{n}[/]" if i == j else str(n or ".") for j, n in enumerate(row)]
+        cells = [Text(str(n), "bold") if i == j else str(n or ".") for j, n in enumerate(row)]
         grid.add_row(dataset.classes[i], *cells)
     console.print(grid)
 

@@ -1,7 +1,12 @@
-"""A network from its architecture."""
+"""A network from its architecture, or from a checkpoint."""
+
+from pathlib import Path
+
+import torch
 
 from .baseline import CNN, PooledCNN
 from .capsnet import CapsNet
+from .checkpoint import Checkpoint, restore_model
 from .config import Architecture
 
 Network = CapsNet | CNN | PooledCNN
@@ -14,3 +19,10 @@ def build(architecture: Architecture, backend: str = "auto") -> Network:
     if architecture.network == "pooled-cnn":
         return PooledCNN(architecture)
     return CapsNet(architecture, backend)
+
+
+def restored(state: Checkpoint, source: Path, device: torch.device, backend: str) -> Network:
+    """The trained network of a checkpoint read from ``source``, on a device, ready for tests."""
+    network = build(state.config.architecture, backend).to(device).eval()
+    restore_model(network, state, source)
+    return network

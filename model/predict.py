@@ -7,16 +7,15 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from capsule_kernels import backends
-
 from . import checkpoint as checkpoints
 from .capsnet import CapsNet
+from .commands import add_device_flags, table_console
 from .data import Split
 from .data.pictures import read_picture
 from .drawing import reconstruction_rows, save_png
-from .environment import choose_device, table_console
+from .environment import choose_device
 from .errors import UserError, run_command
-from .networks import build
+from .networks import restored
 from .views import evaluation_views, show
 
 BEST = 3
@@ -30,8 +29,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--invert", action="store_true", help="for dark strokes on bright paper")
     p.add_argument("--reconstructions", type=Path, metavar="FILE", help="draw them into a PNG")
     p.add_argument("--json", action="store_true", help="one JSON object a picture")
-    p.add_argument("--backend", choices=("auto", *backends()), default="auto")
-    p.add_argument("--device")
+    add_device_flags(p)
     return p
 
 
@@ -50,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if arguments.invert:
         pixels = 255 - pixels
-    network = build(a, arguments.backend).to(device).eval()
-    checkpoints.restore_model(network, state, arguments.weights)
+    network = restored(state, arguments.weights, device, arguments.backend)
     if arguments.reconstructions and not (isinstance(network, CapsNet) and network.decoder):
         raise UserError(f"--reconstructions: the network in {arguments.weights} has no decoder")
 

@@ -4,6 +4,7 @@ Leaves in the run's directory: ``metrics.jsonl``, ``checkpoint.safetensors`` (to
 ``weights.safetensors`` (to evaluate and predict), ``reconstructions.png``, TensorBoard events.
 """
 
+import shlex
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from . import arguments as command_line
 from . import checkpoint as checkpoints
 from .arguments import Arguments
 from .capsnet import CapsNet
+from .commands import open_dataset, plain_console, table_console
 from .config import Config
-from .data import Dataset, Source, load_dataset
-from .distributed import join
+from .data import Dataset
+from .distributed import World, join
 from .drawing import reconstruction_rows, save_png
-from .environment import description, table_console
+from .environment import description
 from .errors import UserError, run_command
 from .experiments import EXPERIMENTS
 from .fit import Fit
@@ -39,20 +41,20 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list:
         list_experiments()
         return 0
-    trainer = prepare(arguments)
+    world, device = join(arguments.device)
     try:
-        console = Console(
-            stderr=True, highlight=False, soft_wrap=True, quiet=not trainer.world.is_main
-        )
+        with world.together(device):
+            trainer = prepare(arguments, world, device)
+        console = plain_console(stderr=True, soft_wrap=True, quiet=not world.is_main)
         code = train(trainer, arguments, console)
-        trainer.world.meet()
+        world.meet()
         return code
     finally:
-        trainer.world.leave()
+        world.leave()
 
 
-def prepare(arguments: Arguments) -> Trainer:
-    """Everything that can go wrong before training, in an order that writes nothing before it."""
+def prepare(arguments: Arguments, world: World, device: torch.device) -> Trainer:
+    """Everything that can go wrong before anything is written."""
     state = None
     if arguments.resume is not None:
         state = checkpoints.load(arguments.resume)
@@ -65,10 +67,14 @@ def prepare(arguments: Arguments) -> Trainer:
     else:
         config = command_line.new_config(arguments)
         directory = arguments.save_dir or command_line.default_directory(arguments, config)
-    world, device = join(arguments.device, config.batch_size, config.accumulate)
-    a = config.architecture
-    source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
-    dataset = load_dataset(config.dataset, source).to(device)
+    if config.batch_size % (world.size * config.accumulate):
+        raise UserError(
+            f"--batch-size must be a multiple of {world.size} processes times --accumulate "
+            f"{config.accumulate}, got {config.batch_size}"
+        )
+    if arguments.cuda_graph and (device.type != "cuda" or world.size > 1 or config.compile):
+        raise UserError("--cuda-graph needs one process on one GPU, without --compile")
+    dataset = open_dataset(config, arguments).to(device)
     if state is not None:
         checkpoints.check_data(state, dataset, arguments.resume)
     config = fitted(config, dataset)
@@ -79,10 +85,6 @@ def prepare(arguments: Arguments) -> Trainer:
     model = build(config.architecture, config.backend)
     if arguments.weights is not None:
         checkpoints.restore_model(model, checkpoints.load(arguments.weights), arguments.weights)
-    if arguments.cuda_graph and (device.type != "cuda" or world.size > 1 or config.compile):
-        raise UserError("--cuda-graph needs one process on one GPU, without --compile")
-    if world.is_main:
-        prepare_directory(directory, fresh=state is None)
     trainer = Trainer(config, model, dataset, directory, device, world, arguments.cuda_graph)
     if state is not None:
         trainer.restore(state, arguments.resume)
@@ -120,9 +122,11 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     config, directory, progress = trainer.config, trainer.directory, trainer.progress
     dataset = trainer.dataset
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    log = MetricsLog(
-        directory if trainer.world.is_main else None, progress.metrics_size, progress.step
-    )
+    with trainer.world.together(trainer.device):
+        writes = trainer.world.is_main
+        if writes:
+            prepare_directory(directory, fresh=arguments.resume is None)
+        log = MetricsLog(directory if writes else None, progress.metrics_size, progress.step)
     # Unless resumed, be it from before the first step.
     if progress.step == 0 and log.size == 0:
         about = {
@@ -136,7 +140,8 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
         f"{config.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to "
         f"test; {parameters:,} parameters; in {directory}"
     )
-    go_on = f"python -m model.train --resume {directory} --data-dir {arguments.data_dir}"
+    where = ["--resume", str(directory), "--data-dir", str(arguments.data_dir)]
+    go_on = shlex.join(["python", "-m", "model.train", *where])
     with Interruption(console) as interruption:
         fit = Fit(
             trainer, log, console, interruption,

@@ -6,6 +6,7 @@ All randomness of step n follows from (seed, n, process), that of an epoch's ord
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .config import Config
 from .cuda_graph import GraphedStep
 from .data import Dataset, Split
 from .distributed import ALONE, World
+from .errors import UserError
 from .evaluation import TestResult, scores_of
 from .losses import correct, total_loss
 from .networks import Network
@@ -78,20 +80,28 @@ class Trainer:
         )
         self.progress = Progress()
         self.generator = torch.Generator(device)
-        self.batch_size = min(config.batch_size, len(dataset.train) // world.size * world.size)
-        self.steps_per_epoch = len(dataset.train) // self.batch_size
+        images = len(dataset.train)
+        if images < world.size:
+            raise UserError(
+                f"torchrun must start at most {images} processes, one for each image to train on, "
+                f"got {world.size}"
+            )
+        self.batch_size = min(config.batch_size, images // world.size * world.size)
+        self.steps_per_epoch = images // self.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         # Sums over the epoch so far: loss, correct, seen. On the device, so that no step waits.
         self.sums = torch.zeros(3, device=device, dtype=torch.float64)
         self.order = torch.empty(0)
         self.order_epoch = -1
-        self.parallel = world.parallel(model, device)
-        self.forward: Callable[..., Any] = (
-            torch.compile(self.parallel) if config.compile else self.parallel
-        )
         self.update: Callable[[Batch], None] = (
             GraphedStep(self.update_weights) if cuda_graph else self.update_weights
         )
+
+    @cached_property
+    def forward(self) -> Callable[..., Any]:
+        """The network as steps use it. Made by the first one: all processes have to make it."""
+        parallel = self.world.parallel(self.model, self.device)
+        return torch.compile(parallel) if self.config.compile else parallel
 
     def learning_rate(self, step: int) -> float:
         """Of the step that follows ``step`` steps."""

@@ -136,3 +136,13 @@ def test_a_data_set_smaller_than_a_batch() -> None:
     made.step()
     assert made.running_means()[0] > 0
     assert made.sums[2] == 22
+
+
+def test_at_least_an_image_for_each_process() -> None:
+    def of_four(images: int) -> Trainer:
+        config, device = Config("x", ARCHITECTURE), torch.device("cpu")
+        return Trainer(config, tiny_capsnet(), alike(images), Path(), device, World(0, 4))
+
+    assert (of_four(4).batch_size, of_four(4).steps_per_epoch) == (4, 1)
+    with pytest.raises(UserError, match=r"^torchrun must start at most 3 processes, .*, got 4$"):
+        of_four(3)

@@ -1,6 +1,7 @@
 """``python -m model.train`` as a user meets it: flags, what it leaves, what it refuses."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,6 +85,18 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
         run(directory)
 
 
+def test_paths_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not as markup, and so that a shell takes the command."""
+    directory = tmp_path / "a [red] :star:"
+    assert run(directory, "--max-minutes", "0") == 0
+    shown = capsys.readouterr().err
+    assert f" in {directory}\n" in shown
+    assert f"weights: {directory}/weights.safetensors\n" in shown
+    command = shlex.split(shown.rpartition("go on: ")[2])
+    assert command[:3] == ["python", "-m", "model.train"]
+    assert train.main(command[3:]) == 0
+
+
 @pytest.mark.parametrize(("flags", "tests"), [("--epochs 2", 2), ("--epochs 0", 1)])
 def test_weights_are_tested_once(
     flags: str, tests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -125,8 +138,11 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
     run(tmp_path / "a")
     run(tmp_path / "b", "--accumulate", "4")
     a, b = (load(tmp_path / name).part("optimizer") for name in "ab")
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-2, atol=1e-4)
+    for name, expected in a.items():
+        # Of a tensor's largest value the sums' other order changes up to 1e-5; many are below 1e-9.
+        most = 1e-4 * float(expected.abs().max())
+        assert most > 0, name
+        torch.testing.assert_close(b[name], expected, rtol=0, atol=most)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Two processes under torchrun train the network that one process trains on the whole batch."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from model import train
+from model.arguments import parse
 from model.checkpoint import CHECKPOINT, load
-from model.distributed import join
+from model.distributed import World
 from model.errors import UserError
 from model.metrics import read_metrics
 
@@ -46,7 +48,41 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
 
 
-def test_a_batch_that_cannot_be_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match=r"--batch-size must be a multiple of 3 processes times"):
-        join("cpu", batch_size=64, accumulate=2)
+def test_a_batch_that_cannot_be_shared_out() -> None:
+    flags = parse(["--batch-size", "64", "--accumulate", "2"])
+    expected = "--batch-size must be a multiple of 3 processes times --accumulate 2, got 64"
+    with pytest.raises(UserError, match=expected):
+        train.prepare(flags, World(0, 3), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_what_one_process_cannot_do_ends_both(refusing: int, tmp_path: Path) -> None:
+    """It says so in a line, the other one nothing. Without torchrun's agent, which ends others."""
+    (tmp_path / "file").touch()
+    if refusing == 0:  # the one that writes
+        directory, weights = tmp_path / "file" / "run", []
+        expected = f"--save-dir {directory} can't be written: Not a directory"
+    else:
+        directory, weights = tmp_path / "run", ["--weights", "nowhere"]
+        expected = "nowhere is not there; expected a checkpoint or a run's directory"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.tiny", *FLAGS, "--save-dir", str(directory), *flags],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, flags in enumerate([[], weights])
+    ]  # fmt: skip
+    try:
+        lines = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2], lines
+    assert lines.pop(refusing) == f"error: {expected}\n"
+    assert lines == [""]
+    assert not directory.exists()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from model import evaluate, predict, train
 from model.checkpoint import CHECKPOINT, load, save
+from model.data import DATASETS
 from model.errors import UserError
 from model.evaluation import confusion
 from model.metrics import read_metrics
@@ -42,7 +43,7 @@ def final_errors(runs: list[Path]) -> list[float]:
 
 def test_the_error_is_the_one_training_reported(runs: list[Path], tmp_path: Path) -> None:
     arguments = [*map(str, runs), "--ensemble", "--confusion", "--json", str(tmp_path / "x.json")]
-    assert evaluate.main(arguments) == 0
+    assert evaluate.main([str(runs[0]), *arguments]) == 0  # named twice, it counts once
     found = json.loads((tmp_path / "x.json").read_text())["tests"]["test"]
     errors = final_errors(runs)
     assert [found["runs"][str(run)]["error"] for run in runs] == errors
@@ -139,3 +140,31 @@ def test_what_predict_refuses(runs: list[Path], tmp_path: Path) -> None:
     first, *_ = pictures(tmp_path)
     with pytest.raises(UserError, match="nowhere is not there"):
         predict.main([first, "--weights", str(tmp_path / "nowhere")])
+
+
+def test_names_are_shown_as_they_are(
+    runs: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """To rich ``[a]`` would be a style, ``[/a]`` the end of one, ``:star:`` a picture."""
+    classes = (*(f"[{c}]:star:" for c in "abcdefghi"), "[/j]")
+    odd = replace(load_tiny(None), classes=classes, test_name="held [out]")
+    monkeypatch.setitem(DATASETS, "tiny", lambda source: odd)
+    folder = tmp_path / "x["
+    folder.mkdir()
+    state = load(runs[0])
+    state.classes = classes
+    save(folder / "a].safetensors", state)
+    assert evaluate.main([f"{folder}/a].safetensors", "--confusion"]) == 0
+    shown = capsys.readouterr().out
+    for name in (*classes, "held [out]", "x[/a].safetensors"):
+        assert name in shown
+    picture = Path(pictures(folder)[0]).rename(folder / "a].png")
+    assert predict.main([str(picture), "--weights", f"{folder}/a].safetensors"]) == 0
+    _, row = capsys.readouterr().out.splitlines()
+    assert "x[/a].png" in row
+    found, *best = [name for name in row.replace(",", "").split() if name in classes]
+    assert len(best) == 3
+    assert best[0] == found

@@ -43,15 +43,19 @@ def variant(run: Path, directory: Path, **changes: object) -> Path:
     return directory
 
 
-def test_figures_of_one_object_and_of_pairs(run: Path, tmp_path: Path) -> None:
+def test_figures_of_one_object_and_of_pairs(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(run)]) == 0
     single = {path.stem for path in run.glob("figure-*.png")}
     assert single == {
         f"figure-{name}"
         for name in ("reconstructions", "perturbations", "couplings", "equivariance", "iterations")
     }
-    pairs = variant(run, tmp_path / "pairs", pairs=True)
+    pairs = variant(run, tmp_path / "[pairs]", pairs=True)
+    capsys.readouterr()
     assert main([str(pairs), "--only", "segmentations"]) == 0
+    assert capsys.readouterr().out == f"{pairs}/figure-segmentations.png\n"
     with Image.open(pairs / "figure-segmentations.png") as picture:
         red, green, _ = picture.convert("RGB").split()
         assert red.tobytes() != green.tobytes()

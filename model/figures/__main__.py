@@ -7,16 +7,13 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-
-from capsule_kernels import backends
 
 from .. import checkpoint as checkpoints
 from ..capsnet import CapsNet
-from ..data import Source, load_dataset
+from ..commands import add_data_flags, add_device_flags, open_dataset
 from ..environment import choose_device
 from ..errors import UserError, run_command
-from ..networks import build
+from ..networks import restored
 from .decoded import perturbations, reconstructions, segmentations
 from .equivariance import equivariance
 from .routing import coupling_maps, error_by_iterations
@@ -39,24 +36,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories or weights")
     p.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     p.add_argument("--save-dir", type=Path, metavar="DIR", help="default: the first run's")
-    p.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR")
-    p.add_argument("--download", action="store_true", help="fetch files that are missing")
-    p.add_argument("--backend", choices=("auto", *backends()), default="auto")
-    p.add_argument("--device")
+    add_data_flags(p)
+    add_device_flags(p)
     return p
 
 
 def load_trained(run: Path, arguments: argparse.Namespace, device: torch.device) -> Trained:
     state = checkpoints.load(run)
-    config, a = state.config, state.config.architecture
-    network = build(a, arguments.backend).to(device).eval()
+    network = restored(state, run, device, arguments.backend)
     if not isinstance(network, CapsNet):
-        raise UserError(f"{run}: figures need a capsule network, this is a {a.network}")
-    checkpoints.restore_model(network, state, run)
-    source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
-    dataset = load_dataset(config.dataset, source)
+        kind = network.architecture.network
+        raise UserError(f"{run}: figures need a capsule network, this is a {kind}")
+    dataset = open_dataset(state.config, arguments)
     checkpoints.check_data(state, dataset, run)
-    return Trained(run.name, config, network, dataset.test.to(device), state.classes)
+    return Trained(run.name, state.config, network, dataset.test.to(device), state.classes)
 
 
 def wanted(trained: Trained, only: list[str] | None) -> list[str]:
@@ -87,7 +80,6 @@ def main(argv: list[str] | None = None) -> int:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--save-dir {directory} can't be written: {error.strerror}") from None
-    console = Console(highlight=False)
     for name in names:
         if name == "iterations":
             figure = error_by_iterations(runs)
@@ -97,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         figure.savefig(buffer, format="png", dpi=150)
         path = directory / f"figure-{name}.png"
         checkpoints.write_atomically(path, buffer.getvalue())
-        console.print(str(path), soft_wrap=True)
+        print(path)
     return 0
 
 

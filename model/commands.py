@@ -1,0 +1,51 @@
+"""What the commands have in common: flags, the data they name, where tables and lines go."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from capsule_kernels import backends
+
+from .config import Config
+from .data import Dataset, Source, load_dataset
+
+Flags = argparse.ArgumentParser | argparse._ArgumentGroup
+"""Where flags are added. If it has an ``argument_default``, that goes before the default here."""
+
+
+def add_data_flags(flags: Flags) -> None:
+    """``--data-dir`` and ``--download``: see :func:`open_dataset`."""
+    flags.add_argument(
+        "--data-dir", type=Path, default=flags.argument_default or Path("data"), metavar="DIR",
+        help="folder of the data's files (default: data)",
+    )  # fmt: skip
+    flags.add_argument("--download", action="store_true", help="fetch files that are missing")
+
+
+def add_device_flags(flags: Flags) -> None:
+    """``--device`` and ``--backend``: where a network runs, and what its routing is done by."""
+    flags.add_argument("--device", help='"cpu", "cuda", "cuda:1" (default: cuda if there is one)')
+    flags.add_argument(
+        "--backend", choices=("auto", *backends()), default=flags.argument_default or "auto",
+        help="of the routing",
+    )  # fmt: skip
+
+
+def open_dataset(config: Config, arguments: argparse.Namespace) -> Dataset:
+    """The data of a configuration, from where :func:`add_data_flags` says, on the CPU."""
+    a = config.architecture
+    source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
+    return load_dataset(config.dataset, source)
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that shows names of files and classes as they are: ``[a]``, ``:star:``, numbers."""
+    return Console(highlight=False, markup=False, emoji=False, **options)
+
+
+def table_console() -> Console:
+    """For tables on stdout; piped into a file or grep, a row stays a line."""
+    return plain_console(width=None if sys.stdout.isatty() else 200)
