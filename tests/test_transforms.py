@@ -1,6 +1,6 @@
 """``torch.func`` over the op: what the oracle gives under the same transform."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -203,9 +203,10 @@ def test_the_costlier_form_only_under_a_transform(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def gradient() -> Function:
+def gradient() -> Iterator[Function]:
     weight = make_inputs(CASES[0], torch.float64)["weight"].detach()
-    return grad(lambda u: fused_routing(u, weight).sum())
+    yield grad(lambda u: fused_routing(u, weight).sum())
+    torch._dynamo.reset()  # it remembers functions that it failed to compile, for later tests too
 
 
 @NEEDS_KERNELS
