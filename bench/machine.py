@@ -3,27 +3,15 @@
 import datetime
 import os
 import platform
-import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .sources import ROOT
+from model import environment
+from model.environment import device_name
+
 from .timing import interleave, make_timer
-
-
-def processor_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else processor_name()
 
 
 def processors() -> str:
@@ -31,25 +19,12 @@ def processors() -> str:
     return f"{len(os.sched_getaffinity(0))} cpus"
 
 
-def git(*arguments: str) -> str | None:
-    """What git prints for this checkout; None where there is no git or no checkout."""
-    try:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def commit() -> str:
     """The commit that is checked out, "-dirty" after it if tracked files differ from it.
 
     Of a copy without its history, what CAPSULE_KERNELS_COMMIT says.
     """
-    head = git("rev-parse", "--short=10", "HEAD")
-    if head is None:
-        return os.environ.get("CAPSULE_KERNELS_COMMIT", "unknown")
-    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    return environment.commit() or os.environ.get("CAPSULE_KERNELS_COMMIT", "unknown")
 
 
 def triton_version() -> str | None:
@@ -64,8 +39,8 @@ def describe(device: str) -> dict[str, Any]:
     """Machine, versions, commit and settings that decide about speed."""
     return {
         "device": device,
-        "name": device_name(device),
-        "processor": processor_name(),
+        "name": device_name(torch.device(device)),
+        "processor": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),

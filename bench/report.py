@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+from model.environment import device_name
+
 from . import compile, machine
 from .aot_rows import TARGETS
 from .options import default_device, positive, reason_against_device
@@ -288,7 +290,8 @@ def make_report(
 
     screen = Console(stderr=True)
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    name = slug(f"{machine.device_name(device)} {machine.processors() if device == 'cpu' else ''}")
+    own = device_name(torch.device(device))
+    name = slug(f"{own} {machine.processors() if device == 'cpu' else ''}")
     folder = resumed or results / name / f"{date}-{machine.commit()}"
     folder.mkdir(parents=True, exist_ok=True)
     content = measured(device)
