@@ -12,7 +12,13 @@ import time
 from rich.console import Console
 
 from . import machine
-from .options import INTERRUPTED, common_arguments, reason_against_device
+from .options import (
+    INTERRUPTED,
+    common_arguments,
+    reason_against_device,
+    reason_against_file,
+    reason_against_folder,
+)
 from .records import Record, save
 from .routing import SLICE_SECONDS, Settings
 from .tables import describe_record, tables
@@ -34,6 +40,7 @@ DESCRIPTION = (
     "Measure fused routing against its peers. Without a command: the table of goals. Whatever was "
     "measured is printed, and written where asked, even after Ctrl-C."
 )
+QUICK_ROUNDS = 3
 WIDTH = 130
 """Columns of the tables where the output is no terminal."""
 
@@ -54,22 +61,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.command != "aot":
         if reason := reason_against_device(options.device):
             parser.error(reason)
-        for option, path in (("--json", options.json), ("--plots", options.plots)):
-            if path is not None and not path.absolute().parent.is_dir():
-                parser.error(f"{option} {path}: there is no folder {path.absolute().parent}")
+        if options.json and (reason := reason_against_file(options.json)):
+            parser.error(f"--json {options.json}: {reason}")
+        if options.plots and (reason := reason_against_folder(options.plots)):
+            parser.error(f"--plots {options.plots}: {reason}")
     return options
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """What was chosen, as far as the command has a choice."""
+    usual = Settings(options.device)
+    chosen = vars(options)
+    rounds = chosen.get("rounds", usual.rounds)
+    return Settings(
+        options.device,
+        chosen.get("precision", usual.precision),
+        R=chosen.get("iterations", usual.R),
+        rounds=min(rounds, QUICK_ROUNDS) if chosen.get("quick") else rounds,
+        slice_seconds=SLICE_SECONDS[options.device],
+        threads=options.threads,
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, then print and write what was measured."""
-    settings = Settings(
-        options.device,
-        options.precision,
-        R=options.iterations,
-        rounds=min(options.rounds, 3) if options.quick else options.rounds,
-        slice_seconds=SLICE_SECONDS[options.device],
-        threads=options.threads,
-    )
+    settings = settings_of(options)
     settings.apply()
     started = time.monotonic()
     screen = Console(stderr=True, soft_wrap=True)
@@ -120,7 +136,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if options.command == "aot":
         return importlib.import_module(".aot", __package__).run(options)
-    return run(options)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("interrupted before anything was measured", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

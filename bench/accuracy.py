@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .options import add_peers_arguments, positive
+from .options import add_iterations, add_peers_arguments, add_precision, positive
 from .peers import Implementation, chosen_peers, oracle, ours, outputs_and_gradients
 from .records import CannotRunError, Record, reason_of
 from .routing import Settings
@@ -22,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=positive, default=SAMPLES, metavar="B", help=f"samples ({SAMPLES})"
     )
     add_peers_arguments(parser, default="none")
+    add_iterations(parser)
+    add_precision(parser)
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:

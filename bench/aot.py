@@ -13,7 +13,7 @@ from rich.console import Console
 from . import aot_cuda, aot_triton
 from .aot_cuda import OUTPUTS
 from .aot_rows import TARGETS, Row
-from .options import INTERRUPTED
+from .options import INTERRUPTED, positive
 from .shapes import MNIST, SHAPES
 from .tables import Table
 
@@ -48,8 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["float32", "TF32", "bfloat16"],
         help="precisions (float32, TF32 and bfloat16)",
     )
-    parser.add_argument("--batch", type=int, default=128, metavar="B", help="batch size (128)")
-    parser.add_argument("--iterations", type=int, default=3, metavar="R", help="iterations (3)")
+    parser.add_argument("--batch", type=positive, default=128, metavar="B", help="batch size (128)")
+    parser.add_argument(
+        "--iterations", type=positive, default=3, metavar="R", help="iterations (3)"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument(
         "--check",

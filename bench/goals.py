@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from . import memory, training
+from .options import add_quick, add_rounds
 from .peers import Implementation, ours, peers
 from .records import Record, select
 from .routing import BOTH, FORWARD, Settings, measure_routing
@@ -276,6 +277,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "1024, the small ones are another part); the seven shapes at B = 32; memory; a training "
         "step; against torch.compile(mode='max-autotune')",
     )
+    add_rounds(parser)
+    add_quick(parser, "shapes and rounds")
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .fits import CONSTANT, exponents
-from .options import add_peers_arguments
+from .options import add_iterations, add_peers_arguments, add_precision, add_quick
 from .peers import Implementation, Routing, chosen_peers, ours, outputs_and_gradients, peers
 from .records import CannotRunError, Record, reason_of, select
 from .routing import Settings
@@ -147,6 +147,9 @@ TIMES_I = (1, 2, 4, 8)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_peers_arguments(parser)
+    add_iterations(parser)
+    add_precision(parser)
+    add_quick(parser, "batches")
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:

@@ -1,6 +1,7 @@
 """Command-line options that the subcommands share."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def reason_against_device(device: str) -> str | None:
 
 
 def common_arguments() -> argparse.ArgumentParser:
-    """Where to measure, how thoroughly, and where the results go."""
+    """Where to measure, and where the results go; commands add what makes a difference to them."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--device",
@@ -37,21 +38,50 @@ def common_arguments() -> argparse.ArgumentParser:
         help="where to measure (default: a GPU if there is one)",
     )
     parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into FOLDER")
+    return parser
+
+
+def add_iterations(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iterations", type=positive, default=3, metavar="R", help="routing iterations (3)"
     )
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=("ieee", "tf32"),
         default="ieee",
         help="true float32 products (default), or TF32 where the hardware has it",
     )
+
+
+def add_rounds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=5, help="rounds over all variants (5)")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, batches and rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
-    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into FOLDER")
-    return parser
+
+
+def add_quick(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--quick", action="store_true", help=f"fewer {what}")
+
+
+def reason_against_file(path: Path) -> str | None:
+    """Why a file can't be written, as far as can be told before."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    if path.is_dir():
+        return "it is a folder"
+    return None if os.access(folder, os.W_OK) else f"the folder {folder} can't be written"
+
+
+def reason_against_folder(path: Path) -> str | None:
+    """Why a folder can't be made or written into, as far as can be told before."""
+    if path.exists() and not path.is_dir():
+        return "it is no folder"
+    return None if path.is_dir() else reason_against_file(path)
 
 
 def add_peers_arguments(parser: argparse.ArgumentParser, default: str = "all") -> None:

@@ -33,11 +33,19 @@ def select(records: Iterable[Record], **fields: Any) -> list[Record]:
 
 
 def save(path: Path, machine: Record, ceilings: Record, records: list[Record]) -> None:
-    """Write a report in one step, so that a reader never meets half of one."""
+    """Write a report, of which a reader never meets half."""
     content = {"machine": machine, "ceilings": ceilings, "records": records}
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one step; where that fails, as on a full disk, none is left behind."""
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load(path: Path) -> tuple[Record, Record, list[Record]]:

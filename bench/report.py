@@ -30,7 +30,7 @@ from . import compile, machine
 from .aot_rows import TARGETS
 from .options import default_device, positive, reason_against_device
 from .peers import BACKENDS
-from .records import Record
+from .records import Record, write_whole
 from .shapes import CONVOLUTION, MNIST, SHARED
 from .sources import NETWORK, ROOT, digest
 from .steps import NOT_RUN, Step, run_together
@@ -250,14 +250,19 @@ def write_report(folder: Path, what: Record, done: Iterable[Step], missing: Iter
         "missing_packages": list(missing),
         "steps": [asdict(step) for step in done],
     }
-    (folder / REPORT).write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(folder / REPORT, json.dumps(content, indent=1) + "\n")
 
 
 def reason_against_resuming(folder: Path, device: str) -> str | None:
     """Why the report in ``folder`` can't be gone on with here and now, or None."""
     if not (folder / REPORT).is_file():
         return f"{folder} holds no {REPORT}"
-    stored, now = json.loads((folder / REPORT).read_text()), measured(device)
+    try:
+        stored = json.loads((folder / REPORT).read_text())
+        _ = stored["machine"]["name"], stored["kernels"], stored["steps"][0]["outcome"]
+    except (ValueError, LookupError, TypeError):
+        return f"{folder / REPORT} is no report, or torn"
+    now = measured(device)
     if any(stored["machine"][what] != now["machine"][what] for what in ("device", "name")):
         return f"{folder} is of another device: {stored['machine']['name']}"
     changed = [what for what in ("kernels", NETWORK) if stored.get(what) != now[what]]
@@ -375,6 +380,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--data-dir {data}: there is no such folder")
     if options.device == "cuda":
         os.environ.update(surroundings())
+    if options.results.exists() and not options.results.is_dir():
+        parser.error(f"--results {options.results}: it is no folder")
     minutes = options.minutes or TOTAL_MINUTES[options.device]
     results = options.results.resolve()
     data, resumed = (path and path.resolve() for path in (data, options.resume))

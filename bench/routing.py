@@ -8,7 +8,14 @@ from functools import partial
 import torch
 
 from .machine import product
-from .options import add_peers_arguments, positive
+from .options import (
+    add_iterations,
+    add_peers_arguments,
+    add_precision,
+    add_quick,
+    add_rounds,
+    positive,
+)
 from .peers import (
     ORACLE_STORED,
     Implementation,
@@ -195,6 +202,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float64", "float32", "bfloat16", "float16"), default="float32"
     )
     add_peers_arguments(parser)
+    add_iterations(parser)
+    add_precision(parser)
+    add_rounds(parser)
+    add_quick(parser, "shapes, batches and rounds")
 
 
 def batches_of(shape: Shape, quick: bool) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from .fits import LINEAR, exponents, straight_line
-from .options import add_peers_arguments
+from .options import add_iterations, add_peers_arguments, add_precision, add_rounds
 from .peers import Implementation, chosen_peers, ours
 from .records import Record, select
 from .routing import Settings, measure_routing
@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--axis", action="append", choices=("B", "I", "J", "R", "threads"), help="only this axis"
     )
     add_peers_arguments(parser, default="none")
+    add_iterations(parser)
+    add_precision(parser)
+    add_rounds(parser)
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:

@@ -11,7 +11,7 @@ from model.config import Architecture
 from model.losses import margin_loss, multi_hot, reconstruction_loss
 
 from .memory import extra_bytes, measured_in
-from .options import positive
+from .options import add_precision, add_quick, add_rounds, positive
 from .peers import oracle, reason_it_does_not_fit
 from .popular import PopularCapsNet
 from .records import CannotRunError, Record, reason_of
@@ -170,6 +170,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="the oracle's network by torch.compile as well (default: but with --quick)",
     )
+    add_precision(parser)
+    add_rounds(parser)
+    add_quick(parser, "samples, models and rounds")
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:

@@ -64,6 +64,15 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path):
         (["--json", "no/such/folder/file.json"], "there is no folder"),
         (["routing", "--batch", "-1"], "must be 1 or more, got -1"),
         (["routing", "--shape", "cube"], "invalid choice: 'cube'"),
+        (["routing", "--json", str(ROOT)], "it is a folder"),
+        (["memory", "--plots", __file__], "it is no folder"),
+        # What would make no difference, or none that is judged.
+        (["goals", "--iterations", "1"], "unrecognized arguments: --iterations"),
+        (["goals", "--precision", "tf32"], "unrecognized arguments: --precision"),
+        (["training", "--iterations", "30"], "unrecognized arguments: --iterations"),
+        (["memory", "--rounds", "2"], "unrecognized arguments: --rounds"),
+        (["accuracy", "--quick"], "unrecognized arguments: --quick"),
+        (["aot", "--batch", "-5"], "must be 1 or more, got -5"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):
@@ -71,6 +80,15 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
         parse(arguments)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_interrupted_before_the_first_row(monkeypatch, capsys):
+    def interrupted(device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.machine.ceilings", interrupted)
+    assert main(["accuracy", "--device", "cpu"]) == 130
+    assert "interrupted before anything was measured" in capsys.readouterr().err
 
 
 def test_without_a_subcommand_it_measures_the_goals():
@@ -153,6 +171,7 @@ def test_a_report_is_gone_on_with(tmp_path, monkeypatch, capsys):
         "holds no report.json": lambda content: None,
         "is of another device": lambda content: content["machine"].update(name="another"),
         "have changed since: kernels": lambda content: content["kernels"].update(cpu="0"),
+        "is no report, or torn": lambda content: content.pop("steps"),
     }
     for message, change in refused.items():
         changed = json.loads(json.dumps(second))
