@@ -29,6 +29,15 @@ RUN_OPTIONS = {
 CHANGEABLE = ("epochs", "backend")
 """Fields of Config that a resumed run may change."""
 
+WITHOUT_ROUTING = {
+    "routings": "no routing",
+    "backend": "no routing",
+    "bias": "no class capsules",
+    "margin": "no margin loss",
+    "lam_recon": "no decoder",
+}
+"""Fields of Config and Architecture that mean nothing to a plain network, and what it lacks."""
+
 OF_THE_DATA = ("classes", "in_channels")
 """Fields of Architecture that a run takes from its data, whatever its experiment says."""
 
@@ -108,7 +117,26 @@ def new_config(arguments: Arguments) -> Config:
     name = arguments.experiment or changes.get("dataset", "digits")
     config = EXPERIMENTS[name].config.replaced(changes)
     config.check()
+    check_meaning(changes, config)
     return config
+
+
+def check_meaning(changes: dict[str, Any], config: Config) -> None:
+    """UserError if a flag was given that would do nothing in a run of this configuration."""
+    network = config.architecture.network
+    reasons = {} if network == "capsnet" else {
+        name: f"the network is a {network}: it has {lacks}"
+        for name, lacks in WITHOUT_ROUTING.items()
+    }  # fmt: skip
+    if config.dataset != "folder":
+        reasons["in_channels"] = f"the images of {config.dataset} have their own"
+    if config.lr_schedule == "linear":
+        reasons["lr_decay"] = "with the linear --lr-schedule the rate falls to 0"
+    if config.lr_schedule != "steps":
+        reasons["lr_decay_steps"] = f"it is for --lr-schedule steps, this is {config.lr_schedule}"
+    for name in changes:
+        if name in reasons:
+            raise UserError(f"{flag(name)} would do nothing here: {reasons[name]}")
 
 
 def resumed_config(arguments: Arguments, stored: Config) -> Config:
@@ -126,6 +154,7 @@ def resumed_config(arguments: Arguments, stored: Config) -> Config:
                 f"{flag(name)} {value} differs from the configuration of the run saved in "
                 f"{arguments.resume}; only {' and '.join(map(flag, CHANGEABLE))} may change"
             )
+    check_meaning(arguments.changes, wanted)
     if arguments.experiment is not None:
         experiment = EXPERIMENTS[arguments.experiment].config.replaced(arguments.changes)
         theirs = settings(stored)

@@ -35,6 +35,8 @@ class Checkpoint:
     classes: tuple[str, ...]
     tensors: dict[str, Tensor]
     counters: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, list[int]] | None = None
+    """``Dataset.fingerprint`` of what the run is trained on; None in files of older versions."""
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below ``prefix.``, without it."""
@@ -82,6 +84,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "config": json.dumps(checkpoint.config.to_dict()),
         "classes": json.dumps(checkpoint.classes),
         "counters": json.dumps(checkpoint.counters),
+        "data": json.dumps(checkpoint.data),
     }
     tensors = {name: t.detach().contiguous() for name, t in checkpoint.tensors.items()}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
@@ -110,11 +113,20 @@ def load(path: Path) -> Checkpoint:
         )
     try:
         config = Config.from_dict(json.loads(metadata["config"]))
-        classes = tuple(json.loads(metadata["classes"]))
+        config.check()
+        classes = json.loads(metadata["classes"])
+        if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+            raise TypeError(f"classes must be a list of names, got {classes!r}")
         counters = json.loads(metadata["counters"])
-    except (KeyError, TypeError, ValueError) as error:
+        data = json.loads(metadata.get("data", "null"))
+        for name, value in (("counters", counters), ("data", data or {})):
+            if not isinstance(value, dict):
+                raise TypeError(f"{name} must be an object, got {value!r}")
+    except KeyError as error:
+        raise UserError(f"{path}: its metadata can't be read: {error} is missing") from None
+    except (TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: its metadata can't be read: {error}") from None
-    return Checkpoint(config, classes, tensors, counters)
+    return Checkpoint(config, tuple(classes), tensors, counters, data)
 
 
 def check_data(checkpoint: Checkpoint, dataset: Dataset, source: Path) -> None:
@@ -129,6 +141,20 @@ def check_data(checkpoint: Checkpoint, dataset: Dataset, source: Path) -> None:
         raise UserError(
             f"{source}: trained on images of {channels} channels; the data has {theirs}"
         )
+
+
+def check_same_data(checkpoint: Checkpoint, dataset: Dataset, source: Path) -> None:
+    """UserError unless a run that goes on finds the images it began with.
+
+    Its epochs would have other lengths, and what is tested could have been trained on.
+    """
+    for name, ours in dataset.fingerprint().items():
+        theirs = (checkpoint.data or {}).get(name, ours)
+        if theirs != ours:
+            raise UserError(
+                f"{source}: the run's {name} images are not those of the data: (count, checksum of "
+                f"their labels) must be {theirs}, got {ours}; --weights starts a new run from it"
+            )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

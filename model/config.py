@@ -3,7 +3,8 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from types import UnionType
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 
@@ -14,6 +15,10 @@ MarginForm = Literal["paper", "authors"]
 
 ARCHITECTURE_FLAGS = ("routings", "image_size", "in_channels", "bias")
 """Fields of Architecture that have a flag of their own."""
+
+LARGEST_IMAGE = 1024
+"""In pixels: a batch of 128 such images takes the first convolution more than 100 GB already."""
+MOST_ROUTINGS = 1000
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Architecture:
     """Convolutions keep the image's size (before the stride)."""
     hidden: int = 1024
     """Units of the fully connected layer of the network "pooled-cnn"."""
+    dropout: float = 0.0
+    """Of those units, in training."""
 
     @property
     def capsule_grid(self) -> int:
@@ -55,13 +62,25 @@ class Architecture:
 
     def check(self) -> None:
         """Raise UserError for sizes no network can have."""
+        for name in (
+            "in_channels", "classes", "conv_channels", "capsule_types", "capsule_dim",
+            "class_dim", "hidden",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.image_size < self.smallest_image:
             raise UserError(
                 f"--image-size must be at least {self.smallest_image} for this {self.network}, "
                 f"got {self.image_size}"
             )
+        if self.image_size > LARGEST_IMAGE:
+            raise UserError(f"--image-size must be at most {LARGEST_IMAGE}, got {self.image_size}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
         if self.routings < 1:
             raise UserError(f"--routings must be at least 1, got {self.routings}")
+        if self.routings > MOST_ROUTINGS:
+            raise UserError(f"--routings must be at most {MOST_ROUTINGS}, got {self.routings}")
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,11 @@ class Config:
                 f"--accumulate must divide --batch-size = {self.batch_size}, got {self.accumulate}"
             )
         self.architecture.check()
+        if self.shift_pixels > self.architecture.image_size:
+            raise UserError(
+                f"--shift-pixels must be at most the image's {self.architecture.image_size} "
+                f"pixels, got {self.shift_pixels}"
+            )
 
     def replaced(self, changes: dict[str, Any]) -> Self:
         """A copy with other values; those of ARCHITECTURE_FLAGS and a ``lam_recon`` of 0 reach the
@@ -148,9 +172,36 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of ``to_dict``; TypeError for names of another version."""
+        """The inverse of ``to_dict``; TypeError for names of another version, or other types."""
         values = dict(values)
-        return cls(architecture=Architecture(**values.pop("architecture")), **values)
+        config = cls(architecture=Architecture(**values.pop("architecture")), **values)
+        check_types(config.architecture)
+        check_types(config)
+        return config
+
+
+def check_types(record: Any) -> None:
+    """Raise TypeError unless the fields of a dataclass, read from a file, are what they must be."""
+    for name, kind in get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if not is_of(value, kind):
+            raise TypeError(f"{name} must be {shown(kind)}, got {value!r}")
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of an annotated type: True is no int, 1 is a float."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(is_of(value, k) for k in get_args(kind))
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def shown(kind: Any) -> str:
+    """A type in the words of a message."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return f"of type {kind.__name__ if isinstance(kind, type) else kind}"
 
 
 def flag(name: str) -> str:

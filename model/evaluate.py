@@ -20,6 +20,7 @@ from .environment import choose_device
 from .errors import UserError, run_command
 from .evaluation import TestResult, confusion, scores_of
 from .networks import restored
+from .outputs import check_writable
 
 States = list[tuple[Path, Checkpoint]]
 """Where each run is, and what was read there."""
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.repeats < 1:
         raise UserError(f"--repeats must be at least 1, got {arguments.repeats}")
+    check_writable("--json", arguments.json)
     device = choose_device(arguments.device)
     states = [(run, checkpoints.load(run)) for run in dict.fromkeys(arguments.runs)]
     config = same_data(states)

@@ -10,13 +10,12 @@ from torch import Tensor
 from .config import Config
 from .data import Split
 from .losses import Output, correct, total_loss
-from .views import Batch, evaluation_views, show
+from .views import Batch, Views, evaluation_views, show
 
 BATCH = 250
 """Images at once: no result depends on it."""
 
 
-@torch.no_grad()
 def scores_of(
     network: Callable[[Tensor], Output],
     config: Config,
@@ -30,13 +29,25 @@ def scores_of(
     ``between`` is called after each batch.
     """
     views = evaluation_views(config, split, repeats)
+    return scores_of_views(network, config, split, views, between), split.labels[views.index]
+
+
+@torch.no_grad()
+def scores_of_views(
+    network: Callable[[Tensor], Output],
+    config: Config,
+    split: Split,
+    views: Views,
+    between: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Scores [M, J] of M views of a split; ``between`` is called after each batch."""
     scores = []
     for start in range(0, len(views), BATCH):
         batch = show(config, split, views[start : start + BATCH])
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.amp):
             scores.append(network(batch.images).scores.float())
         between()
-    return torch.cat(scores), split.labels[views.index]
+    return torch.cat(scores)
 
 
 @dataclass(frozen=True)

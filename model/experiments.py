@@ -105,7 +105,7 @@ EXPERIMENTS = {
         replace(
             AFFNIST,
             architecture=Architecture(
-                "pooled-cnn", image_size=40, hidden=328, reconstruction=False
+                "pooled-cnn", image_size=40, hidden=328, dropout=0.5, reconstruction=False
             ),
             lam_recon=0.0,
             stop_accuracy=0.9922,

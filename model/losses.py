@@ -22,10 +22,15 @@ class Output(NamedTuple):
 
 
 def total_loss(output: Output, batch: Batch, config: Config) -> Tensor:
-    """What training minimises, a scalar: margin and reconstruction, or cross entropy for CNNs."""
+    """What training minimises, a scalar: margin and reconstruction, or cross entropy for CNNs.
+
+    The cross entropy is of a softmax, or where images show pairs, as in the paper's section 6.1, of
+    a sigmoid for each class.
+    """
     targets = multi_hot(batch.labels, output.scores.shape[1])
     if config.architecture.network != "capsnet":
-        return softmax_loss(output.scores, targets)
+        cross_entropy = sigmoid_loss if config.pairs else softmax_loss
+        return cross_entropy(output.scores, targets)
     loss = margin_loss(output.scores, targets, config.margin)
     if output.reconstructions is None:
         return loss
@@ -67,8 +72,16 @@ def reconstruction_loss(reconstructions: Tensor, originals: Tensor) -> Tensor:
 
 
 def softmax_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of logits [B, J] with the classes present in ``targets`` [B, J] alike."""
-    return F.cross_entropy(logits, targets / targets.sum(-1, keepdim=True))
+    """Cross entropy of logits [B, J] with the one class present in ``targets`` [B, J]."""
+    return F.cross_entropy(logits, targets)
+
+
+def sigmoid_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross entropies of logits [B, J] with which classes are present in ``targets``.
+
+    Like the margin loss, it is summed over classes and averaged over the batch.
+    """
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
 
 
 def correct(scores: Tensor, labels: Tensor) -> Tensor:

@@ -70,7 +70,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: can't be read: {error}") from None
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except ValueError:
-            raise UserError(f"{path}: line {number} is not a JSON object") from None
+            values = None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: line {number} is not a JSON object")
+        lines.append(values)
     return lines

@@ -7,6 +7,7 @@ import torch
 from .baseline import CNN, PooledCNN
 from .capsnet import CapsNet
 from .checkpoint import Checkpoint, restore_model
+from .commands import usable_backend
 from .config import Architecture
 
 Network = CapsNet | CNN | PooledCNN
@@ -22,7 +23,11 @@ def build(architecture: Architecture, backend: str = "auto") -> Network:
 
 
 def restored(state: Checkpoint, source: Path, device: torch.device, backend: str) -> Network:
-    """The trained network of a checkpoint read from ``source``, on a device, ready for tests."""
+    """The trained network of a checkpoint read from ``source``, on a device, ready for tests.
+
+    UserError for a backend that can't be used on this device.
+    """
+    usable_backend(backend, device)
     network = build(state.config.architecture, backend).to(device).eval()
     restore_model(network, state, source)
     return network

@@ -11,12 +11,14 @@ from . import checkpoint as checkpoints
 from .capsnet import CapsNet
 from .commands import add_device_flags, table_console
 from .data import Split
-from .data.pictures import read_picture
+from .data.pictures import NATIVE_SIZES, read_picture
 from .drawing import reconstruction_rows, save_png
 from .environment import choose_device
 from .errors import UserError, run_command
+from .evaluation import scores_of_views
 from .networks import restored
-from .views import evaluation_views, show
+from .outputs import check_writable
+from .views import central_views, show
 
 BEST = 3
 """How many classes are shown for a picture."""
@@ -36,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
+    check_writable("--reconstructions", arguments.reconstructions)
     device = choose_device(arguments.device)
     state = checkpoints.load(arguments.weights)
     config, a = state.config, state.config.architecture
@@ -43,22 +46,22 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"{arguments.weights}: sees images of {a.in_channels} channels; pictures have 1 or 3"
         )
-    pixels = torch.stack(
-        [read_picture(path, a.in_channels, a.image_size) for path in arguments.images]
-    )
-    if arguments.invert:
-        pixels = 255 - pixels
     network = restored(state, arguments.weights, device, arguments.backend)
     if arguments.reconstructions and not (isinstance(network, CapsNet) and network.decoder):
         raise UserError(f"--reconstructions: the network in {arguments.weights} has no decoder")
 
-    objects = 2 if config.pairs else 1
-    config = config.replaced({"pairs": False})  # whatever a picture shows, it is one picture
+    # Like the data's own images, of which the network sees a window, or which lie on its canvas.
+    size = NATIVE_SIZES.get(config.dataset, a.image_size)
+    pixels = torch.stack(
+        [read_picture(p, a.in_channels, size, arguments.invert) for p in arguments.images]
+    )
     split = Split(pixels, torch.zeros(len(pixels), dtype=torch.long)).to(device)
-    batch = show(config, split, evaluation_views(config, split))
-    scores = network(batch.images).scores
+    # Central on a canvas, too: what is seen in a picture doesn't depend on the others beside it.
+    views = central_views(config, split)
+    scores = scores_of_views(network, config, split, views)
+    objects = 2 if config.pairs else 1
     if a.network != "capsnet":
-        scores = scores.softmax(-1)
+        scores = scores.sigmoid() if config.pairs else scores.softmax(-1)
     values, order = scores.topk(min(BEST, a.classes))
     names = [[state.classes[j] for j in row] for row in order.tolist()]
     if arguments.json:
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             table.add_row(str(path), " and ".join(found[:objects]), best_three)
         table_console().print(table)
     if isinstance(network, CapsNet) and arguments.reconstructions:
-        batch = batch._replace(labels=order[:, :objects])
+        batch = show(config, split, views)._replace(labels=order[:, :objects])
         save_png(arguments.reconstructions, reconstruction_rows(network, batch))
     return 0
 

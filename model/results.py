@@ -5,13 +5,13 @@ nothing but their seed share a row.
 """
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from .arguments import OF_THE_DATA
 from .checkpoint import write_atomically
 from .config import Config
 from .errors import UserError, run_command
@@ -32,19 +32,56 @@ over seeds. Durations are of whole runs, with whatever ran beside them (three se
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: the line it began with, and the one it ended with."""
+    """One finished run: what its first and its last line say."""
 
-    about: dict[str, Any]
-    final: dict[str, Any]
+    path: Path
+    experiment: str
+    config: Config
+    device: str
+    commit: str | None
+    command: str
     epochs: int
+    seconds: float
+    errors: dict[str, float]
+    """Percent, by test set."""
 
-    def kind(self) -> str:
-        """Equal for runs that differ only in their seed.
+    @classmethod
+    def of(cls, path: Path, lines: list[dict[str, Any]]) -> Self:
+        """From the lines of its metrics; UserError if what is needed of them is not there.
 
         An option that a run's version did not have yet counts as its default.
         """
-        config = replace(Config.from_dict(self.about["config"]), seed=0).to_dict()
-        return json.dumps([self.about["experiment"], config, self.about["device"]], sort_keys=True)
+        about, final = lines[0], lines[-1]
+        try:
+            return cls(
+                path, str(about["experiment"]), Config.from_dict(about["config"]),
+                str(about["device"]), about["commit"], str(about["command"]),
+                sum(line.get("kind") == "epoch" for line in lines), float(final["seconds"]),
+                {name: float(test["error"]) for name, test in final["tests"].items()},
+            )  # fmt: skip
+        except KeyError as error:
+            raise UserError(f"{path}: not the metrics of a run: {error} is missing") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: not the metrics of a run: {error}") from None
+
+    def kind(self) -> tuple[str, Config, str]:
+        """Equal for runs that differ only in their seed."""
+        return self.experiment, replace(self.config, seed=0), self.device
+
+    def changes(self) -> list[str]:
+        """What makes it another experiment than the one it is named for: data, network.
+
+        Classes and channels follow from the data.
+        """
+        declared = EXPERIMENTS[self.experiment].config
+        changes = []
+        if self.config.dataset != declared.dataset:
+            changes.append(f"dataset {self.config.dataset}")
+        theirs = asdict(declared.architecture)
+        for name, value in asdict(self.config.architecture).items():
+            if value != theirs[name] and name not in OF_THE_DATA:
+                changes.append(f"{name} {value}")
+        return changes
 
 
 def read_run(path: Path) -> Run:
@@ -55,7 +92,32 @@ def read_run(path: Path) -> Run:
         raise UserError(f"{path}: not the metrics of a finished run")
     if lines[-1].get("outcome") == "out of time":
         raise UserError(f"{path}: the run was out of time before its last epoch was over")
-    return Run(lines[0], lines[-1], kinds.count("epoch"))
+    run = Run.of(path, lines)
+    if run.experiment not in EXPERIMENTS:
+        raise UserError(
+            f"{path}: experiment must be one of python -m model.train --list, got "
+            f"{run.experiment!r}"
+        )
+    return run
+
+
+def grouped(runs: list[Run]) -> list[list[Run]]:
+    """Runs that differ only in their seed together, experiments in their declared order, and those
+    that were changed behind; UserError for two runs of one seed."""
+    groups: dict[tuple[str, Config, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        group = groups[run.kind()]
+        for other in group:
+            if other.config.seed == run.config.seed:
+                raise UserError(
+                    f"{run.path}: the same configuration and device as {other.path}: its seed must "
+                    f"be another, got {run.config.seed} in both"
+                )
+        group.append(run)
+    order = list(EXPERIMENTS)
+    return sorted(
+        groups.values(), key=lambda g: (order.index(g[0].experiment), bool(g[0].changes()))
+    )
 
 
 def spread(values: list[float]) -> str:
@@ -73,26 +135,20 @@ def duration(seconds: float) -> str:
 
 
 def rows(runs: list[Run]) -> list[str]:
-    """The table's rows, experiments in their declared order."""
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        groups[run.kind()].append(run)
-    order = list(EXPERIMENTS)
+    """The table's rows. A figure of the paper stands only beside what it is for."""
     written = []
-    for group in sorted(groups.values(), key=lambda g: order.index(g[0].about["experiment"])):
+    for group in grouped(runs):
         first = group[0]
-        experiment = EXPERIMENTS[first.about["experiment"]]
-        seeds = ", ".join(str(run.about["config"]["seed"]) for run in group)
-        errors = [
-            f"{name}: {spread([run.final['tests'][name]['error'] for run in group])}"
-            for name in first.final["tests"]
-        ]
-        seconds = statistics.fmean(run.final["seconds"] for run in group)
-        commits = ", ".join(sorted({str(run.about["commit"]) for run in group}))
+        name, experiment = first.experiment, EXPERIMENTS[first.experiment]
+        paper, independent = experiment.paper, experiment.independent
+        if changes := first.changes():
+            name, paper, independent = f"{name} with {', '.join(changes)}", "-", "-"
+        errors = [f"{test}: {spread([run.errors[test] for run in group])}" for test in first.errors]
         cells = [
-            first.about["experiment"], experiment.paper, experiment.independent,
-            "<br>".join(errors), f"{first.epochs}", seeds, first.about["device"],
-            duration(seconds), commits, f"`{first.about['command']}`",
+            name, paper, independent, "<br>".join(errors), f"{first.epochs}",
+            ", ".join(str(run.config.seed) for run in group), first.device,
+            duration(statistics.fmean(run.seconds for run in group)),
+            ", ".join(sorted({str(run.commit) for run in group})), f"`{first.command}`",
         ]  # fmt: skip
         written.append("| " + " | ".join(cells) + " |")
     return written

@@ -5,9 +5,8 @@ Leaves in the run's directory: ``metrics.jsonl``, ``checkpoint.safetensors`` (to
 """
 
 import shlex
-import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from . import arguments as command_line
 from . import checkpoint as checkpoints
 from .arguments import Arguments
 from .capsnet import CapsNet
-from .commands import open_dataset, plain_console, table_console
+from .commands import open_dataset, plain_console, table_console, usable_backend
 from .config import Config
 from .data import Dataset
+from .directory import PICTURE, held, make_new
 from .distributed import World, join
 from .drawing import reconstruction_rows, save_png
 from .environment import description
@@ -42,15 +42,19 @@ def main(argv: list[str] | None = None) -> int:
         list_experiments()
         return 0
     world, device = join(arguments.device)
-    try:
+    with ExitStack() as stack:
+        stack.callback(world.leave)
         with world.together(device):
             trainer = prepare(arguments, world, device)
+        with world.together(device):
+            if world.is_main:
+                if arguments.resume is None and arguments.save_dir is None:
+                    trainer.directory = make_new(trainer.directory)
+                stack.enter_context(held(trainer.directory, fresh=arguments.resume is None))
         console = plain_console(stderr=True, soft_wrap=True, quiet=not world.is_main)
         code = train(trainer, arguments, console)
         world.meet()
         return code
-    finally:
-        world.leave()
 
 
 def prepare(arguments: Arguments, world: World, device: torch.device) -> Trainer:
@@ -77,7 +81,10 @@ def prepare(arguments: Arguments, world: World, device: torch.device) -> Trainer
     dataset = open_dataset(config, arguments).to(device)
     if state is not None:
         checkpoints.check_data(state, dataset, arguments.resume)
+        checkpoints.check_same_data(state, dataset, arguments.resume)
     config = fitted(config, dataset)
+    if config.architecture.network == "capsnet":
+        usable_backend(config.backend, device, config.architecture)
     torch.backends.cudnn.benchmark = True  # a step's shapes are those of all steps
     if config.tf32:
         torch.set_float32_matmul_precision("high")
@@ -101,22 +108,6 @@ def fitted(config: Config, dataset: Dataset) -> Config:
     return replace(config, architecture=architecture)
 
 
-def prepare_directory(directory: Path, fresh: bool) -> None:
-    """Make the run's directory, tidy it, and see that it can be written."""
-    if fresh and (directory / checkpoints.CHECKPOINT).exists():
-        raise UserError(
-            f"--save-dir {directory} holds a run already: --resume {directory} goes on with it, "
-            "another --save-dir starts afresh"
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_unfinished(directory)
-        with tempfile.TemporaryFile(dir=directory) as file:
-            file.write(b"x")
-    except OSError as error:
-        raise UserError(f"--save-dir {directory} can't be written: {error.strerror}") from None
-
-
 def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     """Run to the end and report; the exit code."""
     config, directory, progress = trainer.config, trainer.directory, trainer.progress
@@ -124,8 +115,6 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     with trainer.world.together(trainer.device):
         writes = trainer.world.is_main
-        if writes:
-            prepare_directory(directory, fresh=arguments.resume is None)
         log = MetricsLog(directory if writes else None, progress.metrics_size, progress.step)
     # Unless resumed, be it from before the first step.
     if progress.step == 0 and log.size == 0:
@@ -181,7 +170,7 @@ def report(trainer: Trainer, fit: Fit, outcome: str, log: MetricsLog, console: C
     log.write("final", trainer.progress.step, values)
     console.print(f"weights: {weights}")
     if isinstance(trainer.model, CapsNet) and trainer.model.decoder is not None:
-        picture = trainer.directory / "reconstructions.png"
+        picture = trainer.directory / PICTURE
         pixels = reconstruction_rows(trainer.model, trainer.test_batch(SHOWN))
         save_png(picture, pixels)
         log.image("reconstructions", pixels, trainer.progress.step)

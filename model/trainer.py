@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
-from .config import Config
+from .config import Config, check_types
 from .cuda_graph import GraphedStep
 from .data import Dataset, Split
 from .distributed import ALONE, World
@@ -183,7 +183,10 @@ class Trainer:
         tensors = checkpoints.model_tensors(self.model)
         tensors |= checkpoints.optimizer_tensors(self.model, self.optimizer)
         tensors["progress.sums"] = sums
-        state = Checkpoint(self.config, self.dataset.classes, tensors, asdict(self.progress))
+        state = Checkpoint(
+            self.config, self.dataset.classes, tensors, asdict(self.progress),
+            self.dataset.fingerprint(),
+        )  # fmt: skip
         checkpoints.save(self.directory / checkpoints.CHECKPOINT, state)
 
     def save_weights(self) -> Path:
@@ -194,9 +197,22 @@ class Trainer:
         return path
 
     def restore(self, state: Checkpoint, source: Path) -> None:
-        """Go on where a checkpoint was made."""
+        """Go on where a checkpoint was made; UserError if no run of this data can be there."""
+        try:
+            progress = Progress(**state.counters)
+            check_types(progress)
+        except TypeError as error:
+            raise UserError(f"{source}: its counters can't be read: {error}") from None
+        # Its epoch's test may be still to come.
+        steps = progress.step - progress.epoch * self.steps_per_epoch
+        if progress.epoch < 0 or not 0 <= steps <= self.steps_per_epoch:
+            raise UserError(
+                f"{source}: step {progress.step} must be in or at the end of epoch "
+                f"{progress.epoch + 1} of {self.steps_per_epoch} steps: the run had another number "
+                "of images to train on"
+            )
         checkpoints.restore_model(self.model, state, source)
         checkpoints.restore_optimizer(self.model, self.optimizer, state)
-        self.progress = Progress(**state.counters)
+        self.progress = progress
         if self.world.is_main:
             self.sums.copy_(state.tensors["progress.sums"])

@@ -89,18 +89,24 @@ def random_views(
 def evaluation_views(config: Config, split: Split, repeats: int = 1) -> Views:
     """The views a network is tested on: the same in every run.
 
-    Central windows; but where an image is placed on a larger canvas or over another one, this is
-    drawn once, ``repeats`` times for each image.
+    Central windows, one for each image; but where an image is placed on a larger canvas or over
+    another one, this is drawn once, ``repeats`` times for each image.
     """
+    if not config.pairs and split.images.shape[-1] >= config.architecture.image_size:
+        return central_views(config, split)
     device = split.labels.device
     index = torch.arange(len(split), device=device).repeat(repeats)
+    generator = torch.Generator(device).manual_seed(TEST_SEED)
+    shift = config.shift_pixels if config.pairs else 0
+    return random_views(config, split, index, generator, shift)
+
+
+def central_views(config: Config, split: Split) -> Views:
+    """One window onto each image alone, its middle on the image's; it may be larger."""
+    index = torch.arange(len(split), device=split.labels.device).unsqueeze(-1)
     margin = split.images.shape[-1] - config.architecture.image_size
-    if config.pairs or margin < 0:
-        generator = torch.Generator(device).manual_seed(TEST_SEED)
-        shift = config.shift_pixels if config.pairs else 0
-        return random_views(config, split, index, generator, shift)
-    start = torch.full_like(index, margin // 2).unsqueeze(-1)
-    return Views(index.unsqueeze(-1), start, start)
+    start = torch.full_like(index, margin // 2)
+    return Views(index, start, start)
 
 
 def show(config: Config, split: Split, views: Views, generator: Generator | None = None) -> Batch:

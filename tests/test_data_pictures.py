@@ -40,6 +40,55 @@ def test_sixteen_bits_are_scaled(tmp_path: Path) -> None:
         read_picture(save(tmp_path / "x.tiff", ramp().astype(np.float32) / 255 - 1), 1, 28)
 
 
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_the_bits_of_a_file_count_not_its_brightest_pixel(suffix: str, tmp_path: Path) -> None:
+    """A dark frame of 16 bits stays dark, and is not brighter than one with a bright pixel."""
+    dark = np.full((28, 28), 255, np.uint16)
+    picture = read_picture(save(tmp_path / f"x.{suffix}", dark), 1, 28)
+    assert picture.unique().tolist() == [1]
+
+
+def test_thirty_two_bits_are_judged_by_their_range(tmp_path: Path) -> None:
+    whole = ramp().astype(np.int32)
+    for values in (whole, whole * 257):
+        picture = read_picture(save(tmp_path / "x.tiff", values), 1, 28)
+        np.testing.assert_array_equal(picture[0].numpy(), ramp())
+    with pytest.raises(UserError, match=r"x\.tiff: its values must be 0 to 65535"):
+        read_picture(save(tmp_path / "x.tiff", whole * 1000), 1, 28)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lab(channels: int, tmp_path: Path) -> None:
+    pixels = np.full((28, 28, 3), 128, np.uint8)  # a and b at 0, as TIFF's signed bytes
+    pixels[..., 1:] = 0
+    Image.frombytes("LAB", (28, 28), pixels.tobytes()).save(tmp_path / "x.tiff")
+    picture = read_picture(tmp_path / "x.tiff", channels, 28)
+    assert picture.shape == (channels, 28, 28)
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_margins_and_transparent_parts_are_black(invert: bool, tmp_path: Path) -> None:
+    array = np.full((28, 14, 4), 50 if invert else 205, np.uint8)
+    array[:14, :, 3], array[14:, :, 3] = 0, 255
+    picture = read_picture(save(tmp_path / "x.png", array), 1, 28, invert)
+    assert (picture[0, 14:, 7:21] == 205).all()
+    picture[0, 14:, 7:21] = 0
+    assert (picture == 0).all()
+
+
+def test_pictures_that_are_too_large_or_too_narrow(tmp_path: Path) -> None:
+    blank = Image.new("1", (20_000, 10_000))
+    blank.save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"x\.png: too large: .*200000000 pixels.* limit of \d+"):
+        read_picture(tmp_path / "x.png", 1, 28)
+    Image.new("L", (280, 10), 255).save(tmp_path / "x.png")
+    assert read_picture(tmp_path / "x.png", 1, 28).amax() == 255
+    for size in ((300, 10), (1, 100)):
+        Image.new("L", size, 255).save(tmp_path / "x.png")
+        with pytest.raises(UserError, match=r"x\.png: too narrow: of {} x {} pixels".format(*size)):
+            read_picture(tmp_path / "x.png", 1, 28)
+
+
 def test_transparent_is_black(tmp_path: Path) -> None:
     array = np.full((28, 28, 4), 255, np.uint8)
     array[:14, :, 3] = 0
@@ -100,9 +149,13 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     (tmp_path / "owls" / "notes.txt").write_text("not a picture")
     dataset = load_dataset("folder", Source(tmp_path, image_size=24))
     assert dataset.classes == ("cats", "owls")
-    assert dataset.train.images.shape == (2 + 8, 1, 24, 24)
-    assert dataset.test.labels.tolist() == [0, 1, 1]
-    assert dataset.test.images.amax((1, 2, 3)).tolist() == [201, 101, 106]
+    parts = dataset.train, dataset.test
+    assert all(part.images.shape == (len(part), 1, 24, 24) for part in parts)
+    assert all(set(part.labels.tolist()) == {0, 1} for part in parts)
+    values = torch.cat([part.images.amax((1, 2, 3)) for part in parts]).sort().values
+    assert values.tolist() == [*range(100, 110), *range(200, 203)]  # each of them once
+    for part in parts:
+        assert torch.equal(part.labels == 0, part.images.amax((1, 2, 3)) >= 200)
     assert "held-out" in dataset.test_name
 
 

@@ -1,5 +1,7 @@
 """The capsule network: its size, the meaning of its channels, its routing, its decoder."""
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -37,6 +39,19 @@ def parameters(architecture: Architecture) -> int:
 )
 def test_parameter_counts(experiment: str, expected: int) -> None:
     assert parameters(EXPERIMENTS[experiment].config.architecture) == expected
+
+
+@pytest.mark.parametrize("network", ["cnn", "pooled-cnn"])
+@torch.no_grad()
+def test_baselines_drop_units_in_training_only(network: Literal["cnn", "pooled-cnn"]) -> None:
+    torch.manual_seed(0)
+    model = build(Architecture(network, image_size=8, hidden=16, dropout=0.5, reconstruction=False))
+    images = torch.rand(2, 1, 8, 8)
+    first, again = (model(images).scores for _ in range(2))
+    assert not torch.equal(first, again)
+    model.eval()
+    first, again = (model(images).scores for _ in range(2))
+    assert torch.equal(first, again)
 
 
 def test_bias_adds_one_vector_a_class() -> None:

@@ -11,7 +11,6 @@ from model.losses import (
     margin_loss,
     multi_hot,
     reconstruction_loss,
-    softmax_loss,
     total_loss,
 )
 from model.views import Batch
@@ -60,8 +59,20 @@ def test_cnns_are_trained_by_cross_entropy() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0]])
     expected = -logits.log_softmax(-1)[0, 1]
     torch.testing.assert_close(total_loss(Output(logits), batch, config), expected)
-    both = softmax_loss(logits, multi_hot(torch.tensor([[0, 1]]), 3))
-    torch.testing.assert_close(both, -logits.log_softmax(-1)[0, :2].mean())
+
+
+def test_cnns_of_pairs_are_trained_by_a_sigmoid_for_each_class() -> None:
+    config = Config(architecture=Architecture(network="pooled-cnn"), pairs=True)
+    images = torch.zeros(2, 1, 2, 2)
+    batch = Batch(images, torch.tensor([[2, 1], [0, 1]]), images.unsqueeze(1))
+    logits = torch.tensor([[1.0, 2.0, 3.0], [0.5, -1.0, 0.0]])
+    p = logits.sigmoid().log(), (-logits).sigmoid().log()  # of being there, of not being there
+    first = p[1][0, 0] + p[0][0, 1] + p[0][0, 2]
+    second = p[0][1, 0] + p[0][1, 1] + p[1][1, 2]
+    loss = total_loss(Output(logits), batch, config)
+    torch.testing.assert_close(loss, -(first + second) / 2)
+    certain = torch.tensor([[-90.0, 90.0, 90.0], [90.0, 90.0, -90.0]])
+    assert total_loss(Output(certain), batch, config).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_correct_wants_exactly_the_labels() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from model import arguments as command_line
 from model import checkpoint as checkpoints
-from model import environment, errors, evaluate, predict, train
+from model import commands, environment, errors, evaluate, predict, train
 from model.checkpoint import Checkpoint
 from model.config import Config
 from model.data import Split, digits, files
@@ -145,6 +145,26 @@ def test_a_plain_network_has_neither_decoder_nor_figures(tmp_path: Path, capsys)
         draw_figures([str(plain)])
     assert predict.main([str(picture), "--weights", str(plain)]) == 0  # probabilities
     assert "x.png" in capsys.readouterr().out
+
+
+def test_a_backend_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the routing's own words, which is asked about the network's sizes."""
+    cpu = torch.device("cpu")
+    for name in ("auto", "reference"):
+        assert commands.usable_backend(name, cpu) == name
+    with pytest.raises(UserError, match=r"^--backend cuda can't be used on cpu: [^:]") as caught:
+        commands.usable_backend("cuda", cpu)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"--backend magic can't be used on cpu: .* got 'magic'"):
+        commands.usable_backend("magic", cpu)
+
+    def too_large(u: torch.Tensor, weight: torch.Tensor, R: int, backend: str) -> None:
+        assert (u.shape, weight.shape, R) == ((0, 72, 4), (72, 10, 6, 4), 3)
+        raise RuntimeError("fused_routing: backend 'auto' can't be used: 72 is too many")
+
+    monkeypatch.setattr(commands, "fused_routing", too_large)
+    with pytest.raises(UserError, match=r"^--backend auto can't be used on cpu: 72 is too many$"):
+        commands.usable_backend("auto", cpu, CONFIG.architecture)
 
 
 def test_a_split_without_images() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from model.checkpoint import Checkpoint, model_tensors
 from model.config import Config
 from model.data import Dataset, Split
 from model.distributed import World
@@ -146,3 +147,25 @@ def test_at_least_an_image_for_each_process() -> None:
     assert (of_four(4).batch_size, of_four(4).steps_per_epoch) == (4, 1)
     with pytest.raises(UserError, match=r"^torchrun must start at most 3 processes, .*, got 4$"):
         of_four(3)
+
+
+@pytest.mark.parametrize(
+    ("counters", "expected"),
+    [
+        ({"step": "4"}, "its counters can't be read: step must be of type int, got '4'"),
+        ({"seconds": None}, "its counters can't be read: seconds must be of type float, got None"),
+        ({"steps": 4}, "its counters can't be read: .*'steps'"),
+        ({"step": 3, "epoch": 0}, "here: step 3 must be in or at the end of epoch 1 of 2 steps"),
+        ({"step": 3, "epoch": 2}, "here: step 3 must be in or at the end of epoch 3 of 2 steps"),
+        ({"step": 0, "epoch": -1}, "here: step 0 must be in or at the end of epoch 0 of 2 steps"),
+    ],
+)
+def test_counters_no_run_can_have(counters: dict[str, object], expected: str) -> None:
+    made = trainer()
+    tensors = model_tensors(made.model) | {"progress.sums": torch.zeros(3)}
+    with pytest.raises(UserError, match=expected):
+        made.restore(Checkpoint(made.config, ("a",), tensors, counters), Path("here"))
+    for step, epoch in ((0, 0), (2, 0), (2, 1), (3, 1)):  # at 2 the test is done, or is not
+        made.restore(
+            Checkpoint(made.config, ("a",), tensors, {"step": step, "epoch": epoch}), Path()
+        )

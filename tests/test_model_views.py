@@ -6,7 +6,7 @@ import torch
 from model.augment import flip_some, jitter, standardize
 from model.config import Architecture, Config
 from model.data import Split
-from model.views import evaluation_views, random_views, show, training_batch
+from model.views import central_views, evaluation_views, random_views, show, training_batch
 from model.windows import window
 
 
@@ -86,6 +86,21 @@ def test_evaluation_places_small_images_once_and_for_all() -> None:
     assert torch.equal(first.top, again.top)
     assert set(first.top.flatten().tolist()) == {-3, -2, -1, 0}
     batch = show(seen(13), data, first)
+    torch.testing.assert_close(batch.images.sum((1, 2, 3)), data.images.sum((1, 2, 3)) / 255)
+
+
+@pytest.mark.parametrize("size", [8, 10])
+def test_one_central_view_is_enough(size: int) -> None:
+    data = split()
+    views = evaluation_views(seen(size), data, repeats=3)
+    assert views.index.flatten().tolist() == list(range(6))
+    assert len(evaluation_views(seen(13), data, repeats=3)) == 18
+
+
+def test_central_views_reach_around_small_images() -> None:
+    data = split()
+    batch = show(seen(14), data, central_views(seen(14), data))
+    torch.testing.assert_close(batch.images[..., 2:12, 2:12], data.images / 255)
     torch.testing.assert_close(batch.images.sum((1, 2, 3)), data.images.sum((1, 2, 3)) / 255)
 
 

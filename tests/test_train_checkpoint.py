@@ -1,10 +1,12 @@
 """Checkpoint files: whole or not at all, refused when torn or foreign."""
 
+import json
 import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 def example() -> Checkpoint:
     torch.manual_seed(0)
     tensors = checkpoints.model_tensors(tiny_capsnet())
-    return Checkpoint(CONFIG, ("a", "b"), tensors, {"step": 7})
+    return Checkpoint(CONFIG, ("a", "b"), tensors, {"step": 7}, {"train": [3, 5]})
 
 
 def test_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -40,6 +42,7 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
         assert found.config == saved.config
         assert found.classes == saved.classes
         assert found.counters == saved.counters
+        assert found.data == saved.data
         assert found.tensors.keys() == saved.tensors.keys()
         for name, tensor in saved.tensors.items():
             assert torch.equal(found.tensors[name], tensor)
@@ -73,6 +76,55 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
         load(path)
     with pytest.raises(UserError, match="nowhere is not there"):
         load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "expected"),
+    [
+        ("config", {"epochs": "3"}, "epochs must be of type int, got '3'"),
+        ("config", {"epochs": True}, "epochs must be of type int, got True"),
+        ("config", {"epochs": -1}, "--epochs must be at least 0, got -1"),
+        ("config", {"lr": None}, "lr must be of type float, got None"),
+        ("config", {"dataset": ["mnist"]}, r"dataset must be of type str, got \['mnist'\]"),
+        ("config", {"stop_accuracy": "high"}, r"stop_accuracy must be of type float \| None, got"),
+        ("config", {"architecture": 3}, "argument after"),
+        ("architecture", {"network": "mlp"}, "network must be one of capsnet, cnn, pooled-cnn, go"),
+        ("architecture", {"classes": 0}, "classes must be at least 1, got 0"),
+        ("architecture", {"routings": 2.5}, "routings must be of type int, got 2.5"),
+        ("classes", "ab", "classes must be a list of names, got 'ab'"),
+        ("counters", [1], r"counters must be an object, got \[1\]"),
+        ("data", 7, "data must be an object, got 7"),
+    ],
+)
+def test_bad_metadata_is_refused(part: str, value: Any, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    config = CONFIG.to_dict()
+    metadata = {"config": config, "classes": ["a"], "counters": {}}
+    if part == "architecture":
+        config["architecture"] |= value
+    elif part == "config":
+        config |= value
+    else:
+        metadata[part] = value
+    texts = {name: json.dumps(v) for name, v in metadata.items()} | {"format": checkpoints.FORMAT}
+    safetensors.save_file({"weight": torch.zeros(3)}, path, texts)
+    with pytest.raises(UserError, match=f"its metadata can't be read: .*{expected}") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_metadata_of_an_older_version(tmp_path: Path) -> None:
+    """Without what identifies the data, and options that came later; a part it needs is named."""
+    path = tmp_path / "x.safetensors"
+    config = CONFIG.to_dict()
+    del config["warmup_steps"]
+    texts = {"format": checkpoints.FORMAT, "config": json.dumps(config), "classes": "[]"}
+    safetensors.save_file({"weight": torch.zeros(3)}, path, texts | {"counters": "{}"})
+    assert load(path).config == CONFIG
+    assert load(path).data is None
+    safetensors.save_file({"weight": torch.zeros(3)}, path, texts)
+    with pytest.raises(UserError, match="can't be read: 'counters' is missing"):
+        load(path)
 
 
 def test_other_architecture_names_the_first_tensor(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """``python -m model.train`` as a user meets it: flags, what it leaves, what it refuses."""
 
+import errno
 import os
 import shlex
 import signal
@@ -12,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from model import train
+from model import evaluation, train
 from model.arguments import new_config, parse, resumed_config
 from model.checkpoint import load
 from model.data import DATASETS
+from model.directory import held
 from model.errors import UserError
 from model.experiments import EXPERIMENTS
 from model.metrics import read_metrics
@@ -61,11 +63,12 @@ def test_flags_reach_the_configuration() -> None:
     [("mnist", 17), ("cifar10", 1), ("baseline-mnist", 1), ("baseline-multimnist", 4)],
 )
 def test_the_smallest_images(name: str, size: int) -> None:
-    config = new_config(parse(["--experiment", name, "--image-size", str(size)]))
+    flags = ["--experiment", name, "--shift-pixels", "0", "--image-size"]
+    config = new_config(parse([*flags, str(size)]))
     a = replace(config.architecture, conv_channels=4, capsule_types=2, hidden=4)
     assert build(a)(torch.rand(1, a.in_channels, size, size)).scores.isfinite().all()
     with pytest.raises(UserError, match="--image-size must be at least"):
-        new_config(parse(["--experiment", name, "--image-size", str(size - 1)]))
+        new_config(parse([*flags, str(size - 1)]))
 
 
 def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +86,52 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     # The directory is taken now.
     with pytest.raises(UserError, match="holds a run already"):
         run(directory)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "weights.safetensors"])
+def test_what_is_left_of_a_run_is_not_written_over(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(UserError, match=f"--save-dir .* holds {name} of a run already"):
+        run(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_runs_of_the_same_second_get_a_directory_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    for seed in "012":
+        flags = ["--experiment", "tiny", "--max-minutes", "0", "--seed", seed]
+        assert train.main(flags) == 0
+    for seed, name in enumerate(("tiny-now", "tiny-now-2", "tiny-now-3")):
+        assert load(tmp_path / "runs" / name).config.seed == seed
+
+
+def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
+    """By a new run and a resumed one; once it is left, neither."""
+    directory = tmp_path / "run"
+    with held(directory, fresh=True), pytest.raises(UserError, match="run is in use by a run in"):
+        run(directory)
+    assert not list(directory.iterdir())
+    assert run(directory, "--max-minutes", "0") == 0
+    before = {p: p.read_bytes() for p in directory.iterdir()}
+    with held(directory, fresh=False), pytest.raises(UserError, match="is in use by a run in"):
+        train.main(["--resume", str(directory)])
+    assert before == {p: p.read_bytes() for p in directory.iterdir()}
+    assert train.main(["--resume", str(directory)]) == 0
+
+
+def test_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EBADF, "as NFS says")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with held(tmp_path / "run", fresh=True):
+        assert (tmp_path / "run").is_dir()
 
 
 def test_paths_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,6 +215,18 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
             "--experiment baseline-multimnist --image-size 3",
             "at least 4 for this pooled-cnn, got 3",
         ),
+        ("--image-size 1025", "--image-size must be at most 1024, got 1025"),
+        ("--shift-pixels 29", "--shift-pixels must be at most the image's 28 pixels, got 29"),
+        (f"--shift-pixels {10**20}", "--shift-pixels must be at most the image's 28 pixels, got 1"),
+        (f"--routings {10**20}", "--routings must be at most 1000, got 1"),
+        ("--backend triton", "--backend triton can't be used on cpu: "),
+        ("--backend cuda", "--backend cuda can't be used on cpu: "),
+        ("--in-channels 3", "--in-channels would do nothing here: the images of tiny have their"),
+        ("--lr-decay-steps 9", "--lr-decay-steps would do nothing here: it is for --lr-schedule s"),
+        (
+            "--lr-schedule linear --lr-decay 0.5",
+            "--lr-decay would do nothing here: with the linear --lr-schedule",
+        ),
         ("--cuda-graph", "--cuda-graph needs one process on one GPU"),
         ("--routings 0", "--routings must be at least 1, got 0"),
         ("--accumulate 3", "--accumulate must divide --batch-size = 64, got 3"),
@@ -179,10 +240,32 @@ def test_bad_input_is_refused_before_anything_is_written(
     flags: str, expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
-        run(tmp_path / "run", *flags.split())
+        run(tmp_path / "run", "--device", "cpu", *flags.split())
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["baseline-mnist", "baseline-multimnist"])
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--routings 3", "it has no routing"),
+        ("--backend reference", "it has no routing"),
+        ("--no-bias", "it has no class capsules"),
+        ("--margin paper", "it has no margin loss"),
+        ("--lam-recon 0", "it has no decoder"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(name: str, flags: str, reason: str) -> None:
+    """Of the network; a resumed run says it too."""
+    flag = flags.split()[0].replace("no-", "")
+    expected = f"{flag} would do nothing here: the network is a .*cnn"
+    with pytest.raises(UserError, match=f"{expected}: {reason}"):
+        new_config(parse(["--experiment", name, *flags.split()]))
+    stored = new_config(parse(["--experiment", name]))
+    with pytest.raises(UserError, match=f"{expected}: {reason}"):
+        resumed_config(parse(["--resume", "run", *flags.split()]), stored)
 
 
 def test_an_unwritable_directory_is_found_before_training(
@@ -303,6 +386,17 @@ def test_the_wanted_accuracy_ends_the_run(tmp_path: Path) -> None:
     assert (last["outcome"], last["step"]) == ("accuracy reached", STEPS_PER_EPOCH)
     assert train.main(["--resume", str(directory)]) == 0
     assert load(directory).counters["step"] == STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize(("wrong", "outcome"), [(10, "accuracy reached"), (11, "finished")])
+def test_the_wanted_accuracy_itself_is_enough(
+    wrong: int, outcome: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 * (1 - 0.8) is less than 20."""
+    result = evaluation.TestResult(0.5, wrong, 50, wrong, 50)
+    monkeypatch.setattr(Trainer, "test", lambda *_: result)
+    assert run(tmp_path / "run", "--stop-accuracy", "0.8") == 0
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["outcome"] == outcome
 
 
 def test_one_line_and_exit_code_2_in_a_fresh_process(tmp_path: Path) -> None:

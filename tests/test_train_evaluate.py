@@ -10,13 +10,16 @@ import torch
 from PIL import Image
 
 from model import evaluate, predict, train
-from model.checkpoint import CHECKPOINT, load, save
-from model.data import DATASETS
+from model.checkpoint import CHECKPOINT, Checkpoint, load, model_tensors, save
+from model.data import DATASETS, Source, digits
+from model.data.pictures import NATIVE_SIZES
 from model.errors import UserError
 from model.evaluation import confusion
+from model.figures.__main__ import main as draw_figures
 from model.metrics import read_metrics
+from model.networks import build
 
-from .tiny import add_tiny, load_tiny
+from .tiny import CONFIG, add_tiny, load_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +109,6 @@ def test_other_classes_are_refused(runs: list[Path], tmp_path: Path) -> None:
 
 def pictures(folder: Path) -> list[str]:
     """Some test images as picture files: as they are, inverted in colour, larger."""
-    from model.data import Source
-
     images = load_tiny(Source(folder)).test.images[:3, 0].numpy()
     Image.fromarray(images[0]).save(folder / "0.png")
     Image.fromarray(images[1]).convert("RGB").resize((84, 84), 0).save(folder / "1.png")
@@ -131,6 +132,129 @@ def test_predictions(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert a["scores"] == b["scores"]
     assert len(a["scores"]) == 3
     assert a["classes"][0] == max(a["scores"], key=a["scores"].get)
+
+
+def saved_scores(output: str) -> list[dict[str, float]]:
+    """What ``predict --json`` said of each picture."""
+    return [json.loads(line)["scores"] for line in output.splitlines()]
+
+
+def of_size(size: int, folder: Path) -> Path:
+    """A network for scikit-learn's digits seen through windows of another size, hardly trained."""
+    flags = ["--image-size", str(size), "--epochs", "1", "--lr", "0.01"]
+    train.main(["--experiment", "tiny", "--save-dir", str(folder / "run"), *flags])
+    state = load(folder / "run")
+    state.config = replace(state.config, dataset="digits")
+    save(folder / "run" / CHECKPOINT, state)
+    return folder / "run"
+
+
+def test_pictures_are_seen_like_the_test_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training and test cut 20 x 20 windows out of 28 x 28 digits; so must prediction."""
+    run = of_size(20, tmp_path)
+    assert evaluate.main([str(run), "--json", str(tmp_path / "x.json")]) == 0
+    (tested,) = json.loads((tmp_path / "x.json").read_text())["tests"].values()
+    test = digits.load().test
+    paths = [str(tmp_path / f"{n}.png") for n in range(len(test))]
+    for path, image in zip(paths, test.images[:, 0].numpy(), strict=True):
+        Image.fromarray(image).save(path)
+    capsys.readouterr()
+    assert predict.main([*paths, "--weights", str(run), "--json"]) == 0
+    found = [json.loads(line)["classes"][0] for line in capsys.readouterr().out.splitlines()]
+    wrong = sum(int(name) != label for name, label in zip(found, test.labels.tolist(), strict=True))
+    assert wrong == tested["runs"][str(run)]["wrong"]
+
+
+def test_a_picture_on_a_canvas_does_not_depend_on_its_neighbours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = of_size(36, tmp_path)
+    first, second, _ = pictures(tmp_path)
+    capsys.readouterr()
+    assert predict.main([first, second, "--weights", str(run), "--json"]) == 0
+    assert predict.main([second, "--weights", str(run), "--json"]) == 0
+    _, among_others, alone = saved_scores(capsys.readouterr().out)
+    assert alone == pytest.approx(among_others)
+
+
+def test_every_data_set_says_the_size_of_its_images() -> None:
+    assert set(NATIVE_SIZES) == set(DATASETS) - {"folder", "tiny"}
+
+
+def test_what_is_inverted_is_the_picture_not_its_margins(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dark = load_tiny(Source(tmp_path)).test.images[0, 0, :, 8:20].numpy()
+    Image.fromarray(dark).save(tmp_path / "dark.png")
+    Image.fromarray(255 - dark).save(tmp_path / "bright.png")
+    weights = ["--weights", str(runs[0]), "--json"]
+    assert predict.main([str(tmp_path / "dark.png"), *weights]) == 0
+    assert predict.main([str(tmp_path / "bright.png"), *weights, "--invert"]) == 0
+    expected, inverted = saved_scores(capsys.readouterr().out)
+    assert inverted == expected
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_repeats_count_only_where_views_are_random(
+    pairs: bool, runs: list[Path], tmp_path: Path
+) -> None:
+    state = load(runs[0])
+    state.config = state.config.replaced({"pairs": pairs})
+    save(tmp_path / CHECKPOINT, state)
+    output = tmp_path / "x.json"
+    assert evaluate.main([str(tmp_path), "--repeats", "3", "--json", str(output)]) == 0
+    (found,) = json.loads(output.read_text())["tests"]["test"]["runs"].values()
+    assert found["count"] == (150 if pairs else 50)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_probabilities_are_those_of_the_loss(
+    pairs: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained with a sigmoid for each class, two classes of a pair can both be certain."""
+    architecture = replace(CONFIG.architecture, network="cnn")
+    network = build(architecture)
+    weights = {name: torch.zeros_like(t) for name, t in model_tensors(network).items()}
+    bias = [name for name in weights if name.endswith("bias")][-1]
+    weights[bias][:2] = 9
+    config = replace(CONFIG, architecture=architecture, pairs=pairs)
+    save(tmp_path / CHECKPOINT, Checkpoint(config, tuple("0123456789"), weights))
+    assert predict.main([pictures(tmp_path)[0], "--weights", str(tmp_path), "--json"]) == 0
+    (scores,) = saved_scores(capsys.readouterr().out)
+    assert [scores["0"], scores["1"]] == pytest.approx([1, 1] if pairs else [0.5, 0.5], abs=1e-3)
+
+
+def test_files_that_cannot_be_written_are_noticed_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = str(tmp_path / "nowhere")  # reading this run would be the first of the work
+    weights = ["x.png", "--weights", nowhere]
+    with pytest.raises(
+        UserError, match=r"--json .*/gone/x\.json can't be written: .*gone is no fo"
+    ):
+        evaluate.main([nowhere, "--json", str(tmp_path / "gone" / "x.json")])
+    with pytest.raises(UserError, match=r"--json .* can't be written: it is a folder, expected"):
+        evaluate.main([nowhere, "--json", str(tmp_path)])
+    with pytest.raises(UserError, match=r"--reconstructions .* can't be written: it is a folder"):
+        predict.main([*weights, "--reconstructions", str(tmp_path)])
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match=r"--reconstructions .* can't be written: no permission"):
+        predict.main([*weights, "--reconstructions", str(tmp_path / "x.png")])
+
+
+def test_a_backend_that_cannot_be_used_here(runs: list[Path], tmp_path: Path) -> None:
+    here = ["--device", "cpu", "--backend", "cuda"]
+    commands = {
+        evaluate.main: [str(runs[0])],
+        predict.main: [pictures(tmp_path)[0], "--weights", str(runs[0])],
+        draw_figures: [str(runs[0])],
+    }
+    for main, arguments in commands.items():
+        with pytest.raises(UserError, match="--backend cuda can't be used on cpu: ") as caught:
+            main([*arguments, *here])
+        assert "\n" not in str(caught.value)
 
 
 def test_what_predict_refuses(runs: list[Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from model import train
 from model.checkpoint import CHECKPOINT, Checkpoint, load, model_tensors, save
 from model.config import Config
+from model.data import DATASETS
 from model.errors import UserError
 from model.figures.__main__ import main
 from model.figures.equivariance import rotated, shifted, thickened
@@ -72,6 +73,21 @@ def test_figures_of_a_few_own_pictures(tmp_path: Path) -> None:
     save(run, Checkpoint(config, ("a", "b"), model_tensors(build(config.architecture))))
     assert main([str(run), "--data-dir", str(tmp_path)]) == 0
     assert len(list(tmp_path.glob("figure-*.png"))) == 5
+
+
+def test_names_are_shown_as_they_are(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To matplotlib ``$a_$`` would be a formula, and a wrong one."""
+    classes = tuple(f"${c}_$b" for c in "abcdefghij")
+    monkeypatch.setitem(DATASETS, "tiny", lambda _: replace(load_tiny(None), classes=classes))
+    state = load(run)
+    state.classes = classes
+    folder = tmp_path / "$x_$"
+    folder.mkdir()
+    save(folder / CHECKPOINT, state)
+    assert main([str(folder), "--only", "reconstructions", "iterations"]) == 0
+    assert len(list(folder.glob("figure-*.png"))) == 2
 
 
 def test_what_figures_refuse(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,14 @@ from model.experiments import EXPERIMENTS
 
 
 def write_run(
-    path: Path, seed: int, error: float, experiment: str = "mnist", outcome: str = "finished"
+    path: Path,
+    seed: int,
+    error: float,
+    experiment: str = "mnist",
+    outcome: str = "finished",
+    **changes: Any,
 ) -> None:
-    config = EXPERIMENTS[experiment].config.to_dict() | {"seed": seed}
+    config = EXPERIMENTS[experiment].config.replaced(changes).to_dict() | {"seed": seed}
     if seed == 0:
         del config["warmup_steps"]  # an older version's
     about = {
@@ -66,6 +72,56 @@ def test_unfinished_runs_are_refused(docs: Path) -> None:
     path.write_text("{torn")
     with pytest.raises(UserError, match=r"x\.jsonl: line 1 is not a JSON object"):
         results.main([])
+
+
+def written(docs: Path) -> list[list[str]]:
+    assert results.main([]) == 0
+    lines = (docs / "results.md").read_text().splitlines()
+    rows = lines[lines.index("|" + " --- |" * 10) + 1 :]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_figures_of_the_paper_stand_beside_their_own_experiment_only(docs: Path) -> None:
+    for number, changes in enumerate(
+        ({"dataset": "fashion-mnist", "routings": 1}, {"lam_recon": 0.0}, {"epochs": 3}, {})
+    ):
+        write_run(docs / "results" / f"{number}.jsonl", 1, 0.4, **changes)
+    rows = written(docs)
+    assert sorted(row[0] for row in rows[:2]) == ["mnist", "mnist"]
+    assert {row[1] for row in rows[:2]} == {"0.25 +- 0.005 % (table 1)"}
+    assert [row[:4] for row in rows[2:]] == [
+        ["mnist with dataset fashion-mnist, routings 1", "-", "-", "test: 0.4 %"],
+        ["mnist with reconstruction False", "-", "-", "test: 0.4 %"],
+    ]
+
+
+def test_a_run_counts_once(docs: Path) -> None:
+    for name in ("a", "b"):
+        write_run(docs / "results" / f"{name}.jsonl", 3, 0.4)
+    with pytest.raises(UserError, match=r"b\.jsonl: .* as .*a\.jsonl: its seed must be another, g"):
+        results.main([])
+
+
+def test_what_is_not_the_metrics_of_a_run(docs: Path) -> None:
+    path = docs / "results" / "x.jsonl"
+
+    def refused(expected: str) -> None:
+        with pytest.raises(UserError, match=rf"x\.jsonl: {expected}") as caught:
+            results.main([])
+        assert "\n" not in str(caught.value)
+
+    path.write_text("3\n")
+    refused("line 1 is not a JSON object")
+    write_run(path, 1, 0.4)
+    whole = path.read_text()
+    path.write_text(whole.replace('"experiment": "mnist"', '"experiment": "mnits"'))
+    refused("experiment must be one of .*, got 'mnits'")
+    path.write_text(whole.replace('"device"', '"gadget"'))
+    refused("not the metrics of a run: 'device' is missing")
+    path.write_text(whole.replace('"epochs": 50', '"epochs": "fifty"'))
+    refused("not the metrics of a run: epochs must be of type int, got 'fifty'")
+    path.write_text(whole.replace('"tests": {"test": ', '"tests": {"test": 3, "other": '))
+    refused("not the metrics of a run: ")
 
 
 def test_the_committed_table_is_up_to_date() -> None:

@@ -6,18 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from model import fit, train
-from model.checkpoint import CHECKPOINT, load
+from model.checkpoint import CHECKPOINT, load, save
+from model.data import DATASETS, Dataset, Source, Split
+from model.errors import UserError
 from model.interrupt import Interrupted, Interruption
 from model.metrics import read_metrics
 from model.trainer import Trainer
 
-from .tiny import CONFIG, STEPS_PER_EPOCH, add_tiny
+from .tiny import CONFIG, STEPS_PER_EPOCH, add_tiny, load_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,3 +142,43 @@ def test_metrics_are_json_lines_with_all_that_judges_them(uninterrupted: Path) -
     assert lines[2]["epoch"] == 2
     assert lines[2]["train_loss"] < lines[1]["train_loss"]
     assert lines[3]["tests"]["test"]["count"] == 50
+
+
+@pytest.mark.parametrize(("part", "left"), [("train", 64), ("train", 264), ("test", 49)])
+@pytest.mark.parametrize("older", [False, True])
+def test_other_data_than_the_run_began_with_is_refused(
+    part: str, left: int, older: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its epochs would not end where the data's do. Files of older versions only tell by that."""
+    directory = tmp_path / "run"
+    assert train.main(["--experiment", "tiny", "--epochs", "1", "--save-dir", str(directory)]) == 0
+    if older:
+        state = load(directory)
+        state.data = None
+        save(directory / CHECKPOINT, state)
+
+    def load_less(source: Source) -> Dataset:
+        dataset = load_tiny(source)
+        split = getattr(dataset, part)
+        return replace(dataset, **{part: Split(split.images[:left], split.labels[:left])})
+
+    monkeypatch.setitem(DATASETS, "tiny", load_less)
+    before = {p: p.read_bytes() for p in directory.iterdir()}
+    resume = ["--resume", str(directory), "--epochs", "2"]
+    if older and left != 64:  # as many steps an epoch
+        assert train.main(resume) == 0
+        return
+    expected = rf"the run's {part} images are not .* must be \[\d+, \d+\], got \[{left},"
+    if older:
+        expected = "step 4 must be in or at the end of epoch 2 of 1 steps"
+    with pytest.raises(UserError, match=expected):
+        train.main(resume)
+    assert before == {p: p.read_bytes() for p in directory.iterdir()}
+
+
+def test_other_labels_of_as_many_images_are_other_data() -> None:
+    dataset = load_tiny(Source(Path()))
+    assert dataset.fingerprint() == json.loads(json.dumps(dataset.fingerprint()))
+    other = replace(dataset, train=Split(dataset.train.images, dataset.train.labels.flip(0)))
+    assert other.fingerprint()["train"] != dataset.fingerprint()["train"]
+    assert other.fingerprint()["test"] == dataset.fingerprint()["test"]

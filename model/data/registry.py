@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from functools import partial
 
-from . import affnist, cifar10, digits, idx, pictures, smallnorb, svhn
+from ..errors import UserError
+from . import affnist, cifar10, digits, folder, idx, smallnorb, svhn
 from .source import Source
 from .splits import Dataset
 
@@ -15,7 +16,7 @@ DATASETS: dict[str, Callable[[Source], Dataset]] = {
     "cifar10": cifar10.load,
     "smallnorb": smallnorb.load,
     "svhn": svhn.load,
-    "folder": pictures.load,
+    "folder": folder.load,
 }
 
 
@@ -25,4 +26,6 @@ def load_dataset(name: str, source: Source) -> Dataset:
     With ``source.download``, files that are missing are fetched there, checksums compared. Raises
     UserError, naming the file, where one is missing, damaged or of another format.
     """
+    if name not in DATASETS:
+        raise UserError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
     return DATASETS[name](source)

@@ -1,5 +1,6 @@
 """The form every data set takes in memory."""
 
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
@@ -25,6 +26,15 @@ class Split:
         """Images in order of class [N], where each class begins and how many it has [classes]."""
         count = self.labels.bincount()
         return self.labels.argsort(stable=True), count.cumsum(0) - count, count
+
+    @cached_property
+    def fingerprint(self) -> tuple[int, int]:
+        """How many images, and a checksum of the labels in their order.
+
+        Not of pixels: what another version of a library resizes or decodes may differ by one grey
+        level, and still is the same data.
+        """
+        return len(self), zlib.crc32(self.labels.cpu().numpy().tobytes())
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(self.images.to(device), self.labels.to(device))
@@ -55,6 +65,10 @@ class Dataset:
     """What ``test`` is, where it is not the publisher's test set."""
     further_tests: dict[str, Split] = field(default_factory=dict)
     """Other test sets by name, evaluated at the end of a run."""
+
+    def fingerprint(self) -> dict[str, list[int]]:
+        """What a run that is resumed must find again; JSON gives it back as it is."""
+        return {"train": list(self.train.fingerprint), "test": list(self.test.fingerprint)}
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 
@@ -81,12 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"--save-dir {directory} can't be written: {error.strerror}") from None
     for name in names:
-        if name == "iterations":
-            figure = error_by_iterations(runs)
-        else:
-            figure = (NEEDS_DECODER | ANY_CAPSNET)[name](runs[0])
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=150)
+        with matplotlib.rc_context({"text.parse_math": False}):  # "$" in a name is no formula
+            if name == "iterations":
+                figure = error_by_iterations(runs)
+            else:
+                figure = (NEEDS_DECODER | ANY_CAPSNET)[name](runs[0])
+            figure.savefig(buffer, format="png", dpi=150)
         path = directory / f"figure-{name}.png"
         checkpoints.write_atomically(path, buffer.getvalue())
         print(path)

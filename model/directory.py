@@ -1,0 +1,92 @@
+"""A run's directory: new where it must be, of one run, held by one process at a time."""
+
+import fcntl
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .checkpoint import CHECKPOINT, WEIGHTS, remove_unfinished
+from .errors import UserError
+from .metrics import METRICS
+
+PICTURE = "reconstructions.png"
+RUN_FILES = (CHECKPOINT, METRICS, WEIGHTS, PICTURE)
+
+
+def make_new(directory: Path) -> Path:
+    """Make a directory, with -2, -3 ... behind its name where that is taken; the one it became.
+
+    Runs that begin in the same second so get one each.
+    """
+    with writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = directory if number == 1 else Path(f"{directory}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            break
+    return path
+
+
+@contextmanager
+def held(directory: Path, fresh: bool) -> Iterator[None]:
+    """Keep a run's directory to this process; made if need be, tidied, and seen to be writable.
+
+    UserError if another process holds it, or if a ``fresh`` run would write over files of a run.
+    """
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        lock(descriptor, directory)
+        if fresh:
+            refuse_used(directory)
+        with writing(directory):
+            remove_unfinished(directory)
+            with tempfile.TemporaryFile(dir=directory) as file:
+                file.write(b"x")
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks it, as the end of the process does, however it ends
+
+
+def lock(descriptor: int, directory: Path) -> None:
+    """Lock an open directory; UserError if another process did."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{directory} is in use by a run in another process: wait for its end, or take "
+            "another --save-dir"
+        ) from None
+    except OSError:
+        pass  # some network file systems have no locks of directories
+
+
+def refuse_used(directory: Path) -> None:
+    """UserError if any file of a run is in a directory: a new run would write over it."""
+    if (directory / CHECKPOINT).exists():
+        raise UserError(
+            f"--save-dir {directory} holds a run already: --resume {directory} goes on with it, "
+            "another --save-dir starts afresh"
+        )
+    for name in RUN_FILES:
+        if (directory / name).exists():
+            raise UserError(
+                f"--save-dir {directory} holds {name} of a run already: it must be empty of runs; "
+                "take another, or remove that one"
+            )
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """OSError becomes UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--save-dir {directory} can't be written: {error.strerror}") from None
