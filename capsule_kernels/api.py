@@ -13,6 +13,7 @@ from .autograd import (
     by_oracle,
     forward_operator,
     transformed,
+    undifferentiated,
 )
 from .dispatch import select_backend
 from .validation import check_arguments
@@ -182,10 +183,12 @@ def route(
         return by_oracle(*inputs)
     if transformed(caller):
         function = TransformableRouting.apply
+    elif torch.compiler.is_exporting():  # a program keeps operators, with derivatives of their own
+        function = forward_operator
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
         function = FusedRouting.apply
     else:
-        function = forward_operator
+        function = undifferentiated
     v, coupling, *_ = function(*inputs)
     return v, coupling
 

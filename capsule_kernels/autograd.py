@@ -49,8 +49,20 @@ def forward_operator(
         options.weight_sharing,
         options.return_coupling,
         options.window,
+        options.routing_gradient == "full",
     )
     return v, coupling, s
+
+
+def undifferentiated(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`forward_operator` past its own derivative (:func:`differentiate`), which takes 10 us.
+
+    Not while it is compiled, where that costs nothing and such a block is not known.
+    """
+    if torch.compiler.is_compiling():
+        return forward_operator(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return forward_operator(*inputs)
 
 
 class FusedRouting(torch.autograd.Function):
@@ -63,7 +75,7 @@ class FusedRouting(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        v, coupling, s = forward_operator(*inputs)
+        v, coupling, s = undifferentiated(*inputs)
         remember(ctx, inputs, s)
         ctx.mark_non_differentiable(coupling)
         return v, coupling
@@ -155,6 +167,36 @@ def transformed(caller: str) -> bool:
             "compile without fullgraph=True"
         )
     return found
+
+
+def differentiate(backend: str) -> None:
+    """Give a forward operator a derivative of its own: that of a graph that holds it.
+
+    Exported and traced programs have no :class:`FusedRouting` any more. Without this, PyTorch would
+    take what lies before the operator for constant.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, R, leaky, weight_sharing, return_coupling, window, full = inputs
+        gradient = "full" if full else "last"
+        options = Options(
+            backend, R, leaky, weight_sharing, gradient, return_coupling, window and tuple(window)
+        )
+        _, s, coupling = output
+        remember(ctx, (*tensors, options), s)
+        ctx.mark_non_differentiable(s, coupling)
+
+    def backward(ctx: Any, grad_v: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+        *found, _ = gradients(ctx, grad_v, asked_for(ctx))
+        return *found, *[None] * 6
+
+    torch.library.register_autograd(
+        OPERATORS[backend].forward, backward, setup_context=setup_context
+    )
+
+
+for _backend in OPERATORS:
+    differentiate(_backend)
 
 
 def backward_operator(

@@ -21,7 +21,7 @@ from .windows import sizes
 
 FORWARD_SCHEMA = (
     "(Tensor u, Tensor weight, Tensor? logits, Tensor? bias, int num_iterations, bool leaky, "
-    "int weight_sharing, bool return_coupling, SymInt[]? window=None) "
+    "int weight_sharing, bool return_coupling, SymInt[]? window=None, bool full_gradient=True) "
     "-> (Tensor v, Tensor s, Tensor coupling)"
 )
 """``v`` [B, J, D] in the dtype of u; ``s`` [R, B, J, D], the total inputs of every iteration, bias
@@ -30,7 +30,10 @@ included, in float32 (float64 for float64); ``coupling`` [B, I, J] in the dtype 
 u is [B, I, K], or with a ``window`` (kh, kw, rows of a step, columns of a step) a grid
 [B, H, W, C, K] that it slides over. Every position (b, y, x) of the window is then a sample, every
 (c, dy, dx) an input capsule, in these orders: ``u[b, y * rows + dy, x * columns + dx, c]``. So B
-stands for B H' W' in all other shapes, I for C kh kw, and ``weight_sharing`` must be 1."""
+stands for B H' W' in all other shapes, I for C kh kw, and ``weight_sharing`` must be 1.
+
+``full_gradient`` is ``routing_gradient == "full"``. It makes no difference to the forward: where a
+graph holds this operator, its derivative follows it."""
 
 BACKWARD_SCHEMA = (
     "(Tensor grad_v, Tensor u, Tensor weight, Tensor? logits, Tensor s, bool leaky, "
@@ -38,8 +41,7 @@ BACKWARD_SCHEMA = (
     "-> (Tensor grad_u, Tensor grad_weight, Tensor grad_logits, Tensor grad_bias)"
 )
 """Gradients in the shapes and the dtype of u (with a window: of the grid), weight, logits [I, J],
-bias [J, D]; [0] where ``output_mask`` is false. ``full_gradient`` is
-``routing_gradient == "full"``."""
+bias [J, D]; [0] where ``output_mask`` is false. ``full_gradient`` as in the forward."""
 
 KERNEL_BACKENDS = ("cpu", "triton", "cuda")
 
@@ -61,6 +63,7 @@ def forward_shapes(
     weight_sharing: int,
     return_coupling: bool,
     window: Sequence[int] | None = None,
+    full_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty outputs of ``routing_forward``: its fake implementation, and what backends fill."""
     B, I = sizes(u, window)

@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <sstream>
+
 #include "cpu/dispatch.h"
 #include "cpu/driver.h"
 
@@ -11,6 +14,13 @@ namespace {
 
 py::dict kernel_plan(int64_t B, int64_t I, int64_t J, int64_t K, int64_t D, int64_t R,
                      int64_t weight_sharing) {
+  if (std::min({B, I, J, K, D, R, weight_sharing}) < 1 || I % weight_sharing != 0) {
+    std::ostringstream message;
+    message << "kernel_plan: sizes must be >= 1 and weight_sharing must divide I, got B = " << B
+            << ", I = " << I << ", J = " << J << ", K = " << K << ", D = " << D << ", R = " << R
+            << ", weight_sharing = " << weight_sharing;
+    throw py::value_error(message.str());
+  }
   const capsule::Problem<float> problem{B,     I,       J,       K,      D, R, weight_sharing,
                                         false, nullptr, nullptr, nullptr};
   const auto& kernels = capsule::kernels<float>(B);

@@ -1,5 +1,6 @@
 """The kernels that can run here: what tests of every backend are parametrized with."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -47,6 +48,20 @@ KERNELS = [parameter(target) for target in TARGETS]
 NEEDS_KERNELS = pytest.mark.skipif(not TARGETS, reason="the oracle alone is usable here")
 
 EVERY = [parameter(Target("reference", "cpu")), *KERNELS]
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs a test on one set of CPU kernels; what this processor lacks is skipped, visibly."""
+    from capsule_kernels import _C
+
+    if request.param not in _C.usable_instruction_sets():
+        pytest.skip(f"this processor or build has no {request.param}")
+    before = _C.instruction_set()
+    _C.set_instruction_set(request.param)
+    yield
+    _C.set_instruction_set(before)
+
 
 DEVICES = [
     "cpu",

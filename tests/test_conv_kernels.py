@@ -1,29 +1,16 @@
 """Windows in the CPU kernels: every vector layout and instruction set, the same bits."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from capsule_kernels import backends
 
 from .conv_cases import CASES, Conv, check, make_inputs, run
+from .targets import instruction_set  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.skipif(
     not backends()["cpu"].usable, reason=f"cpu backend: {backends()['cpu'].reason}"
 )
-
-
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    from capsule_kernels import _C
-
-    if request.param not in _C.usable_instruction_sets():
-        pytest.skip(f"this processor or build has no {request.param}")
-    before = _C.instruction_set()
-    _C.set_instruction_set(request.param)
-    yield
-    _C.set_instruction_set(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -9,23 +9,11 @@ import torch
 from capsule_kernels import backends, fused_routing
 
 from .cases import OPTIONS, SHAPES, Case, check_case
+from .targets import instruction_set  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.skipif(
     not backends()["cpu"].usable, reason=f"cpu backend: {backends()['cpu'].reason}"
 )
-
-
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def instruction_set(request):
-    """Runs a test on one set of kernels; what this processor lacks is skipped, visibly."""
-    from capsule_kernels import _C
-
-    if request.param not in _C.usable_instruction_sets():
-        pytest.skip(f"this processor or build has no {request.param}")
-    before = _C.instruction_set()
-    _C.set_instruction_set(request.param)
-    yield request.param
-    _C.set_instruction_set(before)
 
 
 @pytest.mark.parametrize(
@@ -42,19 +30,37 @@ def test_vectors_of_avx512_are_not_half_empty(B, lanes, block):
     assert (plan["lanes"], plan["samples_per_block"]) == (lanes, block)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [*({name: 0} for name in ("B", "I", "J", "K", "D", "R", "weight_sharing")), {"B": -1},
+     {"weight_sharing": 7}],
+    ids=str,
+)  # fmt: skip
+def test_a_plan_of_no_problem_is_refused(wrong):
+    """It was a division by zero, which ends the process."""
+    from capsule_kernels import _C
+
+    sizes = {"B": 2, "I": 12, "J": 10, "K": 8, "D": 16, "R": 3, "weight_sharing": 1} | wrong
+    got = ", ".join(f"{name} = {size}" for name, size in sizes.items())
+    with pytest.raises(ValueError, match=f">= 1 and weight_sharing must divide I, got {got}$"):
+        _C.kernel_plan(**sizes)
+
+
 # Both lane layouts: few samples (lanes are capsules) and many (lanes are samples).
 BATCHES = [1, 2, 5, 9, 20]
 
 
 @pytest.mark.parametrize("case", SHAPES + OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_matches_oracle(case, dtype, instruction_set):
+@pytest.mark.usefixtures("instruction_set")
+def test_matches_oracle(case, dtype):
     check_case(case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("B", BATCHES)
 @pytest.mark.parametrize("case", OPTIONS, ids=str)
-def test_options_at_every_batch_layout(case, B, instruction_set):
+@pytest.mark.usefixtures("instruction_set")
+def test_options_at_every_batch_layout(case, B):
     check_case(replace(case, B=B), torch.float32, "cpu")
 
 
@@ -78,7 +84,8 @@ SHARED = [
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", SHARED, ids=str)
-def test_shared_weights(case, dtype, instruction_set):
+@pytest.mark.usefixtures("instruction_set")
+def test_shared_weights(case, dtype):
     from capsule_kernels import _C
 
     sizes = {name: getattr(case, name) for name in ("B", "I", "J", "K", "D", "R", "weight_sharing")}
@@ -103,7 +110,8 @@ def test_weights_are_contracted_where_it_pays():
 
 @pytest.mark.parametrize("B", [3, 20])
 @pytest.mark.parametrize(("dtype", "lowest"), [(torch.float32, -80), (torch.float64, -600)])
-def test_small_couplings_are_exact_too(dtype, lowest, B, instruction_set):
+@pytest.mark.usefixtures("instruction_set")
+def test_small_couplings_are_exact_too(dtype, lowest, B):
     """Relative to themselves, however small: softmax of priors whose largest is 0, as u is 0."""
     generator = torch.Generator().manual_seed(0)
     logits = lowest * torch.rand(64, 8, generator=generator, dtype=dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from capsule_kernels import CapsuleConv2d
+from capsule_kernels import CapsuleConv2d, CapsuleLinear
 
 from .targets import DEVICES
 from .tiny import tiny_capsnet
@@ -44,6 +44,48 @@ def test_one_program_for_every_batch_size(device: str) -> None:
     for B in (1, 2, 9):
         images = torch.rand(B, 1, 28, 28, device=device)
         torch.testing.assert_close(module(images), network(images))
+
+
+def gradients(network: nn.Module, run: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
+    """By name, of the network's parameters, which ``run`` shares."""
+    network.zero_grad()
+    run(x).square().sum().backward()
+    return {name: p.grad for name, p in network.named_parameters()}
+
+
+LAYERS = {
+    "full": lambda: CapsuleLinear(6, 8, 3, 5, bias=True, learn_logits=True),
+    "last": lambda: CapsuleLinear(6, 8, 3, 5, routing_gradient="last", leaky=True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("save", ["export", "strict export", "trace"])
+def test_a_saved_program_trains(save: str, layer: str) -> None:
+    """Gradients reach what lies before the routing, which is an operator there, and no function."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 8), LAYERS[layer](), nn.Linear(5, 2))
+    x = torch.randn(4, 6, 8)
+    expected = gradients(network, network, x)
+    program = (
+        torch.jit.trace(network, (x,), check_trace=False)
+        if save == "trace"
+        else torch.export.export(network, (x,), strict=save == "strict export").module()
+    )
+    found = gradients(network, program, x)
+    for name, gradient in expected.items():
+        assert found[name] is not None, name
+        assert torch.equal(found[name], gradient), name
+
+
+def test_a_saved_program_of_windows_trains() -> None:
+    torch.manual_seed(0)
+    network = CapsuleConv2d(2, 4, 3, 4, 3, stride=2, padding=1, bias=True)
+    u = torch.randn(2, 2, 4, 9, 8)
+    expected = gradients(network, network, u)
+    found = gradients(network, torch.export.export(network, (u,), strict=True).module(), u)
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
 
 
 CONTROL = """

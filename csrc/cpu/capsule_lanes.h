@@ -223,105 +223,77 @@ struct CapsuleLanes {
   template <int fixed_K>
   static void final(const Problem<T>& p, const FinalSweep<T>& sweep, index i0, index i1,
                     T* grad_weight, T* memory) {
-    const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
-    const index first_t = sweep.first_coupled(R);
-    const bool prior_gradient = sweep.grad_logits != nullptr, shared = p.weight_sharing > 1;
-    const bool by_rows = sweep.held && rows_fit(p);
+    const index J = p.J, NK = p.N() * (fixed_K ? fixed_K : p.K);
+    const bool shared = p.weight_sharing > 1, by_rows = sweep.held && rows_fit(p);
     const Final scratch(p, memory);
-    auto coefficient = [&](const Term<T>& term, index j) {
-      return (term.is_dl ? scratch.dl : scratch.c) + ((term.t - 1) * J + j) * lanes;
-    };
-    auto clear = [](T* x, index count) {
-      for (index o = 0; o < count * lanes; ++o) x[o] = 0;
-    };
-
-    if (shared) clear(scratch.dW, N * K);
+    if (shared) clear(scratch.dW, NK);
     for (index i = i0; i < i1; i += lanes) {
       const index valid = i1 - i < lanes ? i1 - i : lanes;
+      T* dW = grad_weight && !shared ? grad_weight + (i - i0) * NK : nullptr;
       pack_capsules(p, 0, p.B, i, valid, scratch.u);
-      if (!by_rows && (sweep.grad_u || !sweep.held)) pack_weights(p, i, 0, N * K, scratch.W);
-      if (!shared && !by_rows) clear(scratch.dW, N * K);
-      if (prior_gradient) clear(scratch.dlogits, J);
-
+      if (!by_rows && (sweep.grad_u || !sweep.held)) pack_weights(p, i, 0, NK, scratch.W);
+      if (!shared && !by_rows) clear(scratch.dW, NK);
+      if (sweep.grad_logits) clear(scratch.dlogits, J);
       for (index b = 0; b < p.B; ++b) {
-        const T* u = scratch.u + b * K * lanes;
-        for (index t = first_t; t <= R; ++t) start_logits(p, i, scratch.c + (t - 1) * J * lanes);
-        clear(scratch.dl, R * J);
-        for (index j = 0; j < J; ++j)
-          for_tiles<tile>(D, [&](auto size, index d) {
-            constexpr int n = size;
-            const index o = j * D + d;
-            V acc[n];
-            if (sweep.held)
-              load_all<n>(sweep.held + ((i / lanes * p.B + b) * N + o) * lanes, acc);
-            else
-              predict<n>(scratch.W + o * K * lanes, K, u, acc);
-            for (index m = 0; m < sweep.dot_count; ++m)
-              dot<n>(acc, sweep.dots[m].source + b * N + o, coefficient(sweep.dots[m], j));
-          });
-        for (index t = first_t; t <= R; ++t) {
-          T* c = scratch.c + (t - 1) * J * lanes;
-          T* dl = scratch.dl + (t - 1) * J * lanes;
-          if (!sweep.needs_dl(t)) {
-            softmax(c, J, lanes, no_prior, p.leaky);
-            continue;
-          }
-          softmax_and_gradient<true>(c, dl, J, lanes, no_prior, p.leaky);
-          if (prior_gradient)
-            for (index o = 0; o < J * lanes; o += lanes)
-              store(scratch.dlogits + o, load(scratch.dlogits + o) + load(dl + o));
-        }
-        for (index j = 0; j < J; ++j)
-          for (index o = j * D; o < (j + 1) * D; ++o) {
-            V sum = sweep.uniform_term ? broadcast(sweep.uniform_term[b * N + o]) : V{};
-            for (index m = 0; m < sweep.term_count; ++m)
-              sum += load(coefficient(sweep.terms[m], j)) * sweep.terms[m].source[b * N + o];
-            store(scratch.du_hat + o * lanes, sum);
-          }
-        if (by_rows) {
-          T* rows = scratch.dW;  // in its place
-          scatter_rows(scratch.du_hat, lanes, N, valid, [&](index r) { return rows + r * N; });
-          for (index r = 0; r < valid; ++r)
-            gradients_by_row(p, p.weight + (i + r) * N * K, p.u + p.at(b, i + r), rows + r * N,
-                             b > 0, grad_weight ? grad_weight + (i - i0 + r) * N * K : nullptr,
-                             sweep.grad_u ? sweep.grad_u + p.at(b, i + r) : nullptr);
-          continue;
-        }
-        if (sweep.grad_u) {
-          clear(scratch.du, K);
-          for (index o = 0; o < N; ++o) {
-            const V x = load(scratch.du_hat + o * lanes);
-            for (index k = 0; k < K; ++k) {
-              T* du = scratch.du + k * lanes;
-              store(du, load(du) + load(scratch.W + (o * K + k) * lanes) * x);
-            }
-          }
-          if (p.sample_at)
-            for (index r = 0; r < valid; ++r)
-              for (index k = 0; k < K; ++k)
-                sweep.grad_u[p.at(b, i + r) + k] += scratch.du[k * lanes + r];
-          else
-            scatter_rows(scratch.du, lanes, K, valid,
-                         [&](index r) { return sweep.grad_u + p.at(b, i + r); });
-        }
-        if (grad_weight)
-          for (index o = 0; o < N; ++o) {
-            const V x = load(scratch.du_hat + o * lanes);
-            for (index k = 0; k < K; ++k) {
-              T* dW = scratch.dW + (o * K + k) * lanes;
-              store(dW, load(dW) + x * load(u + k * lanes));
-            }
-          }
+        couplings<fixed_K>(p, sweep, b, i, scratch);
+        prediction_gradients(p, sweep, b, scratch);
+        if (by_rows)
+          gradients_by_rows(p, sweep, b, i, valid, dW, scratch);
+        else
+          gradients<fixed_K>(p, sweep, b, i, valid, grad_weight != nullptr, scratch);
       }
-      if (prior_gradient)
+      if (sweep.grad_logits)
         scatter_rows(scratch.dlogits, lanes, J, valid,
                      [&](index r) { return sweep.grad_logits + (i + r) * J; });
-      if (grad_weight && !shared && !by_rows)
-        scatter_rows(scratch.dW, lanes, N * K, valid,
-                     [&](index r) { return grad_weight + (i - i0 + r) * N * K; });
+      if (dW && !by_rows)
+        scatter_rows(scratch.dW, lanes, NK, valid, [&](index r) { return dW + r * NK; });
     }
     if (grad_weight && shared)
-      for (index x = 0; x < N * K; ++x) grad_weight[x] = sum_lanes<T>(load(scratch.dW + x * lanes));
+      for (index x = 0; x < NK; ++x) grad_weight[x] = sum_lanes<T>(load(scratch.dW + x * lanes));
+  }
+
+  static CAPSULE_INLINE void clear(T* x, index count) {
+    for (index o = 0; o < count * lanes; ++o) x[o] = 0;
+  }
+
+  static CAPSULE_INLINE T* coefficient(const Problem<T>& p, const Product<T>& of,
+                                       const Final& scratch, index j) {
+    return (of.is_dl ? scratch.dl : scratch.c) + ((of.t - 1) * p.J + j) * lanes;
+  }
+
+  // c^t and dl^t of every iteration for sample b and the capsules from i on, and their share of
+  // dlogits.
+  template <int fixed_K>
+  static CAPSULE_INLINE void couplings(const Problem<T>& p, const FinalSweep<T>& sweep, index b,
+                                       index i, const Final& scratch) {
+    const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
+    const index first_t = sweep.first_coupled(R);
+    for (index t = first_t; t <= R; ++t) start_logits(p, i, scratch.c + (t - 1) * J * lanes);
+    clear(scratch.dl, R * J);
+    for (index j = 0; j < J; ++j)
+      for_tiles<tile>(D, [&](auto size, index d) {
+        constexpr int n = size;
+        const index o = j * D + d;
+        V acc[n];
+        if (sweep.held)
+          load_all<n>(sweep.held + ((i / lanes * p.B + b) * N + o) * lanes, acc);
+        else
+          predict<n>(scratch.W + o * K * lanes, K, scratch.u + b * K * lanes, acc);
+        for (index m = 0; m < sweep.dot_count; ++m)
+          dot<n>(acc, sweep.dots[m].state + b * N + o, coefficient(p, sweep.dots[m], scratch, j));
+      });
+    for (index t = first_t; t <= R; ++t) {
+      T* c = scratch.c + (t - 1) * J * lanes;
+      T* dl = scratch.dl + (t - 1) * J * lanes;
+      if (!sweep.needs_dl(t)) {
+        softmax(c, J, lanes, no_prior, p.leaky);
+        continue;
+      }
+      softmax_and_gradient<true>(c, dl, J, lanes, no_prior, p.leaky);
+      if (sweep.grad_logits)
+        for (index o = 0; o < J * lanes; o += lanes)
+          store(scratch.dlogits + o, load(scratch.dlogits + o) + load(dl + o));
+    }
   }
 
   // sum += acc . x, x the same for every capsule
@@ -331,6 +303,65 @@ struct CapsuleLanes {
 #pragma GCC unroll 16
     for (int m = 0; m < n; ++m) total += acc[m] * x[m];
     store(sum, load(sum) + total);
+  }
+
+  // du_hat of sample b, all its terms.
+  static CAPSULE_INLINE void prediction_gradients(const Problem<T>& p, const FinalSweep<T>& sweep,
+                                                  index b, const Final& scratch) {
+    const index D = p.D, N = p.N();
+    for (index j = 0; j < p.J; ++j)
+      for (index o = j * D; o < (j + 1) * D; ++o) {
+        V sum = sweep.uniform_term ? broadcast(sweep.uniform_term[b * N + o]) : V{};
+        for (index m = 0; m < sweep.term_count; ++m)
+          sum += load(coefficient(p, sweep.terms[m], scratch, j)) * sweep.terms[m].state[b * N + o];
+        store(scratch.du_hat + o * lanes, sum);
+      }
+  }
+
+  // du = W^T du_hat of sample b to where it goes, and dW += du_hat u in scratch if it is wanted.
+  template <int fixed_K>
+  static CAPSULE_INLINE void gradients(const Problem<T>& p, const FinalSweep<T>& sweep, index b,
+                                       index i, index valid, bool wants_dW, const Final& scratch) {
+    const index K = fixed_K ? fixed_K : p.K, N = p.N();
+    if (sweep.grad_u) {
+      clear(scratch.du, K);
+      for (index o = 0; o < N; ++o) {
+        const V x = load(scratch.du_hat + o * lanes);
+        for (index k = 0; k < K; ++k) {
+          T* du = scratch.du + k * lanes;
+          store(du, load(du) + load(scratch.W + (o * K + k) * lanes) * x);
+        }
+      }
+      if (p.sample_at)
+        for (index r = 0; r < valid; ++r)
+          for (index k = 0; k < K; ++k)
+            sweep.grad_u[p.at(b, i + r) + k] += scratch.du[k * lanes + r];
+      else
+        scatter_rows(scratch.du, lanes, K, valid,
+                     [&](index r) { return sweep.grad_u + p.at(b, i + r); });
+    }
+    if (wants_dW)
+      for (index o = 0; o < N; ++o) {
+        const V x = load(scratch.du_hat + o * lanes);
+        for (index k = 0; k < K; ++k) {
+          T* dW = scratch.dW + (o * K + k) * lanes;
+          store(dW, load(dW) + x * load(scratch.u + (b * K + k) * lanes));
+        }
+      }
+  }
+
+  // The same along the rows of W as they lie in memory, where they fit; dW of the first capsule, or
+  // null.
+  static CAPSULE_INLINE void gradients_by_rows(const Problem<T>& p, const FinalSweep<T>& sweep,
+                                               index b, index i, index valid, T* dW,
+                                               const Final& scratch) {
+    const index N = p.N(), NK = N * p.K;
+    T* rows = scratch.dW;  // of du_hat, in its place
+    scatter_rows(scratch.du_hat, lanes, N, valid, [&](index r) { return rows + r * N; });
+    for (index r = 0; r < valid; ++r)
+      gradients_by_row(p, p.weight + (i + r) * NK, p.u + p.at(b, i + r), rows + r * N, b > 0,
+                       dW ? dW + r * NK : nullptr,
+                       sweep.grad_u ? sweep.grad_u + p.at(b, i + r) : nullptr);
   }
 };
 

@@ -24,7 +24,6 @@ Partition make_partition(const Problem<T>& p, index lanes) {
   const index bytes = p.N() * p.K * index(sizeof(T));
 
   Partition part{};
-  part.lanes = lanes;
   part.capsule_lanes = too_few_for_lanes(p.B, lanes);
   part.block = part.capsule_lanes ? 1 : 2 * lanes;
   part.padded = part.capsule_lanes ? p.B : ceil_div(p.B, lanes) * lanes;
@@ -129,7 +128,7 @@ class Driver {
       sweep.coupling = t == p_.R && t > 1 ? coupling : nullptr;
       run(part_.tasks(),
           [&](index task, T* scratch) { kernels_.forward(p_, part_, sweep, task, scratch); });
-      Squash<T> squash{};
+      SquashForward<T> squash{};
       squash.partial = partial;
       squash.bias = bias;
       squash.s = s + (t - 1) * p_.B * p_.N();
@@ -159,8 +158,8 @@ class Driver {
     }
 
     for (index t = 1; t <= R; ++t) {
-      Squash<T> squash{};
-      squash.s = const_cast<T*>(s) + (t - 1) * p_.B * N;
+      SquashBackward<T> squash{};
+      squash.s = s + (t - 1) * p_.B * N;
       squash.V_previous = t > 1 ? V + (t - 2) * blocked_ : nullptr;
       squash.V = t < R ? V + (t - 1) * blocked_ : nullptr;
       squash.G = G;
@@ -181,9 +180,9 @@ class Driver {
       sweep.partial = partial;
       run(part_.tasks(),
           [&](index task, T* scratch) { kernels_.backward(p_, part_, sweep, task, scratch); });
-      Squash<T> squash{};
+      SquashBackward<T> squash{};
       squash.partial = partial;
-      squash.s = const_cast<T*>(s) + (t - 2) * p_.B * N;
+      squash.s = s + (t - 2) * p_.B * N;
       squash.G = G;
       squash.ds = ds + (t - 2) * blocked_;
       run(part_.blocks, squash_threads(), [&](index block, T* scratch) {
@@ -203,19 +202,25 @@ class Driver {
     if (grad_u || grad_weight || grad_logits) {
       const index tasks = final_tasks(p_, part_), row = N * p_.K;
       T* rows = part_.splits > 1 && grad_weight ? allocate_(tasks * row) : grad_weight;
-      FinalSweep<T> final{full, nullptr, 0, nullptr, 0, nullptr, held, grad_u, rows, grad_logits};
+      FinalSweep<T> final{};
+      final.full = full;
+      final.V = V;
+      final.ds = ds;
+      final.blocked = blocked_;
+      final.held = held;
+      final.grad_u = grad_u;
+      final.grad_weight = rows;
+      final.grad_logits = grad_logits;
       if (full && R > 1 && !p_.logits) {
         for (index x = 0; x < blocked_; ++x) ds[x] *= T(1) / T(p_.J + p_.leaky);
         final.uniform_term = ds;
       }
-      std::vector<Term<T>> dots, terms;
+      std::vector<Product<T>> dots, terms;
       for (index t = full ? 1 : R; t <= R; ++t) {
-        const T* V_before = t > 1 ? V + (t - 2) * blocked_ : nullptr;
-        const T* ds_t = ds + (t - 1) * blocked_;
-        if (t > 1) dots.push_back({V_before, t, false});
-        if (final.needs_dl(t)) dots.push_back({ds_t, t, true});
-        if (t > 1 || !final.uniform_term) terms.push_back({ds_t, t, false});
-        if (full && t > 1) terms.push_back({V_before, t, true});
+        if (t > 1) dots.push_back({final.V_before(t), t, false});
+        if (final.needs_dl(t)) dots.push_back({final.ds_of(t), t, true});
+        if (t > 1 || !final.uniform_term) terms.push_back({final.ds_of(t), t, false});
+        if (full && t > 1) terms.push_back({final.V_before(t), t, true});
       }
       final.dots = dots.data();
       final.dot_count = index(dots.size());
@@ -232,8 +237,6 @@ class Driver {
           }
     }
   }
-
-  const Partition& partition() const { return part_; }
 
  private:
   template <typename Body>

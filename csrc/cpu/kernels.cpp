@@ -159,31 +159,29 @@ void final_sweep(const Problem<T>& p, const Partition& part, const FinalSweep<T>
   }
 }
 
-template <typename T, bool is_backward>
-void squash_block(const Problem<T>& p, const Partition& part, const Squash<T>& q, index task,
+// A block of samples between sweeps; `Direction` is SquashForward or SquashBackward.
+template <typename T, template <typename> class Direction>
+void squash_block(const Problem<T>& p, const Partition& part, const Direction<T>& q, index task,
                   T* scratch) {
   if (part.capsule_lanes) {
-    if constexpr (is_backward)
-      SquashBlock<T, T>::backward(p, part, q, task * p.N(), 1, task, scratch);
-    else
-      SquashBlock<T, T>::forward(p, part, q, task * p.N(), 1, task, scratch);
+    SquashBlock<T, T>::run(p, part, q, task * p.N(), 1, task, scratch);
     return;
   }
   const index b0 = task * part.block;
   const index width = is_wide<T>(part, b0) ? 2 * kLanes<T> : kLanes<T>;
-  for (index column = 0; column < width; column += kLanes<T>) {
-    const index block = b0 * p.N() + column;
-    if constexpr (is_backward)
-      SquashBlock<T, Vec<T>>::backward(p, part, q, block, width, b0 + column, scratch);
-    else
-      SquashBlock<T, Vec<T>>::forward(p, part, q, block, width, b0 + column, scratch);
-  }
+  for (index column = 0; column < width; column += kLanes<T>)
+    SquashBlock<T, Vec<T>>::run(p, part, q, b0 * p.N() + column, width, b0 + column, scratch);
 }
 
 template <typename T>
 constexpr Kernels<T> table{
-    kLanes<T>,      scratch_size<T>,        routing_sweep<T, false>, routing_sweep<T, true>,
-    final_sweep<T>, squash_block<T, false>, squash_block<T, true>,
+    kLanes<T>,
+    scratch_size<T>,
+    routing_sweep<T, false>,
+    routing_sweep<T, true>,
+    final_sweep<T>,
+    squash_block<T, SquashForward>,
+    squash_block<T, SquashBackward>,
 };
 
 }  // namespace

@@ -5,12 +5,12 @@
 #include <torch/library.h>
 
 #include <array>
-#include <atomic>
 #include <deque>
 #include <vector>
 
 #include "dispatch.h"
 #include "driver.h"
+#include "tasks.h"
 #include "windows.h"
 
 namespace capsule {
@@ -90,12 +90,6 @@ Sizes check_inputs(const char* op, const Tensor& u, const Tensor& weight,
   return {B, I, J, K, D};
 }
 
-// Tasks that are left of a thread's, alone in its cache line.
-struct alignas(64) Share {
-  std::atomic<index> next{0};
-  index end = 0;
-};
-
 // Owns what the kernels point to: inputs in the compute type, and workspaces.
 template <typename T>
 class Call {
@@ -125,22 +119,9 @@ class Call {
   static constexpr at::ScalarType type() { return c10::CppTypeToScalarType<T>::value; }
 
   auto driver() {
-    // body(task, thread) for every task. A thread begins with its own share of the tasks, whose
-    // capsules are in its caches from sweep to sweep, and goes on with what is left of the others':
-    // a slow core delays no one, and results do not depend on who runs what.
     auto parallel = [](index tasks, index threads, auto body) {
-      const index shares = std::min(tasks, threads);
-      std::vector<Share> all(shares);
-      for (index x = 0; x < shares; ++x) {
-        all[x].next = x * tasks / shares;
-        all[x].end = (x + 1) * tasks / shares;
-      }
-      at::parallel_for(0, shares, 1, [&](index, index) {
-        const index thread = at::get_thread_num();
-        for (index x = 0; x < shares; ++x) {
-          Share& share = all[(thread + x) % shares];
-          for (index task; (task = share.next++) < share.end;) body(task, thread);
-        }
+      run_tasks(tasks, threads, body, [](index n, auto work) {
+        at::parallel_for(0, n, 1, [&](index, index) { work(at::get_thread_num()); });
       });
     };
     auto allocate = [this](index count) {
@@ -163,12 +144,10 @@ T* data_or_null(const Tensor& x) {
   return x.defined() ? x.data_ptr<T>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor, Tensor> routing_forward(const Tensor& u, const Tensor& weight,
-                                                   const optional<Tensor>& logits,
-                                                   const optional<Tensor>& bias,
-                                                   int64_t num_iterations, bool leaky,
-                                                   int64_t weight_sharing, bool return_coupling,
-                                                   at::OptionalIntArrayRef window_) {
+std::tuple<Tensor, Tensor, Tensor> routing_forward(
+    const Tensor& u, const Tensor& weight, const optional<Tensor>& logits,
+    const optional<Tensor>& bias, int64_t num_iterations, bool leaky, int64_t weight_sharing,
+    bool return_coupling, at::OptionalIntArrayRef window_, bool /*full_gradient*/) {
   const at::IntArrayRef window = window_.value_or(at::IntArrayRef());
   const Sizes sizes = check_inputs("routing_forward", u, weight, logits, bias, num_iterations,
                                    weight_sharing, window);

@@ -40,21 +40,20 @@ struct Problem {
   CAPSULE_SHARED index N() const { return J * D; }
 };
 
+// Whether vectors of samples would be half empty at best.
+CAPSULE_SHARED bool too_few_for_lanes(index B, index lanes) { return B <= lanes / 2; }
+
 // How a sweep over all (b, i) is cut into tasks: by the shape alone, never by the number of
 // threads, so that sums are added in the same order on any machine.
 //
 // Samples are cut into blocks: vector lanes are the samples of a block ("sample lanes"), or, when
-// samples are too few to fill a vector, a block is one sample and lanes are consecutive input
-// capsules ("capsule lanes").
-// Whether samples are that few.
-CAPSULE_SHARED bool too_few_for_lanes(index B, index lanes) { return B <= lanes / 2; }
-
+// they are too few for that, a block is one sample and lanes are consecutive input capsules
+// ("capsule lanes").
 struct Partition {
   bool capsule_lanes;
   bool contracts;       // W with the states, once for all capsules that share it (sample_shared.h)
-  index lanes;          // of one vector
-  index block;          // samples in a full block: 2 * lanes, or 1 with capsule lanes
-  index blocks;         // in the batch; the last may hold `lanes` samples only
+  index block;          // samples in a full block: two vectors, or 1 with capsule lanes
+  index blocks;         // in the batch; the last may be one vector only
   index group;          // blocks that one task of a routing sweep takes
   index groups;         // ceil(blocks / group)
   index slots;          // partial sums over i, added in order of the slot
@@ -84,22 +83,25 @@ struct Sweep {
   T* coupling;  // [B, I, J]: where to write c, or null
 };
 
-// A product with a blocked array in the last sweep: a dot u_hat_ij . source_j, which goes to c^t
-// (as a logit) or dl^t (as dc), or a term c^t source or dl^t source of u_hat's gradient.
+// A product with a state of iteration t, blocked, in the last sweep: a dot u_hat_ij . state_j, from
+// which a coefficient is made, or a term of u_hat's gradient, coefficient_ij state_j.
 template <typename T>
-struct Term {
-  const T* source;  // V^(t-1) or ds^t, blocked
-  index t;          // iteration, from 1
-  bool is_dl;
+struct Product {
+  const T* state;
+  index t;     // from 1
+  bool is_dl;  // the coefficient is dl^t, or else c^t
 };
 
 // The last sweep of the backward: everything of u_hat's gradient at once.
 template <typename T>
 struct FinalSweep {
-  bool full;            // all iterations, or only iteration R
-  const Term<T>* dots;  // logits u_hat . V^(t-1) for t > 1, dc = u_hat . ds^t where dl is needed
+  bool full;      // all iterations, or only iteration R
+  const T* V;     // V^1, ..., V^(R-1), blocked
+  const T* ds;    // ds^1, ..., ds^R, blocked; ds^1 with its coefficient where it is uniform_term
+  index blocked;  // elements of each
+  const Product<T>* dots;  // V^(t-1) for t > 1: logits of c^t; ds^t where dl^t is needed: its dc
   index dot_count;
-  const Term<T>* terms;  // c^t ds^t, and for full gradients dl^t V^(t-1)
+  const Product<T>* terms;  // c^t ds^t, and for full gradients dl^t V^(t-1)
   index term_count;
   // A term that comes first and has no coefficient: c^1 ds^1, blocked, where c^1 is one number for
   // all (no prior); or null.
@@ -109,23 +111,34 @@ struct FinalSweep {
   T* grad_weight;  // [I / weight_sharing * splits, J, D, K] or null
   T* grad_logits;  // [I, J] or null
 
+  CAPSULE_SHARED const T* V_before(index t) const { return V + (t - 2) * blocked; }
+  CAPSULE_SHARED const T* ds_of(index t) const { return ds + (t - 1) * blocked; }
   // The first iteration of which c^t is wanted.
   CAPSULE_SHARED index first_coupled(index R) const { return !full ? R : uniform_term ? 2 : 1; }
   CAPSULE_SHARED bool needs_dl(index t) const { return grad_logits || (full && t > 1); }
 };
 
-// Between sweeps. Forward: s^t = sum of partials + bias, V^t = V^(t-1) + squash(s^t).
-// Backward: G^(t-1) = G^t + sum of partials, ds^(t-1) = J_squash(s^(t-1))^T G^(t-1).
+// Between sweeps of the forward: s^t = sum of partials + bias, V^t = V^(t-1) + squash(s^t).
 template <typename T>
-struct Squash {
-  const T* partial;     // [slots] of blocked, or null (backward: nothing to add yet)
+struct SquashForward {
+  const T* partial;     // [slots] of blocked
   const T* bias;        // [J, D] or null
-  T* s;                 // [B, J, D]: written in the forward, read in the backward
   const T* V_previous;  // blocked V^(t-1), or null for zero
+  T* s;                 // [B, J, D]
   T* V;                 // blocked V^t, or null where it is not needed
   T* v;                 // [B, J, D]: v^t of the last iteration, or null
-  T* G;                 // blocked, backward: updated in place
-  T* ds;                // blocked, backward
+};
+
+// Between sweeps of the backward: G^(t-1) = G^t + sum of partials,
+// ds^(t-1) = J_squash(s^(t-1))^T G^(t-1). Before them, V^t = V^(t-1) + squash(s^t) once more.
+template <typename T>
+struct SquashBackward {
+  const T* partial;     // [slots] of blocked, or null: nothing to add yet
+  const T* s;           // [B, J, D], of the forward
+  const T* V_previous;  // blocked V^(t-1), or null for zero
+  T* V;                 // blocked V^t, or null where it is not needed
+  T* G;                 // blocked, updated in place
+  T* ds;                // blocked, or null where it is not needed
 };
 
 template <typename T>
@@ -135,10 +148,10 @@ struct Kernels {
   void (*forward)(const Problem<T>&, const Partition&, const Sweep<T>&, index task, T* scratch);
   void (*backward)(const Problem<T>&, const Partition&, const Sweep<T>&, index task, T* scratch);
   void (*final)(const Problem<T>&, const Partition&, const FinalSweep<T>&, index task, T* scratch);
-  void (*squash_forward)(const Problem<T>&, const Partition&, const Squash<T>&, index block,
+  void (*squash_forward)(const Problem<T>&, const Partition&, const SquashForward<T>&, index block,
                          T* scratch);
-  void (*squash_backward)(const Problem<T>&, const Partition&, const Squash<T>&, index block,
-                          T* scratch);
+  void (*squash_backward)(const Problem<T>&, const Partition&, const SquashBackward<T>&,
+                          index block, T* scratch);
 };
 
 }  // namespace capsule

@@ -19,6 +19,8 @@ struct SampleBlock {
   // nothing else in registers can afford more of them, which takes fewer loads.
   static constexpr int tile = 8 / vectors;
   static constexpr int sum_tile = many_registers ? 16 : 8;
+  // Capsules that share a load of a state, or of its product with W, in the last sweep.
+  static constexpr int together = many_registers ? 4 : 2;
 
   template <int n>
   using Tile = V[n][vectors];
@@ -117,6 +119,20 @@ struct SampleBlock {
       };
       gather_rows(row, count * p.K, packed + q * lanes, width);
     }
+  }
+
+  // The way back: du, packed likewise, to grad_u.
+  static CAPSULE_INLINE void unpack_gradient(const Problem<T>& p, index first_sample, index i0,
+                                             index count, const T* du, T* grad_u, T* gathered) {
+    const index valid = valid_samples(p, first_sample);
+    for (index q = 0; q < width && q < valid; q += lanes)
+      scatter_gradient(p, du + q, index(width), first_sample + q, valid - q, i0, count, grad_u,
+                       gathered);
+  }
+
+  // Lanes that are samples of the batch.
+  static CAPSULE_INLINE index valid_samples(const Problem<T>& p, index first_sample) {
+    return p.B - first_sample < width ? p.B - first_sample : width;
   }
 
   // Elements that hold the rows of a vector of samples under a window.

@@ -12,9 +12,7 @@ struct SampleFinal : SampleBlock<T, vectors> {
   using typename Block::V;
   template <int n>
   using Tile = typename Block::template Tile<n>;
-  using Block::lanes, Block::width, Block::tile, Block::sum_tile;
-  // Capsules that share a load of V_j and ds_j.
-  static constexpr int together = Block::many_registers ? 4 : 2;
+  using Block::lanes, Block::width, Block::tile, Block::sum_tile, Block::together;
 
   // For dW lanes are elements k: a row of one sample's u, or of two samples interleaved where K is
   // half a vector or less. f(samples) with the number as a constant.
@@ -63,9 +61,9 @@ struct SampleFinal : SampleBlock<T, vectors> {
   }
 
   // Dots over d of `capsules` predictions with n vectors: out[m][c] = sum_d u_hat[c][d]
-  // source[m][d]. Each source is read once for all capsules.
+  // state[m][d]. Each state is read once for all capsules.
   template <int n, int capsules>
-  static CAPSULE_INLINE void dots(const T* const (&sources)[n], const T* u_hat, index u_hat_stride,
+  static CAPSULE_INLINE void dots(const T* const (&states)[n], const T* u_hat, index u_hat_stride,
                                   index D, T* const (&out)[n], index out_stride) {
     // As many sums at once as there are accumulators.
     constexpr int at_once = n * capsules * vectors <= 8 ? vectors : 1;
@@ -83,7 +81,7 @@ struct SampleFinal : SampleBlock<T, vectors> {
         for (int m = 0; m < n; ++m)
 #pragma GCC unroll 16
           for (int q = 0; q < at_once; ++q) {
-            const V y = load(sources[m] + o + q * lanes);
+            const V y = load(states[m] + o + q * lanes);
 #pragma GCC unroll 16
             for (int c = 0; c < capsules; ++c) acc[m][c][q] += x[c][q] * y;
           }
@@ -135,7 +133,7 @@ struct SampleFinal : SampleBlock<T, vectors> {
     const index first_sample = part.first_sample, i0 = part.i0, i1 = part.i1;
     const index K = fixed_K ? fixed_K : p.K, D = fixed_D ? fixed_D : p.D;
     const index length = row_length(K), N = p.J * D;
-    const index valid = p.B - first_sample < width ? p.B - first_sample : width;
+    const index valid = Block::valid_samples(p, first_sample);
 
     Block::pack(p, first_sample, i0, i1 - i0, scratch.packed, scratch.gathered);
     if (sweep.grad_weight)
@@ -158,14 +156,14 @@ struct SampleFinal : SampleBlock<T, vectors> {
             sweep.uniform_term ? at_j(p, sweep.uniform_term, first_sample, j) : nullptr;
         for_tiles<4>(sweep.term_count, [&](auto terms, index m0) {
           constexpr int n = terms;
-          const T* sources[n];
+          const T* states[n];
           const T* coefficients[n];
 #pragma GCC unroll 4
           for (int m = 0; m < n; ++m) {
-            sources[m] = at_j(p, sweep.terms[m0 + m].source, first_sample, j);
+            states[m] = at_j(p, sweep.terms[m0 + m].state, first_sample, j);
             coefficients[m] = coefficient(p, sweep.terms[m0 + m], scratch, first, j);
           }
-          combine<n, capsules>(sources, coefficients, p.R * p.J * width, D,
+          combine<n, capsules>(states, coefficients, p.R * p.J * width, D,
                                m0 > 0 ? du_hat : first_term, m0 > 0 ? D * width : 0, du_hat,
                                D * width);
         });
@@ -189,9 +187,8 @@ struct SampleFinal : SampleBlock<T, vectors> {
         }
       });
     if (sweep.grad_u)
-      for (index q = 0; q < vectors && q * lanes < valid; ++q)
-        scatter_gradient(p, scratch.du + q * lanes, index(width), first_sample + q * lanes,
-                         valid - q * lanes, i0, i1 - i0, sweep.grad_u, scratch.gathered);
+      Block::unpack_gradient(p, first_sample, i0, i1 - i0, scratch.du, sweep.grad_u,
+                             scratch.gathered);
   }
 
   static CAPSULE_INLINE const T* at_j(const Problem<T>& p, const T* blocked, index first_sample,
@@ -199,9 +196,9 @@ struct SampleFinal : SampleBlock<T, vectors> {
     return blocked + first_sample * p.N() + j * p.D * width;
   }
 
-  static CAPSULE_INLINE T* coefficient(const Problem<T>& p, const Term<T>& term,
+  static CAPSULE_INLINE T* coefficient(const Problem<T>& p, const Product<T>& of,
                                        const Final& scratch, index capsule, index j) {
-    return (term.is_dl ? scratch.dl : scratch.c) + ((capsule * p.R + term.t - 1) * p.J + j) * width;
+    return (of.is_dl ? scratch.dl : scratch.c) + ((capsule * p.R + of.t - 1) * p.J + j) * width;
   }
 
   // c^t and dl^t of every iteration for the capsules [i0, i0 + count), and their share of dlogits.
@@ -220,14 +217,14 @@ struct SampleFinal : SampleBlock<T, vectors> {
                       scratch.packed + (first + x) * K * width, scratch.u_hat + x * D * width);
         for_tiles<4>(sweep.dot_count, [&](auto size, index m0) {
           constexpr int n = size;
-          const T* sources[n];
+          const T* states[n];
           T* out[n];
 #pragma GCC unroll 4
           for (int m = 0; m < n; ++m) {
-            sources[m] = at_j(p, sweep.dots[m0 + m].source, first_sample, j);
+            states[m] = at_j(p, sweep.dots[m0 + m].state, first_sample, j);
             out[m] = coefficient(p, sweep.dots[m0 + m], scratch, first, j);
           }
-          dots<n, capsules>(sources, scratch.u_hat, D * width, D, out, R * J * width);
+          dots<n, capsules>(states, scratch.u_hat, D * width, D, out, R * J * width);
         });
       });
     for (index x = 0; x < count; ++x)
@@ -264,12 +261,11 @@ struct SampleFinal : SampleBlock<T, vectors> {
     }
   }
 
-  // out[c][d] = from[c][d] + sum over m of coefficient[m][c] source[m][d]; null: from 0.
+  // out[c][d] = from[c][d] + sum over m of coefficient[m][c] state[m][d]; null: from 0.
   template <int n, int capsules>
-  static CAPSULE_INLINE void combine(const T* const (&sources)[n],
-                                     const T* const (&coefficients)[n], index coefficient_stride,
-                                     index D, const T* from, index from_stride, T* out,
-                                     index out_stride) {
+  static CAPSULE_INLINE void combine(const T* const (&states)[n], const T* const (&coefficients)[n],
+                                     index coefficient_stride, index D, const T* from,
+                                     index from_stride, T* out, index out_stride) {
 #pragma GCC unroll 16
     for (int q = 0; q < vectors; ++q) {
       V factor[n][capsules];
@@ -284,7 +280,7 @@ struct SampleFinal : SampleBlock<T, vectors> {
         for (int c = 0; c < capsules; ++c) acc[c] = from ? load(from + c * from_stride + o) : V{};
 #pragma GCC unroll 16
         for (int m = 0; m < n; ++m) {
-          const V y = load(sources[m] + o);
+          const V y = load(states[m] + o);
 #pragma GCC unroll 16
           for (int c = 0; c < capsules; ++c) acc[c] += factor[m][c] * y;
         }

@@ -18,11 +18,9 @@ struct SampleShared : SampleBlock<T, vectors> {
   using typename Block::V;
   template <int n>
   using Tile = typename Block::template Tile<n>;
-  using Block::lanes, Block::width, Block::tile;
-  // Capsules whose coefficients are held together, and elements k in registers.
+  using Block::lanes, Block::width, Block::tile, Block::together;
+  // Capsules whose coefficients are in scratch at a time, and elements k in registers.
   static constexpr index batch = 8;
-  // Of them, those whose gradients are summed together.
-  static constexpr int together = Block::many_registers ? 4 : 2;
   static constexpr int k_tile = 8;
 
   static CAPSULE_INLINE void clear(T* x, index count) {
@@ -91,9 +89,9 @@ struct SampleShared : SampleBlock<T, vectors> {
       });
   }
 
-  struct Held {
+  struct SweepScratch {
     T *P, *Q, *y, *c, *dl, *end;
-    Held(const Problem<T>& p, T* scratch) {
+    SweepScratch(const Problem<T>& p, T* scratch) {
       const index size = p.J * p.K * width;
       P = scratch;                   // [J][K][width], of V
       Q = P + size;                  // of ds
@@ -106,58 +104,59 @@ struct SampleShared : SampleBlock<T, vectors> {
 
   static index sweep_scratch(const Problem<T>& p, index chunk) {
     return chunk * p.K * width + Block::gathered_size(p, chunk) +
-           (Held(p, nullptr).end - static_cast<T*>(nullptr));
+           (SweepScratch(p, nullptr).end - static_cast<T*>(nullptr));
   }
 
   // Samples from `first_sample` on and input capsules [i0, i1) of a sweep.
   template <bool is_backward>
   static void sweep_part(const Problem<T>& p, const Sweep<T>& sweep, index first_sample, index i0,
-                         index i1, T* out, T* scratch) {
-    T* packed = scratch;
+                         index i1, T* out, T* memory) {
+    T* packed = memory;
     T* gathered = packed + (i1 - i0) * p.K * width;
-    const Held held(p, gathered + Block::gathered_size(p, i1 - i0));
+    const SweepScratch scratch(p, gathered + Block::gathered_size(p, i1 - i0));
     Block::pack(p, first_sample, i0, i1 - i0, packed, gathered);
     for (index i = i0, end; i < i1; i = end) {
       end = (p.row(i) + 1) * p.weight_sharing < i1 ? (p.row(i) + 1) * p.weight_sharing : i1;
       const T* u = packed + (i - i0) * p.K * width;
-      p.K == 8 ? sweep_capsules<8, is_backward>(p, sweep, first_sample, i, end, u, held, out)
-               : sweep_capsules<0, is_backward>(p, sweep, first_sample, i, end, u, held, out);
+      p.K == 8 ? sweep_capsules<8, is_backward>(p, sweep, first_sample, i, end, u, scratch, out)
+               : sweep_capsules<0, is_backward>(p, sweep, first_sample, i, end, u, scratch, out);
     }
   }
 
   // Capsules [i0, i1) of one weight.
   template <int fixed_K, bool is_backward>
   static void sweep_capsules(const Problem<T>& p, const Sweep<T>& sweep, index first_sample,
-                             index i0, index i1, const T* u, const Held& held, T* out) {
+                             index i0, index i1, const T* u, const SweepScratch& scratch, T* out) {
     const index K = fixed_K ? fixed_K : p.K, J = p.J, N = p.N();
     const T* W = p.weight + p.row(i0) * N * K;
     if (!sweep.V && !p.logits) {  // one coupling for all
-      clear(held.y, K * vectors);
-      for (index x = 0; x < width; ++x) held.c[x] = T(1) / T(J + p.leaky);
-      add_weighted(u, held.c, 0, K, i1 - i0, held.y);
-      expand<fixed_K>(p, W, held.y, 0, out);
+      clear(scratch.y, K * vectors);
+      for (index x = 0; x < width; ++x) scratch.c[x] = T(1) / T(J + p.leaky);
+      add_weighted(u, scratch.c, 0, K, i1 - i0, scratch.y);
+      expand<fixed_K>(p, W, scratch.y, 0, out);
       return;
     }
-    if (sweep.V) contract<fixed_K>(p, W, sweep.V + first_sample * N, held.P);
-    if constexpr (is_backward) contract<fixed_K>(p, W, sweep.ds + first_sample * N, held.Q);
-    clear(held.y, J * K * vectors);
+    if (sweep.V) contract<fixed_K>(p, W, sweep.V + first_sample * N, scratch.P);
+    if constexpr (is_backward) contract<fixed_K>(p, W, sweep.ds + first_sample * N, scratch.Q);
+    clear(scratch.y, J * K * vectors);
     for (index i = i0; i < i1; i += batch, u += batch * K * width) {
       const index count = i1 - i < batch ? i1 - i : batch;
       for (index j = 0; j < J; ++j) {
         const index of_j = j * K * width;
-        if (sweep.V) dots(u, held.P + of_j, K, count, held.c + j * width, J * width);
-        if constexpr (is_backward) dots(u, held.Q + of_j, K, count, held.dl + j * width, J * width);
+        if (sweep.V) dots(u, scratch.P + of_j, K, count, scratch.c + j * width, J * width);
+        if constexpr (is_backward)
+          dots(u, scratch.Q + of_j, K, count, scratch.dl + j * width, J * width);
       }
       for (index x = 0; x < count; ++x) {
-        T* c = held.c + x * J * width;
+        T* c = scratch.c + x * J * width;
         const T* prior = p.logits ? p.logits + (i + x) * J : nullptr;
         if (!sweep.V) {
-          Block::broadcast_prior(p, prior, c, held.dl);
+          Block::broadcast_prior(p, prior, c, scratch.dl);
           continue;
         }
         for (int q = 0; q < width; q += lanes) {
           if constexpr (is_backward)
-            softmax_and_gradient<false>(c + q, held.dl + x * J * width + q, J, width, prior,
+            softmax_and_gradient<false>(c + q, scratch.dl + x * J * width + q, J, width, prior,
                                         p.leaky);
           else
             softmax(c + q, J, width, prior, p.leaky);
@@ -165,10 +164,10 @@ struct SampleShared : SampleBlock<T, vectors> {
         if (sweep.coupling) Block::write_coupling(p, c, first_sample, i + x, sweep.coupling);
       }
       for (index j = 0; j < J; ++j)
-        add_weighted(u, (is_backward ? held.dl : held.c) + j * width, J * width, K, count,
-                     held.y + j * K * width);
+        add_weighted(u, (is_backward ? scratch.dl : scratch.c) + j * width, J * width, K, count,
+                     scratch.y + j * K * width);
     }
-    expand<fixed_K>(p, W, held.y, K * width, out);
+    expand<fixed_K>(p, W, scratch.y, K * width, out);
   }
 
   // Scratch of the last sweep. Sums over samples come first, as in SampleFinal.
@@ -195,17 +194,6 @@ struct SampleShared : SampleBlock<T, vectors> {
     return Final(p, capsules, nullptr).end - static_cast<T*>(nullptr);
   }
 
-  // A state of iteration t, V^(t-1) or ds^t, in the block.
-  static const T* state(const Problem<T>& p, const FinalSweep<T>& sweep, index t, bool is_ds,
-                        index first_sample) {
-    const Term<T>* found = nullptr;
-    for (index m = 0; m < sweep.dot_count; ++m)
-      if (sweep.dots[m].t == t && sweep.dots[m].is_dl == is_ds) found = sweep.dots + m;
-    for (index m = 0; m < sweep.term_count; ++m)
-      if (sweep.terms[m].t == t && sweep.terms[m].is_dl != is_ds) found = sweep.terms + m;
-    return found->source + first_sample * p.N();
-  }
-
   // One block of samples and the capsules [i0, i1) of one weight: adds to dW and dlogits in
   // scratch, writes du.
   template <int fixed_K>
@@ -213,15 +201,16 @@ struct SampleShared : SampleBlock<T, vectors> {
                           index i0, index i1, const Final& scratch) {
     const index K = fixed_K ? fixed_K : p.K, J = p.J, D = p.D, N = p.N(), R = p.R;
     const index size = J * K * width, first_t = sweep.first_coupled(R), of_capsule = R * J * width;
+    const index block = first_sample * N;  // where it begins in a state
     const T* W = p.weight + p.row(i0) * N * K;
-    const T* uniform = sweep.uniform_term ? sweep.uniform_term + first_sample * N : nullptr;
+    const T* uniform = sweep.uniform_term ? sweep.uniform_term + block : nullptr;
     // Of V^(t-1) and, `size` further, of ds^t.
     const auto of = [&](T* x, index t) { return x + 2 * (t - 1) * size; };
 
     Block::pack(p, first_sample, i0, i1 - i0, scratch.packed, scratch.gathered);
     for (index t = first_t; t <= R; ++t) {
-      if (t > 1) contract<fixed_K>(p, W, state(p, sweep, t, false, first_sample), of(scratch.P, t));
-      contract<fixed_K>(p, W, state(p, sweep, t, true, first_sample), of(scratch.P, t) + size);
+      if (t > 1) contract<fixed_K>(p, W, sweep.V_before(t) + block, of(scratch.P, t));
+      contract<fixed_K>(p, W, sweep.ds_of(t) + block, of(scratch.P, t) + size);
     }
     clear(scratch.base, K * vectors);
     clear(scratch.y, 2 * R * J * K * vectors);
@@ -279,18 +268,15 @@ struct SampleShared : SampleBlock<T, vectors> {
           if (uniform) add(uniform, uniform_y);
           for (index t = first_t; t <= R; ++t) {
             const T* y = of(scratch.y, t) + n / D * K * width;
-            add(state(p, sweep, t, true, first_sample), y + size);
-            if (sweep.full && t > 1) add(state(p, sweep, t, false, first_sample), y);
+            add(sweep.ds_of(t) + block, y + size);
+            if (sweep.full && t > 1) add(sweep.V_before(t) + block, y);
           }
 #pragma GCC unroll 16
           for (int m = 0; m < m_count; ++m) store(dW + m * lanes, sum[m]);
         });
-    if (sweep.grad_u) {
-      const index valid = p.B - first_sample < width ? p.B - first_sample : width;
-      for (index q = 0; q < width && q < valid; q += lanes)
-        scatter_gradient(p, scratch.du + q, index(width), first_sample + q, valid - q, i0, i1 - i0,
-                         sweep.grad_u, scratch.gathered);
-    }
+    if (sweep.grad_u)
+      Block::unpack_gradient(p, first_sample, i0, i1 - i0, scratch.du, sweep.grad_u,
+                             scratch.gathered);
   }
 
   // du[k] = base[k] + sum over t and j of c^t_j W_j^T ds^t_j + dl^t_j W_j^T V^(t-1)_j, of some

@@ -66,11 +66,11 @@ struct SampleSweep : SampleBlock<T, vectors> {
     }
   }
 
-  // What a later iteration holds of a batch of capsules.
-  struct Held {
+  // Scratch of a later iteration: u_hat of a batch of capsules, logits and couplings of two, see
+  // routing_part.
+  struct RoutingScratch {
     T *u_hat, *c, *dl, *end;
-    // Logits and couplings of two batches, see routing_part.
-    Held(const Problem<T>& p, T* scratch) {
+    RoutingScratch(const Problem<T>& p, T* scratch) {
       const index batch = capsules_at_once(p), pairs = batch * p.J * width;
       u_hat = scratch;                    // [J][vectors][batch][D][lanes]
       c = u_hat + batch * p.N() * width;  // [2][batch][J][width], logits first
@@ -88,24 +88,24 @@ struct SampleSweep : SampleBlock<T, vectors> {
   // level.
   template <int fixed_K, int fixed_D, bool is_backward>
   static void routing_part(const Problem<T>& p, const Sweep<T>& sweep, const Part& part,
-                           const T* packed, T* out, T* scratch) {
+                           const T* packed, T* out, T* memory) {
     const index K = fixed_K ? fixed_K : p.K, D = fixed_D ? fixed_D : p.D, J = p.J, N = J * D;
     const index first_sample = part.first_sample, batch = capsules_at_once(p);
     const T* V_block = sweep.V + first_sample * N;
     const T* ds_block = is_backward ? sweep.ds + first_sample * N : nullptr;
-    const Held held(p, scratch);
+    const RoutingScratch scratch(p, memory);
     const index of_j = vectors * batch * D * lanes, of_batch = batch * J * width;
 
     index before = 0;  // capsules of the batch before
     for (index i = part.i0, turn = 0; before || i < part.i1; i += batch, turn = 1 - turn) {
       const index left = part.i1 - i, count = left < 0 ? 0 : left < batch ? left : batch;
-      T* c = held.c + turn * of_batch;
-      T* dl = held.dl + turn * of_batch;
+      T* c = scratch.c + turn * of_batch;
+      T* dl = scratch.dl + turn * of_batch;
       typename Block::NextBlock next{part.next_sample, part.next_i0 + i - part.i0, count,
                                      J * count};
-      const T* coefficient = (is_backward ? held.dl : held.c) + (1 - turn) * of_batch;
+      const T* coefficient = (is_backward ? scratch.dl : scratch.c) + (1 - turn) * of_batch;
       for (index j = 0; j < J; ++j) {
-        T* u_hat = held.u_hat + j * of_j;
+        T* u_hat = scratch.u_hat + j * of_j;
         if (before)
           weighted_sum(u_hat, coefficient + j * width, J * width, before, batch, D,
                        out + j * D * width);
@@ -188,8 +188,8 @@ struct SampleSweep : SampleBlock<T, vectors> {
         __builtin_prefetch(u_hat + q * stride + m * lanes, 1);
   }
 
-  // Capsules whose u_hat is held together: what is prefetched and written of one j must fit into
-  // half of the first-level cache. As many in a narrow block as in a wide one, so that what is
+  // Capsules whose u_hat is in scratch together: what is prefetched and written of one j must fit
+  // into half of the first-level cache. As many in a narrow block as in a wide one, so that what is
   // scratch enough for one is enough for the other.
   static CAPSULE_INLINE index capsules_at_once(const Problem<T>& p) {
     const index fit = (12 << 10) / (p.D * 2 * lanes * index(sizeof(T)));
@@ -198,7 +198,7 @@ struct SampleSweep : SampleBlock<T, vectors> {
 
   static index sweep_scratch(const Problem<T>& p, index chunk) {
     const index linear = p.K * width + p.J * (lanes + chunk);
-    const index routing = Held(p, nullptr).end - static_cast<T*>(nullptr);
+    const index routing = RoutingScratch(p, nullptr).end - static_cast<T*>(nullptr);
     return chunk * p.K * width + Block::gathered_size(p, chunk) + larger(linear, routing);
   }
 

@@ -52,9 +52,9 @@ struct SquashBlock {
     }
   };
 
-  // `width` is the block's row length, first the sample of lane 0, total the samples that exist.
-  static void forward(const Problem<T>& p, const Partition& part, const Squash<T>& q, index block,
-                      index width, index first, T* scratch) {
+  // `width` is the block's row length, `first` the sample of lane 0.
+  static void run(const Problem<T>& p, const Partition& part, const SquashForward<T>& q,
+                  index block, index width, index first, T* scratch) {
     const index J = p.J, D = p.D, N = p.N(), blocked_size = part.padded * N;
     for (index j = 0; j < J; ++j) {
       for (index n = j * D; n < (j + 1) * D; ++n) {
@@ -83,8 +83,8 @@ struct SquashBlock {
 
   // J^T x = f (x + h (s^ . x) s^), s^ = s / n, h = (1 - n^2) / (1 + n^2). Where q.V is given, it is
   // rebuilt from s on the way: V^t = V^(t-1) + f s.
-  static void backward(const Problem<T>& p, const Partition& part, const Squash<T>& q, index block,
-                       index width, index first, T* scratch) {
+  static void run(const Problem<T>& p, const Partition& part, const SquashBackward<T>& q,
+                  index block, index width, index first, T* scratch) {
     const index J = p.J, D = p.D, N = p.N(), blocked_size = part.padded * N;
     for (index j = 0; j < J; ++j) {
       for (index n = j * D; n < (j + 1) * D; ++n)

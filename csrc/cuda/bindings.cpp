@@ -205,7 +205,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& grid, const Tensor& wei
                                            const optional<Tensor>& logits_,
                                            const optional<Tensor>& bias_, int64_t num_iterations,
                                            bool leaky, int64_t weight_sharing, bool return_coupling,
-                                           at::OptionalIntArrayRef window_) {
+                                           at::OptionalIntArrayRef window_,
+                                           bool /*full_gradient*/) {
   const at::IntArrayRef window = window_.value_or(at::IntArrayRef());
   const Shape shape = checked_shape(grid, weight_, logits_, num_iterations, weight_sharing, window);
   if (bias_) check_like("bias", *bias_, grid, {shape.J, shape.D});

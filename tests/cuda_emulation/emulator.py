@@ -166,7 +166,7 @@ class Emulator:
 
     def routing_forward(
         self, u, weight, logits, bias, num_iterations, leaky, weight_sharing, return_coupling,
-        window=None,
+        window=None, full_gradient=True,
     ):  # fmt: skip
         u = capsules(u, window)
         outputs = ops.forward_shapes(

@@ -62,7 +62,7 @@ def routing_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """``capsule_kernels::routing_forward`` (arguments and results: ``ops.FORWARD_SCHEMA``)."""
     from .launch import routing_forward
 
-    return routing_forward(*arguments)
+    return routing_forward(*arguments[:9])  # without full_gradient
 
 
 def routing_backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
