@@ -161,16 +161,22 @@ def test_large_batches_are_cut_by_samples_and_small_ones_by_capsules():
     assert config.sweep(1, I, J, K, warps, 132).groups >= 64
 
 
-def test_wide_offsets_only_where_an_element_lies_beyond_32_bits():
+def test_tiles_share_the_first_axis_of_a_grid_where_the_third_is_too_short():
+    assert config.grid(8, 16, 65535) == ((8, 16, 65535), False)
+    assert config.grid(8, 16, 65536) == ((8 * 65536, 16, 1), True)
+    assert config.grid(70_000, 16, 1) == ((70_000, 16, 1), False)
+
+
+def test_64_bit_offsets_only_where_an_element_lies_beyond_32_bits():
     assert not config.needs_int64(128 * 1152 * 8, 1152 * 10 * 16 * 8)
     assert config.needs_int64(5, 2**31)
     assert config.needs_int64(2**31 - 5)  # masked elements of the last tile lie beyond
 
 
 @needs_triton
-@pytest.mark.parametrize(("I", "weight_sharing", "wide"), [(8, 1, 1), (8, 8, 1), (4, 1, 0)])
-def test_parts_of_dW_count_for_the_width_of_offsets(I, weight_sharing, wide):
-    """Many programs contribute to each row of W: dW needs no wide offsets, but its parts may."""
+@pytest.mark.parametrize(("I", "weight_sharing", "beyond"), [(8, 1, 1), (8, 8, 1), (4, 1, 0)])
+def test_parts_of_dW_count_for_the_width_of_offsets(I, weight_sharing, beyond):
+    """Many programs contribute to each row of W: dW has no 64-bit offsets, but its parts may."""
     import triton.language as tl
 
     widths: set[tl.dtype] = set()
@@ -180,6 +186,6 @@ def test_parts_of_dW_count_for_the_width_of_offsets(I, weight_sharing, wide):
     assert sizes.pop("x_ptr") == parts  # more of them than one program should add
     assert not config.needs_int64(*sizes.values())
     assert parts % sizes["grad_weight_ptr"] == 0
-    assert config.needs_int64(parts) == wide
-    # The forward's offsets are narrow all the same.
-    assert widths == ({tl.int32, tl.int64} if wide else {tl.int32})
+    assert config.needs_int64(parts) == beyond
+    # The forward's offsets have 32 bits all the same.
+    assert widths == ({tl.int32, tl.int64} if beyond else {tl.int32})

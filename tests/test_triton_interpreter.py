@@ -207,7 +207,7 @@ def test_shorter_steps_where_shared_memory_is_small(monkeypatch):
     assert (2, 2) in steps
 
 
-def test_wide_offsets_give_the_same_bits(monkeypatch):
+def test_64_bit_offsets_give_the_same_bits(monkeypatch):
     from capsule_kernels.backends.triton import config
 
     parts = Case(B=2, I=5, J=2, D=2, R=2, weight_sharing=5, logits=True)  # of one row of dW
@@ -225,12 +225,34 @@ def test_wide_offsets_give_the_same_bits(monkeypatch):
         for case in CONVOLUTIONS[::3]
     ]
     for call in calls:
-        narrow = call()
+        with_32_bits = call()
         monkeypatch.setattr(config, "needs_int64", lambda *counts: True)
-        wide = call()
+        with_64_bits = call()
         monkeypatch.undo()
-        for name in narrow:
-            assert torch.equal(narrow[name], wide[name]), name
+        for name in with_32_bits:
+            assert torch.equal(with_32_bits[name], with_64_bits[name]), name
+
+
+def test_tiles_along_the_first_axis_of_a_grid_give_the_same_bits(monkeypatch):
+    """As where they are more than 65535: batch tiles, tiles of J, and groups with statistics."""
+    from capsule_kernels.backends.triton import config
+
+    case = Case(B=17, I=9, J=20, K=16, R=1, logits=True)
+    apart = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
+    flat = []
+    grid = config.grid
+
+    def spy(*counts):
+        programs, is_flat = grid(*counts)
+        flat.append(is_flat)
+        return programs, is_flat
+
+    monkeypatch.setattr(config, "MOST_ALONG_AXIS", 1)
+    monkeypatch.setattr(config, "grid", spy)
+    together = run(fused_routing, case, make_inputs(case, torch.float32), backend="triton")
+    assert all(flat)
+    for name in apart:
+        assert torch.equal(apart[name], together[name]), name
 
 
 SHARED_BY_PROGRAMS = [
@@ -283,6 +305,49 @@ def test_the_order_in_which_programs_finish_changes_no_bit(monkeypatch):
         monkeypatch.undo()
         for name in forwards:
             assert torch.equal(forwards[name], reversed_[name]), name
+
+
+def test_tuning_counts_anew_in_every_trial(monkeypatch):
+    """Else only the first trial would add the parts of a gradient, not the call itself."""
+    from functools import partial
+
+    import triton
+
+    from capsule_kernels.backends.triton import launch, routing
+
+    case = Case(B=9, I=8, J=2, K=2, D=2, R=2, weight_sharing=8)
+    assert split_of(case, 1).counted
+    gradients = []
+
+    def spy(kernel, *rest, **arguments):
+        gradients[:] = [x for name, x in arguments.items() if name == "grad_weight_ptr"]
+        routing.run(kernel, *rest, **arguments)
+
+    def bench(trial, quantiles):
+        trial()
+        for gradient in gradients:
+            gradient.fill_(float("nan"))
+        return [1.0] * len(quantiles)
+
+    inputs = make_inputs(case, torch.float32)
+    u, weight = inputs["u"].detach(), inputs["weight"].detach()
+    v, s, _ = launch.routing_forward(u, weight, None, None, 2, False, 8, False)
+
+    def grad_weight():
+        mask = [False, True, False, False]
+        _, gradient, *_ = launch.routing_backward(
+            v, u, weight, None, s, False, 8, True, mask, launch=spy
+        )
+        return gradient
+
+    plain = grad_weight()
+    monkeypatch.setattr(triton, "autotune", partial(triton.autotune, do_bench=bench))
+    monkeypatch.setenv("CAPSULE_KERNELS_AUTOTUNE", "1")
+    routing.tuned.cache_clear()
+    try:
+        assert torch.equal(grad_weight(), plain)
+    finally:
+        routing.tuned.cache_clear()
 
 
 def test_only_wanted_gradients_are_computed():
@@ -377,7 +442,7 @@ def test_gradcheck_and_opcheck():
 
 
 @pytest.mark.parametrize("J", [5, 2**17 + 1])
-def test_a_step_of_more_than_2_to_31_weights_is_counted_with_wide_offsets(J):
+def test_a_step_of_more_than_2_to_31_weights_is_counted_with_64_bits(J):
     import triton.language as tl
 
     from .offset_kernels import last_offsets_kernel
@@ -385,6 +450,17 @@ def test_a_step_of_more_than_2_to_31_weights_is_counted_with_wide_offsets(J):
     last = torch.zeros(2, dtype=torch.int64)
     last_offsets_kernel[(1,)](last, J=J, K=64, D=64, STEP_I=4, OFFSET=tl.int64)
     assert last.tolist() == [4 * J * 64 * 64 - 1] * 2
+
+
+def test_a_sample_of_more_than_2_to_31_elements_is_counted_with_64_bits():
+    import triton.language as tl
+
+    from .offset_kernels import last_input_kernel
+
+    B, I, K = 3, 2**27 + 1, 64
+    last = torch.zeros(1, dtype=torch.int64)
+    last_input_kernel[(1,)](last, B=B, I=I, K=K, OFFSET=tl.int64)
+    assert last.item() == (B * I - 1) * K
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

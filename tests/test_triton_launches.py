@@ -12,6 +12,25 @@ from .triton_calls import MNIST, launches, needs_triton
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("B", "sizes", "weight_sharing", "many"),
+    [
+        (1, (300_000, 33, 32, 16), 300_000, ["routing_statistics_kernel"]),
+        (2, (1, 70_000, 8, 256), 1, ["routing_forward_kernel", "routing_backward_kernel"]),
+        (2, (1, 70_000, 8, 256), 1, ["routing_output_kernel", "routing_state_kernel"]),
+        (2, (300_000, 10, 8, 16), 1, ["routing_gradients_kernel"]),
+        (2, (70_000, 2, 72, 64), 70_000, ["wide_coupling_kernel", "wide_input_gradient_kernel"]),
+        (2, (1, 70_000, 72, 64), 1, ["wide_sum_kernel", "wide_state_kernel"]),
+    ],
+)  # fmt: skip
+def test_no_grid_has_more_programs_along_an_axis_than_cuda_allows(B, sizes, weight_sharing, many):
+    """65535 along all but the first (``launches`` asserts it), where there are more in all."""
+    programs: dict[str, int] = {}
+    launches(B, *sizes, 3, weight_sharing=weight_sharing, programs=programs)
+    assert all(programs[name] > 65535 for name in many), programs
+
+
+@needs_triton
 @pytest.mark.parametrize("R", [1, 2, 3, 10])
 @pytest.mark.parametrize("routing_gradient", ["full", "last"])
 def test_number_of_launches(R, routing_gradient):
@@ -134,13 +153,13 @@ def test_tuning_is_by_request_and_leaves_the_order_of_sums_alone(monkeypatch):
     calls = []
 
     class Kernel:
-        arg_names = ("u_ptr", "B", "t", "J")
+        arg_names = ("u_ptr", "finished_ptr", "B", "t", "J")
 
         def __getitem__(self, grid):
             return lambda **options: calls.append((options, routing.ONE_AT_A_TIME.locked()))
 
-    def autotune(configs, key):
-        calls.append((configs, key))
+    def autotune(configs, key, reset_to_zero):
+        calls.append((configs, key, reset_to_zero))
         return lambda kernel: kernel
 
     monkeypatch.setattr(triton, "autotune", autotune)
@@ -150,13 +169,17 @@ def test_tuning_is_by_request_and_leaves_the_order_of_sums_alone(monkeypatch):
     assert calls == [(plain, backend.INTERPRETED)]
     monkeypatch.setenv("CAPSULE_KERNELS_AUTOTUNE", "1")
     routing.run(Kernel(), (1,), 4, 2, B=3)
-    configs, key = calls[1]
+    configs, key, reset = calls[1]
     assert {config.num_warps for config in configs} == {4}
     assert len({config.num_stages for config in configs}) == len(configs) > 1
     assert key == ["B", "J"]
+    assert reset is None
     # An autotuner keeps the arguments it was last called with: threads take turns.
     assert calls[2] == ({"B": 3, **routing.OPTIONS}, True)
     assert not routing.ONE_AT_A_TIME.locked()
+    # Counters are of one launch only.
+    routing.run(Kernel(), (1,), 4, 2, B=3, finished_ptr=torch.zeros(1))
+    assert calls[3][2] == ["finished_ptr"]
 
 
 @needs_triton

@@ -1,5 +1,7 @@
 """Shapes, and the launches of a call of the Triton backend, without running a kernel."""
 
+import math
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ SIZES = [
 
 def launches(
     B, I, J, K, D, R, full_gradient=True, sizes=None, grid=None, window=None,
-    weight_sharing=1, widths=None, gpu=None, dtype=None, launched=None,
+    weight_sharing=1, widths=None, gpu=None, dtype=None, launched=None, programs=None,
 ):  # fmt: skip
     """Names of the kernels that a forward and backward launch, in order.
 
@@ -25,6 +27,7 @@ def launches(
     ``grid``: (H, W, C) of u [B, H, W, C, K] under a ``window``.
     ``widths``: a set, which receives the dtypes of the offsets.
     ``launched``: a list, which receives names, stages and arguments.
+    ``programs``: a dict, filled with the most programs of a launch of each kernel.
     """
     import triton.language as tl
 
@@ -35,8 +38,12 @@ def launches(
 
     def record(kernel, grid, num_warps, num_stages, **arguments):
         assert set(arguments) == set(kernel.arg_names), kernel.__name__
-        assert all(0 < size < 2**31 for size in grid)
+        along_x, *along_others = grid
+        assert 0 < along_x < 2**31, kernel.__name__
+        assert all(0 < size < 2**16 for size in along_others), kernel.__name__
         names.append(kernel.__name__)
+        if programs is not None:
+            programs[kernel.__name__] = max(programs.get(kernel.__name__, 0), math.prod(grid))
         if launched is not None:
             launched.append((kernel.__name__, num_stages, arguments))
         given = [x.numel() for x in arguments.values() if isinstance(x, torch.Tensor)]

@@ -1,6 +1,7 @@
-// The CPU kernels on threads that ThreadSanitizer sees: std::thread in place of torch's pool, whose
-// OpenMP runtime is not instrumented. Every instruction set, both lane layouts, several callers at
-// once that share their inputs; each result must have the bits that one thread computes.
+// The CPU kernels and their scheduler (tasks.h) on threads that ThreadSanitizer sees: std::thread
+// in place of torch's pool, whose OpenMP runtime is not instrumented. Every instruction set, both
+// lane layouts, several callers at once that share their inputs; each result must have the bits
+// that one thread computes.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -142,7 +143,7 @@ index check(const Shape& shape, std::mt19937& generator, std::atomic<bool>& equa
   return calls;
 }
 
-// The process's exit status; threads must have met in their shares, too.
+// The process's exit status: bits must be equal, and some tasks taken from another's share.
 int check_all() {
   std::mt19937 generator(0);
   std::atomic<bool> equal{true};

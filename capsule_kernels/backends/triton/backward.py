@@ -6,14 +6,7 @@
 import triton
 import triton.language as tl
 
-from .blocks import (
-    agreement_vectors,
-    squash,
-    squash_vjp,
-    state_offsets,
-    sum_of_partials,
-    wide,
-)
+from .blocks import as_offset, tiles_of_program
 from .sweeps import (
     agreement_with,
     load_state,
@@ -23,6 +16,7 @@ from .sweeps import (
     program_of_sweep,
     softmax_parts,
     squash_vjps,
+    squashed,
     state_for_every_warp,
     state_over_inputs,
     statistics_tile,
@@ -38,19 +32,23 @@ from .table import store_in_table
 
 @triton.jit
 def total_gradients(
-    grad_v_ptr, s_ptr, partial_ptr, G_before_ptr, offsets, mask, size, groups, ACC: tl.constexpr
-):
-    """G^t and ds^t of a tile; without partial sums t is R, where G = 0 and dL/dv enters."""
+    grad_v_ptr, s_ptr, partial_ptr, G_before_ptr, size, groups, i_b, i_j, B, J: tl.constexpr,
+    D: tl.constexpr, WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dL/dv^t, which is G^t, and ds^t; without partial sums t is R, where it is given."""
     if partial_ptr is None:
-        G = tl.zeros(offsets.shape, ACC)
-        dv = tl.load(grad_v_ptr + offsets, mask=mask, other=0.0).to(ACC)
+        G = load_state(grad_v_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
     else:
-        G = sum_of_partials(partial_ptr, offsets, mask, size, groups, ACC)
+        G = sum_of_states(
+            partial_ptr, size, groups, i_b, i_j, B, J, D,
+            WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC,
+        )  # fmt: skip
         if G_before_ptr is not None:
-            G += tl.load(G_before_ptr + offsets, mask=mask, other=0.0)
-        dv = G
-    s = tl.load(s_ptr + offsets, mask=mask, other=0.0)
-    return G, squash_vjp(s, dv)
+            before = load_state(G_before_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
+            G = plus(G, before, UNROLL_J)
+    s = load_state(s_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
+    return G, squash_vjps(s, G, UNROLL_J)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -77,6 +75,7 @@ def routing_backward_kernel(
     WINDOW: tl.constexpr,
     LEAKY: tl.constexpr,
     SUM_INPUT: tl.constexpr,
+    FLAT: tl.constexpr,  # where the tiles of J lie in the grid (blocks.tiles_of_program)
     WARPS_I: tl.constexpr,
     WARPS_J: tl.constexpr,
     UNROLL_J: tl.constexpr,
@@ -96,7 +95,7 @@ def routing_backward_kernel(
     PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
     ALONG_K: tl.constexpr = not PAIRED  # where registers allow
     TILED: tl.constexpr = statistics_ptr is not None
-    i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
+    i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, FLAT, OFFSET)
 
     p_s = s_ptr + (t - 1) * size
     p_ds = ds_ptr + (t - 1) * size
@@ -104,20 +103,10 @@ def routing_backward_kernel(
         s_ptr, size, t - 1, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC
     )
     if SUM_INPUT:
-        if input_ptr is None:
-            G = load_state(grad_v_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
-        else:
-            G = sum_of_states(
-                input_ptr, size, tl.num_programs(1), i_b, i_j, B, J, D,
-                WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC,
-            )  # fmt: skip
-            if G_before_ptr is not None:
-                before = load_state(
-                    G_before_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC
-                )
-                G = plus(G, before, UNROLL_J)
-        s = load_state(p_s, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
-        ds = squash_vjps(s, G, UNROLL_J)
+        G, ds = total_gradients(
+            grad_v_ptr, p_s, input_ptr, G_before_ptr, size, tl.num_programs(1), i_b, i_j, B, J, D,
+            WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC,
+        )  # fmt: skip
         if i_group == 0:
             store_state(p_ds, ds, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
             if G_ptr is not None:
@@ -130,7 +119,7 @@ def routing_backward_kernel(
     G_step = zero_state(WARPS_I * WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC)
     first = i_group * capsules
     for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
-        start = wide(index, OFFSET)
+        start = as_offset(index, OFFSET)
         u, W = step_inputs(
             u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
             WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ALONG_K, ACC,
@@ -152,7 +141,7 @@ def routing_backward_kernel(
             dl = e[n] * inverse * (dc[n] - mean)
             G_new += (G_step[n] + weighted_sum(dl, u, W[n], STEP_I, PAIRED, ACC, PRECISION),)
         G_step = G_new
-    p_partial = partial_ptr + wide(i_group, OFFSET) * size
+    p_partial = partial_ptr + as_offset(i_group, OFFSET) * size
     G_step = state_over_inputs(G_step, WARPS_I, WARPS_J, UNROLL_J)
     store_state(p_partial, G_step, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
 
@@ -177,6 +166,7 @@ def routing_state_kernel(
     LEAKY: tl.constexpr,
     UNIFORM: tl.constexpr,  # whether the table's ds^1 bears the uniform coupling of iteration 1
     PAIRED: tl.constexpr,  # the table's order
+    FLAT: tl.constexpr,
     WARPS_J: tl.constexpr,  # of the last sweep, whose tiles of J the table is padded to
     UNROLL_J: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -185,45 +175,45 @@ def routing_state_kernel(
     ACC: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """ds^t, and the table of V for the last sweep. Grid: (batch tiles, tiles of J)."""
-    i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
-    i_j = tl.program_id(1) * BLOCK_J
-    size = wide(B, OFFSET) * (J * D)
-    offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
+    """ds^t, and the table of V for the last sweep.
+
+    Grid: (batch tiles, 1, tiles of J), which cover all of the table, in tiles of 8 samples.
+    """
+    i_b, tile_j = tiles_of_program(tl.cdiv(B, 8) * 8, BLOCK_B, FLAT, OFFSET)
+    TILE_J: tl.constexpr = WARPS_J * UNROLL_J
+    PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J
+    i_j = 0 if PADDED_J <= BLOCK_J else tile_j * BLOCK_J  # where it can be, a constant
+    size = as_offset(B, OFFSET) * (J * D)
     G, ds = total_gradients(
-        grad_v_ptr,
-        s_ptr + (t - 1) * size,
-        input_ptr,
-        G_before_ptr,
-        offsets,
-        mask,
-        size,
-        groups,
-        ACC,
-    )
-    tl.store(ds_ptr + (t - 1) * size + offsets, ds, mask=mask)
+        grad_v_ptr, s_ptr + (t - 1) * size, input_ptr, G_before_ptr, size, groups,
+        i_b, i_j, B, J, D, BLOCK_J, 1, BLOCK_B, BLOCK_D, ACC,
+    )  # fmt: skip
+    store_state(ds_ptr + (t - 1) * size, ds, i_b, i_j, B, J, D, BLOCK_J, 1, BLOCK_D)
     if G_ptr is not None:
-        tl.store(G_ptr + offsets, G, mask=mask)
+        store_state(G_ptr, G, i_b, i_j, B, J, D, BLOCK_J, 1, BLOCK_D)
     if finished_ptr is not None:
-        for start in range(tl.program_id(0) * 256, finished_rows, tl.num_programs(0) * 256):
-            rows = start + tl.arange(0, 256)
+        for block in range(tl.program_id(0), tl.cdiv(finished_rows, 256), tl.num_programs(0)):
+            rows = block * 256 + tl.arange(0, 256)
             tl.store(finished_ptr + rows, 0, mask=rows < finished_rows)
     if table_ptr is not None:
-        TILE_J: tl.constexpr = WARPS_J * UNROLL_J
-        PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J
         CELL: tl.constexpr = 16 * BLOCK_D
-        j = (i_j + tl.arange(0, BLOCK_J))[None, :, None]
+        j = (i_j + tl.arange(0, BLOCK_J)).to(OFFSET)[:, None, None]
         d = tl.arange(0, BLOCK_D)[None, None, :]
         m_table = (j < PADDED_J) & (d < BLOCK_D)
         TABLE: tl.constexpr = 2 * PADDED_J * CELL  # of an iteration and a tile of samples
-        iteration = (i_b // 8)[:, None, None] * iterations + (t - 1)
+        iteration = (i_b // 8)[None, :, None] * iterations + (t - 1)
         p_table = table_ptr + iteration * TABLE + j * CELL
-        b = (i_b % 8)[:, None, None]
-        V = agreement_vectors(s_ptr, offsets, mask, size, t - 1, ACC)
-        first = ds / (J + LEAKY) if UNIFORM else ds
-        store_in_table(p_table, first, V, b, d, m_table, PADDED_J * CELL, PAIRED)
+        b = (i_b % 8)[None, :, None]
+        V = summed_agreement_vectors(
+            s_ptr, size, t - 1, i_b, i_j, B, J, D, BLOCK_J, 1, BLOCK_B, BLOCK_D, ACC
+        )
+        first = ds[0] / (J + LEAKY) if UNIFORM else ds[0]
+        store_in_table(p_table, first, V[0], b, d, m_table, PADDED_J * CELL, PAIRED)
         for later in range(t + 1, iterations + 1):
             p_table += TABLE
-            V += squash(tl.load(s_ptr + (later - 2) * size + offsets, mask=mask, other=0.0))
-            ds = tl.load(ds_ptr + (later - 1) * size + offsets, mask=mask, other=0.0)
-            store_in_table(p_table, ds, V, b, d, m_table, PADDED_J * CELL, PAIRED)
+            p_s = s_ptr + (later - 2) * size
+            p_ds = ds_ptr + (later - 1) * size
+            s = load_state(p_s, i_b, i_j, B, J, D, BLOCK_J, 1, BLOCK_D, ACC)
+            ds = load_state(p_ds, i_b, i_j, B, J, D, BLOCK_J, 1, BLOCK_D, ACC)
+            V = plus(V, squashed(s, 1), 1)
+            store_in_table(p_table, ds[0], V[0], b, d, m_table, PADDED_J * CELL, PAIRED)

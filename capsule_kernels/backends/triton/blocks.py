@@ -1,4 +1,4 @@
-"""Device functions that all kernels share: tiles, squash and its derivative, coupling coefficients.
+"""Device functions that all kernels share: tiles, products, squash and its derivative.
 
 Names: sizes in capitals, ``i_`` an index, ``m_`` a mask; a tensor's shape stands after it. All
 arithmetic is in the accumulation dtype, whatever the tensors' own.
@@ -9,9 +9,26 @@ import triton.language as tl
 
 
 @triton.jit
-def wide(x, OFFSET: tl.constexpr):
+def as_offset(x, OFFSET: tl.constexpr):
     """A whole number as a scalar tensor of the offsets' dtype; a plain int has none to cast."""
     return tl.full([], 0, OFFSET) + x
+
+
+@triton.jit
+def tiles_of_program(B, BLOCK_B: tl.constexpr, FLAT: tl.constexpr, OFFSET: tl.constexpr):
+    """The samples of a program's batch tile, [BLOCK_B], and which tile of something else it has.
+
+    Neighbours along the first axis of the grid have other samples. The other tiles lie along the
+    third, or FLAT, behind the batch tiles along the first (``config.grid``).
+    """
+    if FLAT:
+        tiles_B = tl.cdiv(B, BLOCK_B)
+        tile_b = tl.program_id(0) % tiles_B
+        tile = tl.program_id(0) // tiles_B
+    else:
+        tile_b = tl.program_id(0)
+        tile = tl.program_id(2)
+    return (tile_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET), tile
 
 
 @triton.jit
@@ -39,18 +56,6 @@ def product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
     else:
         c = tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
     return c
-
-
-@triton.jit
-def state_offsets(
-    i_b, i_j, B, J: tl.constexpr, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Offsets and mask of a tile [BLOCK_B, BLOCK_J, BLOCK_D] of a [B, J, D] tensor."""
-    j = i_j + tl.arange(0, BLOCK_J)
-    d = tl.arange(0, BLOCK_D)
-    offsets = i_b[:, None, None] * (J * D) + (j * D)[None, :, None] + d[None, None, :]
-    mask = (i_b < B)[:, None, None] & (j < J)[None, :, None] & (d < D)[None, None, :]
-    return offsets, mask
 
 
 @triton.jit
@@ -86,41 +91,3 @@ def squash_vjp(s, x):
     along = tl.sum(direction * x, axis=2, keep_dims=True)
     zero = tl.max((s != 0).to(tl.int32), axis=2, keep_dims=True) == 0
     return tl.where(zero, 0.0, f * (x + h * along * direction))
-
-
-@triton.jit
-def sum_of_partials(partial_ptr, offsets, mask, size, num_partials, ACC: tl.constexpr):
-    """Sum of ``num_partials`` tensors of ``size`` elements each, in fixed order."""
-    total = tl.zeros(offsets.shape, ACC)
-    for _ in tl.range(num_partials, loop_unroll_factor=4):  # four loads under way at a time
-        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
-        partial_ptr += size
-    return total
-
-
-@triton.jit
-def bias_tile(
-    bias_ptr,
-    i_j,
-    J: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The bias of a tile of output capsules, [1, BLOCK_J, BLOCK_D]."""
-    j = i_j + tl.arange(0, BLOCK_J)
-    d = tl.arange(0, BLOCK_D)
-    mask = (j < J)[:, None] & (d < D)[None, :]
-    bias = tl.load(bias_ptr + (j * D)[:, None] + d[None, :], mask=mask, other=0.0)
-    return bias.to(ACC)[None, :, :]
-
-
-@triton.jit
-def agreement_vectors(s_ptr, offsets, mask, size, t, ACC: tl.constexpr):
-    """V^t = v^1 + ... + v^t of a tile, from the total inputs s^1 ... s^t."""
-    V = tl.zeros(offsets.shape, ACC)
-    for _ in range(t):
-        V += squash(tl.load(s_ptr + offsets, mask=mask, other=0.0))
-        s_ptr += size
-    return V

@@ -46,8 +46,8 @@ GRADIENT_COLUMNS = 48
 """Samples of a tile of the last sweep, and columns (j, d) of one of its warps."""
 
 PARTIAL_GRADIENT = 2
-"""What writing and adding a partial dW costs, in batch tiles of the program that makes it (a guess,
-to be measured)."""
+"""What writing and adding a partial dW costs, in batch tiles of the program that makes it: a guess,
+which no profile of the whole kernel tells."""
 
 MOST_COUNTED = 16
 """Most parts of a row's gradients that the last program to finish adds by itself."""
@@ -60,6 +60,9 @@ SCRATCH = 8 << 10
 
 STATISTICS_STEPS = 4
 """Steps of input capsules of a program that tables softmax statistics."""
+
+MOST_ALONG_AXIS = 65535
+"""Most programs along the second and third axis of a grid in CUDA; along the first 2^31 - 1."""
 
 GRID_BLOCK = 1024
 """Elements of a grid of a program that sums the gradients of windows."""
@@ -297,6 +300,18 @@ def table_size(B: int, J: int, warps: Warps) -> int:
     return ceil_div(B, warps.BLOCK_B) * warps.BLOCK_B * padded_J * warps.BLOCK_D * 4
 
 
+def grid(tiles_B: int, groups: int, tiles: int) -> tuple[tuple[int, int, int], bool]:
+    """A grid of programs, and whether it is FLAT (``blocks.tiles_of_program``).
+
+    The first axis, whose neighbours run side by side, has the batch tiles: they read the same
+    weights. The second has the groups of a ``sweep``, which are few. The third has other tiles,
+    unless they are more than CUDA allows there.
+    """
+    if tiles > MOST_ALONG_AXIS:
+        return (tiles_B * tiles, groups, 1), True
+    return (tiles_B, groups, tiles), False
+
+
 @dataclass(frozen=True)
 class Sweep:
     """How one sweep over (b, i) is cut into programs."""
@@ -320,7 +335,9 @@ def sweep(B: int, I: int, J: int, K: int, warps: Warps, processors: int) -> Swee
     Too few groups leave multiprocessors idle; but each is one more partial sum that every program
     of the next sweep reads. Cost in the time of reading a capsule's weights through the L2: the
     programs of the busiest multiprocessor, times the capsules and partial sums of each. Four warps
-    alone fill two thirds of the instruction slots that eight fill (a guess, to be measured).
+    alone fill two thirds of the instruction slots that eight fill: a guess that measurements allow.
+    On an H200 (docs/kernels.md) a scheduler issues in 0.15 to 0.20 of the cycles with one warp and
+    in 0.15 to 0.28 with two; one and the same sweep of the backward in 0.17 and in 0.23.
     """
     tiles_B, tiles_J = ceil_div(B, warps.BLOCK_B), ceil_div(J, warps.output_capsules)
     partial_sum = min(B, warps.BLOCK_B) / K  # of weights
@@ -413,7 +430,7 @@ def split(
     def cost(split: Split) -> float:
         """Steps of the busiest multiprocessor, with what a part costs for each of its pieces.
 
-        One program alone fills two thirds of the instruction slots that two fill (a guess).
+        One program alone fills two thirds of the instruction slots that two fill, as in ``sweep``.
         """
         part = PARTIAL_GRADIENT if split.contributors > 1 else 0
         piece = steps_of_part * split.batch_tiles + part

@@ -6,14 +6,14 @@
 import triton
 import triton.language as tl
 
-from .blocks import bias_tile, squash, state_offsets, sum_of_partials, wide
+from .blocks import as_offset, tiles_of_program
 from .sweeps import (
     add_bias,
-    add_squashed,
-    agreement_with,
-    logits_of_priors,
+    logits_of_step,
+    plus,
     program_of_sweep,
     softmax_parts,
+    squashed,
     state_for_every_warp,
     state_over_inputs,
     statistics_tile,
@@ -63,6 +63,7 @@ def routing_forward_kernel(
     WINDOW: tl.constexpr,
     LEAKY: tl.constexpr,
     FIRST: tl.constexpr,
+    FLAT: tl.constexpr,  # where the tiles of J lie in the grid (blocks.tiles_of_program)
     WARPS_I: tl.constexpr,
     WARPS_J: tl.constexpr,
     UNROLL_J: tl.constexpr,
@@ -83,8 +84,9 @@ def routing_forward_kernel(
     # Where registers allow.
     ALONG_K: tl.constexpr = FIRST or (PRECISION != "tf32x3" and BLOCK_B == 16)
     TILED: tl.constexpr = statistics_ptr is not None
-    i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, OFFSET)
+    i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, FLAT, OFFSET)
 
+    V = None
     if not FIRST:
         known = t - 1 if input_ptr is None else t - 2
         V = summed_agreement_vectors(
@@ -96,8 +98,10 @@ def routing_forward_kernel(
                 WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC,
             )  # fmt: skip
             if bias_ptr is not None:
-                s_before = add_bias(s_before, bias_ptr, i_j, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
-            V = add_squashed(V, s_before, UNROLL_J)
+                s_before = add_bias(
+                    s_before, bias_ptr, i_j, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC, OFFSET
+                )
+            V = plus(V, squashed(s_before, UNROLL_J), UNROLL_J)
             if i_group == 0:
                 p_s = s_ptr + known * size
                 store_state(p_s, s_before, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
@@ -106,7 +110,7 @@ def routing_forward_kernel(
     s = zero_state(WARPS_I * WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC)
     first = i_group * capsules
     for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
-        start = wide(index, OFFSET)
+        start = as_offset(index, OFFSET)
         u, W = step_inputs(
             u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
             WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ALONG_K, ACC,
@@ -116,15 +120,10 @@ def routing_forward_kernel(
             for _ in tl.static_range(UNROLL_J):
                 c += (tl.full([WARPS_I * WARPS_J, BLOCK_B, STEP_I], 1.0 / (J + LEAKY), ACC),)
         else:
-            b = ()
-            for n in tl.static_range(UNROLL_J):
-                b_n = logits_of_priors(
-                    logits_ptr, start, i_j + n * WARPS_J, I, J,
-                    WARPS_I, WARPS_J, STEP_I, BLOCK_B, ACC,
-                )  # fmt: skip
-                if not FIRST:
-                    b_n += agreement_with(V[n], u, W[n], STEP_I, TILED, ACC, PRECISION)
-                b += (b_n,)
+            b = logits_of_step(
+                logits_ptr, V, u, W, start, i_j, I, J,
+                WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, TILED, ACC, PRECISION,
+            )  # fmt: skip
             offsets, mask, plane = statistics_tile(start, i_b, B, I, WARPS_I, WARPS_J, STEP_I)
             p_statistics = None if statistics_ptr is None else statistics_ptr + offsets
             e, inverse = softmax_parts(
@@ -156,19 +155,22 @@ def routing_output_kernel(
     groups,
     J: tl.constexpr,
     D: tl.constexpr,
+    FLAT: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """s^t from its partial sums, and v^t = squash(s^t). Grid: (batch tiles, tiles of J)."""
-    i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
-    i_j = tl.program_id(1) * BLOCK_J
-    offsets, mask = state_offsets(i_b, i_j, B, J, D, BLOCK_J, BLOCK_D)
-    s = sum_of_partials(partial_ptr, offsets, mask, wide(B, OFFSET) * (J * D), groups, ACC)
+    """s^t from its partial sums, and v^t = squash(s^t). Grid: (batch tiles, 1, tiles of J)."""
+    i_b, tile_j = tiles_of_program(B, BLOCK_B, FLAT, OFFSET)
+    i_j = 0 if J <= BLOCK_J else tile_j * BLOCK_J  # where it can be, a constant
+    size = as_offset(B, OFFSET) * (J * D)
+    s = sum_of_states(
+        partial_ptr, size, groups, i_b, i_j, B, J, D, BLOCK_J, 1, BLOCK_B, BLOCK_D, ACC
+    )
     if bias_ptr is not None:
-        s += bias_tile(bias_ptr, i_j, J, D, BLOCK_J, BLOCK_D, ACC)
-    tl.store(s_ptr + offsets, s, mask=mask)
+        s = add_bias(s, bias_ptr, i_j, J, D, BLOCK_J, 1, BLOCK_D, ACC, OFFSET)
+    store_state(s_ptr, s, i_b, i_j, B, J, D, BLOCK_J, 1, BLOCK_D)
     if v_ptr is not None:
-        tl.store(v_ptr + offsets, squash(s).to(v_ptr.dtype.element_ty), mask=mask)
+        store_state(v_ptr, squashed(s, 1), i_b, i_j, B, J, D, BLOCK_J, 1, BLOCK_D)

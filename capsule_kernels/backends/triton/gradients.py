@@ -19,7 +19,7 @@ q + 4 where a product has left 2q and 2q + 1: as samples may be added in any ord
 import triton
 import triton.language as tl
 
-from .blocks import product, wide
+from .blocks import as_offset, product
 from .parts import add_parts, last_of, part_of_gradient, row_of_share, share_of_program, store_share
 from .sweeps import mean_gradient, softmax_parts
 from .table import states_over_b, states_over_d
@@ -116,10 +116,10 @@ def input_columns_twice(
     k = lane // 4 % 2 * (2 * QUARTER) + rest // 2 * QUARTER + x % QUARTER
     b = (b_start + lane % 4 * 2 + rest % 2).to(OFFSET)
     mask = (b < B) & (i < end) & (k < K)
-    if WINDOW is None:
+    if WINDOW is None:  # as one product, which takes a register less
         capsule = (b * I + i) * K
     else:
-        capsule = sample_offset(b, K, WINDOW) + capsule_offset(i, K, WINDOW)
+        capsule = sample_offset(b, I, K, WINDOW) + capsule_offset(i, K, WINDOW)
     u = tl.load(u_ptr + capsule + k, mask=mask, other=0.0).to(ACC)
     u = tl.reshape(u, [2, 2, WARPS_J, 2 * STEP_I, 4, QUARTER])
     u = tl.permute(u, (2, 0, 5, 3, 4, 1))
@@ -219,7 +219,7 @@ def store_prior_gradients(
     WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr,
 ):  # fmt: skip
     """dprior of a step and a tile of J, UNROLL_J tiles [WARPS_J, STEP_I, 8]."""
-    i = tl.arange(0, STEP_I)[None, :]
+    i = tl.arange(0, STEP_I).to(start.dtype)[None, :]
     for n in tl.static_range(UNROLL_J):
         j = i_j + n * WARPS_J + tl.arange(0, WARPS_J)[:, None]
         mask = (i < i_end - start) & (j < J)
@@ -291,7 +291,7 @@ def routing_gradients_kernel(
     i_first, i_end, b_first, b_end = share_of_program(
         whole, cut, parts, capsules, batch_tiles, B, I, ROW_CAPSULES, BLOCK_B, OFFSET
     )
-    plane = wide(B, OFFSET) * I
+    plane = as_offset(B, OFFSET) * I
     r_i, r_k = input_rows(STEP_I, BLOCK_K)
     s_i = tl.arange(0, STEP_I)[None, :, None]
     s_b = tl.arange(0, 8)[None, None, :]
@@ -324,15 +324,15 @@ def routing_gradients_kernel(
                     WARPS_J, STEP_I, BLOCK_K, ACC, OFFSET,
                 )  # fmt: skip
                 du = tl.zeros([WARPS_J, N, 16], ACC)
-                p_tile = table_ptr + wide(tile, OFFSET) * iterations * TABLE
-                p_tile += wide(i_j, OFFSET) * CELL
+                p_tile = table_ptr + as_offset(tile, OFFSET) * iterations * TABLE
+                p_tile += as_offset(i_j, OFFSET) * CELL
                 i_b = (tile * 8 + s_b).to(OFFSET)
                 for t in tl.range(
                     FIRST_T if UNROLL_T > 1 else first,
                     FIRST_T + UNROLL_T if UNROLL_T > 1 else iterations + 1,
                     loop_unroll_factor=UNROLL_T,
                 ):
-                    p_iteration = p_tile + wide(t - 1, OFFSET) * TABLE
+                    p_iteration = p_tile + as_offset(t - 1, OFFSET) * TABLE
                     P = ()
                     b = ()
                     dc = ()
@@ -404,7 +404,8 @@ def routing_gradients_kernel(
                 if grad_u_ptr is not None:
                     du = tl.sum(tl.sum(tl.reshape(du, [WARPS_J, N, 2, 8]), axis=2), axis=0)
                     u_b = (tile * 8 + tl.arange(0, 8)).to(OFFSET)
-                    o_u = u_b[None, :] * (I * K) + ((start + r_i) * K + r_k)[:, None]
+                    o_u = sample_offset(u_b, I, K, None)[None, :]
+                    o_u += (capsule_offset(start + r_i, K, None) + r_k)[:, None]
                     m_u = (u_b < B)[None, :] & ((start + r_i < i_end) & (r_k < K))[:, None]
                     if J > TILE_J:
                         if i_j > 0:
@@ -417,8 +418,9 @@ def routing_gradients_kernel(
                     i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES
                 )
                 p_part = part_of_gradient(
-                    logits_parts_ptr, piece, wide(whole, OFFSET) * ROW_LOGITS, wide(I, OFFSET) * J
-                )
+                    logits_parts_ptr, piece, as_offset(whole, OFFSET) * ROW_LOGITS,
+                    as_offset(I, OFFSET) * J,
+                )  # fmt: skip
                 store_prior_gradients(
                     grad_logits_ptr, p_part, row >= whole, dprior, start, i_end, i_j, J,
                     WARPS_J, UNROLL_J, STEP_I,
@@ -428,8 +430,8 @@ def routing_gradients_kernel(
                 i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES
             )
             p_part = part_of_gradient(
-                weight_parts_ptr, piece * parts + part, wide(whole, OFFSET) * ROW_WEIGHTS,
-                wide(I // WEIGHT_SHARING, OFFSET) * (J * D * K),
+                weight_parts_ptr, piece * parts + part, as_offset(whole, OFFSET) * ROW_WEIGHTS,
+                as_offset(I // WEIGHT_SHARING, OFFSET) * (J * D * K),
             )  # fmt: skip
             store_weight_gradients(
                 grad_weight_ptr, p_part, row >= whole, dW, row * ROW_WEIGHTS, i_end - i_first,
@@ -444,10 +446,10 @@ def routing_gradients_kernel(
             if last_of(finished_ptr + (row - whole), parts * pieces):
                 add_parts(
                     grad_weight_ptr, weight_parts_ptr, parts * pieces, row, ROW_WEIGHTS,
-                    wide(whole, OFFSET) * ROW_WEIGHTS,
-                    wide(I // WEIGHT_SHARING, OFFSET) * (J * D * K), ACC, OFFSET,
+                    as_offset(whole, OFFSET) * ROW_WEIGHTS,
+                    as_offset(I // WEIGHT_SHARING, OFFSET) * (J * D * K), ACC, OFFSET,
                 )  # fmt: skip
                 add_parts(
                     grad_logits_ptr, logits_parts_ptr, pieces, row, ROW_LOGITS,
-                    wide(whole, OFFSET) * ROW_LOGITS, wide(I, OFFSET) * J, ACC, OFFSET,
+                    as_offset(whole, OFFSET) * ROW_LOGITS, as_offset(I, OFFSET) * J, ACC, OFFSET,
                 )  # fmt: skip

@@ -8,7 +8,7 @@ workspace: [parts of a row, rows that are cut, ...].
 import triton
 import triton.language as tl
 
-from .blocks import sum_of_partials, wide
+from .blocks import as_offset
 
 
 @triton.jit
@@ -19,7 +19,7 @@ def share_of_program(
     """First and last input capsule and tile of samples of this program."""
     i_cut = tl.program_id(0) - whole
     unit = tl.where(i_cut < 0, tl.program_id(0), whole + i_cut % cut)
-    row = wide(unit // parts, OFFSET)
+    row = as_offset(unit // parts, OFFSET)
     i_first = row * ROW_CAPSULES + unit % parts * capsules
     i_end = min(min(i_first + capsules, (row + 1) * ROW_CAPSULES), I)
     tiles = tl.cdiv(B, BLOCK_B)
@@ -71,6 +71,16 @@ def last_of(p_finished, programs):
 
 
 @triton.jit
+def sum_of_partials(partial_ptr, offsets, mask, size, num_partials, ACC: tl.constexpr):
+    """Sum of ``num_partials`` tensors of ``size`` elements each, in fixed order."""
+    total = tl.zeros(offsets.shape, ACC)
+    for _ in tl.range(num_partials, loop_unroll_factor=4):  # four loads under way at a time
+        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+        partial_ptr += size
+    return total
+
+
+@triton.jit
 def add_parts(
     gradient_ptr, parts_ptr, number, row, row_size, whole, size,
     ACC: tl.constexpr, OFFSET: tl.constexpr,
@@ -82,7 +92,7 @@ def add_parts(
         end = min(first + row_size, size)
         p_first = part_of_gradient(parts_ptr, 0, whole, size)
         for start in range(first, end, BLOCK):
-            offsets = wide(start, OFFSET) + tl.arange(0, BLOCK)
+            offsets = as_offset(start, OFFSET) + tl.arange(0, BLOCK)
             mask = offsets < end
             total = sum_of_partials(p_first, offsets, mask, size - whole, number, ACC)
             tl.store(gradient_ptr + offsets, total.to(gradient_ptr.dtype.element_ty), mask=mask)

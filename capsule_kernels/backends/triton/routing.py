@@ -35,21 +35,25 @@ def run(
     tunes = os.environ.get("CAPSULE_KERNELS_AUTOTUNE") == "1"
     with ONE_AT_A_TIME if tunes or INTERPRETED else nullcontext():
         if tunes:
-            tuned(kernel, num_warps)[grid](**arguments, **OPTIONS)
+            counts = arguments.get("finished_ptr") is not None
+            tuned(kernel, num_warps, counts)[grid](**arguments, **OPTIONS)
         else:
             kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **OPTIONS)
 
 
 @functools.cache
-def tuned(kernel: Any, num_warps: int) -> Any:
+def tuned(kernel: Any, num_warps: int, counts: bool) -> Any:
     """The kernel with ``triton.autotune`` about it: slow where it meets new sizes.
 
     Only the depth of the load pipeline is tuned: tiles, warps and groups decide in which order
-    sums are taken, and no environment variable changes results.
+    sums are taken, and no environment variable changes results. Every trial repeats the launch.
+    Where programs count (``counts``) who of them is the last, they must find 0 each time, or none
+    would be.
     """
     return triton.autotune(
         configs=[triton.Config({}, num_warps, num_stages) for num_stages in (1, 2, 3, 4)],
         key=[name for name in kernel.arg_names if not name.endswith("_ptr") and name != "t"],
+        reset_to_zero=["finished_ptr"] if counts else None,
     )(kernel)
 
 
@@ -215,10 +219,9 @@ class Routing:
                 split = self.split
                 counts.append(split.contributors * split.cut_of(len(self.weight)) * J * D * K)
                 counts.append(split.pieces * split.cut_of(I) * J)
-        wide = config.needs_int64(*counts)
         return {
             "ACC": tl.float64 if self.s.dtype == torch.float64 else tl.float32,
-            "OFFSET": tl.int64 if wide else tl.int32,
+            "OFFSET": tl.int64 if config.needs_int64(*counts) else tl.int32,
         }
 
     @property
@@ -246,20 +249,22 @@ class Routing:
 
     def over_sweep(self, kernel: Any, sweep: config.Sweep, **arguments: Any) -> None:
         """Launch a sweep of the forward or backward."""
+        grid, flat = config.grid(sweep.tiles_B, sweep.groups, sweep.tiles_J)
         self.over_capsules(
-            kernel, (sweep.tiles_B, sweep.groups, sweep.tiles_J),
+            kernel, grid,
             sweep.warps.number, self.fit(sweep.warps, sweep is not self.sweep)[1], sweep.warps,
-            capsules=sweep.capsules, **arguments,
+            capsules=sweep.capsules, FLAT=flat, **arguments,
         )  # fmt: skip
 
     def over_state(self, kernel: Any, B: int, J: int, **arguments: Any) -> None:
         """Launch a kernel that visits [B, J, D] only."""
         BLOCK_D = self.last_sweep.BLOCK_D
         BLOCK_J = min(config.power_of_two(J), max(1, config.MAX_TILE // BLOCK_D))
+        grid, flat = config.grid(B, 1, config.ceil_div(J, BLOCK_J))
         self.launch(
-            kernel, (B, config.ceil_div(J, BLOCK_J)), 2, 1,
+            kernel, grid, 2, 1,
             B=self.sizes[0], J=self.sizes[2], D=self.sizes[4],
-            BLOCK_B=1, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, **self.types, **arguments,
+            FLAT=flat, BLOCK_B=1, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, **self.types, **arguments,
         )  # fmt: skip
 
     def tabulate(self, statistics: Tensor, t: int, ds: Tensor | None = None) -> None:
@@ -268,10 +273,12 @@ class Routing:
             return  # the coupling is uniform
         sweep, steps = self.sweep, config.STATISTICS_STEPS
         groups = config.ceil_div(self.sizes[1], steps * sweep.warps.capsules)
+        grid, flat = config.grid(sweep.tiles_B, 1, groups)
         self.over_capsules(
-            routing_statistics_kernel, (sweep.tiles_B, groups),
+            routing_statistics_kernel, grid,
             sweep.warps.number, self.fit(sweep.warps)[1], sweep.warps,
             s_ptr=self.s, ds_ptr=ds, statistics_ptr=statistics, t=t, FIRST=t == 1, STEPS=steps,
+            FLAT=flat,
         )  # fmt: skip
 
     def sum_rows(self, x: Tensor, total: Tensor) -> None:

@@ -6,11 +6,11 @@
 import triton
 import triton.language as tl
 
-from .blocks import wide
+from .blocks import as_offset, tiles_of_program
 from .sweeps import (
     agreement_with,
     load_state,
-    logits_of_priors,
+    logits_of_step,
     over_warps,
     state_for_every_warp,
     statistics_tile,
@@ -67,6 +67,7 @@ def routing_statistics_kernel(
     LEAKY: tl.constexpr,
     FIRST: tl.constexpr,
     STEPS: tl.constexpr,
+    FLAT: tl.constexpr,  # where the groups lie in the grid (blocks.tiles_of_program)
     WARPS_I: tl.constexpr,
     WARPS_J: tl.constexpr,
     UNROLL_J: tl.constexpr,
@@ -83,23 +84,24 @@ def routing_statistics_kernel(
     Logits are computed as in the sweep that reads the table, in its tiles and by its functions. So
     the largest has the same rounding in numerator and denominator, and it cancels. Every warp goes
     through its output capsules of all tiles, rescales what it has summed when its maximum grows,
-    and meets the others at the end. Grid: (batch tiles, groups of STEPS steps).
+    and meets the others at the end. Grid: (batch tiles, 1, groups of STEPS steps).
     """
     PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
     # As in the sweeps.
     ALONG_K: tl.constexpr = PRECISION != "tf32x3" if ds_ptr is None else not PAIRED
     WARPS: tl.constexpr = WARPS_I * WARPS_J
     CAPSULES: tl.constexpr = WARPS_I * STEP_I  # of a step
-    i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
-    first = tl.program_id(1) * (STEPS * CAPSULES)
-    size = wide(B, OFFSET) * (J * D)
+    i_b, i_group = tiles_of_program(B, BLOCK_B, FLAT, OFFSET)
+    first = i_group * (STEPS * CAPSULES)
+    size = as_offset(B, OFFSET) * (J * D)
     # Not -inf, whose difference from logits of -inf would be NaN.
-    WIDE: tl.constexpr = ACC.primitive_bitwidth == 64
-    LOWEST: tl.constexpr = -1.7976931348623157e308 if WIDE else -3.4028234663852886e38
+    DOUBLE: tl.constexpr = ACC.primitive_bitwidth == 64
+    LOWEST: tl.constexpr = -1.7976931348623157e308 if DOUBLE else -3.4028234663852886e38
     maximum = filled(LOWEST, STEPS, WARPS, BLOCK_B, STEP_I, ACC)
     total = filled(0.0, STEPS, WARPS, BLOCK_B, STEP_I, ACC)
     weighted = filled(0.0, STEPS, WARPS, BLOCK_B, STEP_I, ACC)
     for i_j in range(0, J, WARPS_J * UNROLL_J):
+        V = None
         if not FIRST:
             V = summed_agreement_vectors(
                 s_ptr, size, t - 1, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC
@@ -109,24 +111,21 @@ def routing_statistics_kernel(
             ds = load_state(ds_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
             ds = state_for_every_warp(ds, WARPS_I, WARPS_J, UNROLL_J)
         for step in range(min(STEPS, tl.cdiv(I - first, CAPSULES))):
-            start = wide(first + step * CAPSULES, OFFSET)
+            start = as_offset(first + step * CAPSULES, OFFSET)
+            u, W = None, ()
             if (not FIRST) or (ds_ptr is not None):
                 u, W = step_inputs(
                     u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
                     WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ALONG_K, ACC,
                 )  # fmt: skip
-            b = ()
+            b = logits_of_step(
+                logits_ptr, V, u, W, start, i_j, I, J,
+                WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, True, ACC, PRECISION,
+            )  # fmt: skip
             m_old = of_step(maximum, step, STEPS)
             m_new = m_old
             for n in tl.static_range(UNROLL_J):
-                b_n = logits_of_priors(
-                    logits_ptr, start, i_j + n * WARPS_J, I, J,
-                    WARPS_I, WARPS_J, STEP_I, BLOCK_B, ACC,
-                )  # fmt: skip
-                if not FIRST:
-                    b_n += agreement_with(V[n], u, W[n], STEP_I, True, ACC, PRECISION)
-                b += (b_n,)
-                m_new = tl.maximum(m_new, b_n)
+                m_new = tl.maximum(m_new, b[n])
             rescale = tl.exp(m_old - m_new)
             total_new = of_step(total, step, STEPS) * rescale
             weighted_new = of_step(weighted, step, STEPS) * rescale
@@ -139,7 +138,7 @@ def routing_statistics_kernel(
             total = with_step(total, total_new, step, STEPS)
             weighted = with_step(weighted, weighted_new, step, STEPS)
     for step in tl.static_range(STEPS):
-        start = wide(first + step * CAPSULES, OFFSET)
+        start = as_offset(first + step * CAPSULES, OFFSET)
         offsets, mask, plane = statistics_tile(start, i_b, B, I, WARPS_I, WARPS_J, STEP_I)
         m_all = over_warps(maximum[step], True, WARPS_I, WARPS_J)
         if LEAKY:  # one more logit, 0

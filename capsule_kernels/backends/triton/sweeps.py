@@ -23,33 +23,41 @@ every eight there; those are the same elements in the order (k, i): operand_orde
 import triton
 import triton.language as tl
 
-from .blocks import product, squash, squash_vjp, wide
+from .blocks import as_offset, product, squash, squash_vjp, tiles_of_program
 from .windows import capsule_offset, sample_offset
 
 
 @triton.jit
 def program_of_sweep(
     B, J: tl.constexpr, D: tl.constexpr, WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr,
-    BLOCK_B: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_B: tl.constexpr, FLAT: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Samples, group of input capsules and first output capsule of a program, and the elements of
     a [B, J, D] tensor. Grid: (batch tiles, groups, tiles of J)."""
-    i_b = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
-    i_j = tl.program_id(2) * (WARPS_J * UNROLL_J)
-    return i_b, tl.program_id(1), i_j, wide(B, OFFSET) * (J * D)
+    i_b, tile_j = tiles_of_program(B, BLOCK_B, FLAT, OFFSET)
+    return i_b, tl.program_id(1), tile_j * (WARPS_J * UNROLL_J), as_offset(B, OFFSET) * (J * D)
 
 
 @triton.jit
 def state_tile(
     x_ptr, i_b, i_j, B, J: tl.constexpr, D: tl.constexpr, WARPS_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    UNROLL_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Pointers and mask of a tile [WARPS_J, BLOCK_B, BLOCK_D] of a [B, J, D] tensor."""
+    """Pointers and mask of a tile [WARPS_J, BLOCK_B, BLOCK_D] of a [B, J, D] tensor.
+
+    i_j goes into the pointer, so that all tiles share one set of offsets. Where there is but one
+    tile, of one sample, it goes into the offsets: loops over tensors then find them done.
+    """
     j = tl.arange(0, WARPS_J)
     d = tl.arange(0, BLOCK_D)
     offsets = (j * D)[:, None, None] + i_b[None, :, None] * (J * D) + d[None, None, :]
     mask = (i_j + j < J)[:, None, None] & (i_b < B)[None, :, None] & (d < D)[None, None, :]
-    return x_ptr + i_j * D + offsets, mask
+    first = as_offset(i_j, i_b.dtype) * D
+    if i_b.shape[0] == 1 and UNROLL_J == 1:
+        p = x_ptr + (offsets + first)
+    else:
+        p = x_ptr + first + offsets
+    return p, mask
 
 
 @triton.jit
@@ -60,7 +68,7 @@ def load_state(
     """A state from a [B, J, D] tensor."""
     x = ()
     for index in tl.static_range(UNROLL_J):
-        p, mask = state_tile(x_ptr, i_b, i_j + index * WARPS_J, B, J, D, WARPS_J, BLOCK_D)
+        p, mask = state_tile(x_ptr, i_b, i_j + index * WARPS_J, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
         x += (tl.load(p, mask=mask, other=0.0).to(ACC),)
     return x
 
@@ -72,8 +80,8 @@ def store_state(
 ):  # fmt: skip
     """A state to a [B, J, D] tensor."""
     for index in tl.static_range(UNROLL_J):
-        p, mask = state_tile(x_ptr, i_b, i_j + index * WARPS_J, B, J, D, WARPS_J, BLOCK_D)
-        tl.store(p, x[index], mask=mask)
+        p, mask = state_tile(x_ptr, i_b, i_j + index * WARPS_J, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
+        tl.store(p, x[index].to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -106,9 +114,10 @@ def sum_of_states(
 def add_bias(
     x, bias_ptr, i_j, J: tl.constexpr, D: tl.constexpr,
     WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
     """A state plus a bias [J, D], which is a state of a single sample."""
-    i_b = tl.zeros([1], tl.int32)
+    i_b = tl.zeros([1], OFFSET)
     bias = load_state(bias_ptr, i_b, i_j, 1, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
     return plus(x, bias, UNROLL_J)
 
@@ -122,11 +131,10 @@ def plus(x, y, UNROLL_J: tl.constexpr):
 
 
 @triton.jit
-def add_squashed(V, s, UNROLL_J: tl.constexpr):
-    """V + squash(s)."""
+def squashed(s, UNROLL_J: tl.constexpr):
     new = ()
     for index in tl.static_range(UNROLL_J):
-        new += (V[index] + squash(s[index]),)
+        new += (squash(s[index]),)
     return new
 
 
@@ -149,7 +157,7 @@ def summed_agreement_vectors(
     V = zero_state(WARPS_J, UNROLL_J, BLOCK_B, BLOCK_D, ACC)
     for _ in range(t):
         s = load_state(s_ptr, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D, ACC)
-        V = add_squashed(V, s, UNROLL_J)
+        V = plus(V, squashed(s, UNROLL_J), UNROLL_J)
         s_ptr += size
     return V
 
@@ -207,14 +215,14 @@ def input_capsules(
     """The input capsules of every warp, [WARPS, BLOCK_B, N]; 0 from I on."""
     i, k = input_columns(STEP_I, BLOCK_K)
     i = (tl.arange(0, WARPS_I) * STEP_I)[:, None] + i[None, :]
-    if WINDOW is None:
-        offsets = i_b[None, :, None] * (I * K) + (i * K + k[None, :])[:, None, :]
-    else:
-        columns = capsule_offset(start + i, K, WINDOW) + k[None, :]
-        offsets = sample_offset(i_b, K, WINDOW)[None, :, None] + columns[:, None, :]
-    mask = (i_b < B)[None, :, None] & ((start + i < I) & (k < K)[None, :])[:, None, :]
-    if WINDOW is None:
+    if WINDOW is None:  # what changes from step to step into the pointer, as in weights()
         u_ptr += start * K
+        columns = capsule_offset(i, K, WINDOW)
+    else:
+        columns = capsule_offset(start + i, K, WINDOW)
+    columns += k[None, :]
+    offsets = sample_offset(i_b, I, K, WINDOW)[None, :, None] + columns[:, None, :]
+    mask = (i_b < B)[None, :, None] & ((start + i < I) & (k < K)[None, :])[:, None, :]
     u = tl.load(u_ptr + offsets, mask=mask, other=0.0).to(ACC)
     u = tl.broadcast_to(u[:, None, :, :], [WARPS_I, WARPS_J, BLOCK_B, STEP_I * BLOCK_K])
     return tl.reshape(u, [WARPS_I * WARPS_J, BLOCK_B, STEP_I * BLOCK_K])
@@ -329,6 +337,24 @@ def agreement_with(
 
 
 @triton.jit
+def logits_of_step(
+    logits_ptr, V, u, W, start, i_j, I, J: tl.constexpr,
+    WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr,
+    BLOCK_B: tl.constexpr, TILED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Priors plus u_hat . V, UNROLL_J tiles [WARPS, BLOCK_B, STEP_I]; without V it is 0."""
+    b = ()
+    for n in tl.static_range(UNROLL_J):
+        b_n = logits_of_priors(
+            logits_ptr, start, i_j + n * WARPS_J, I, J, WARPS_I, WARPS_J, STEP_I, BLOCK_B, ACC
+        )
+        if V is not None:
+            b_n += agreement_with(V[n], u, W[n], STEP_I, TILED, ACC, PRECISION)
+        b += (b_n,)
+    return b
+
+
+@triton.jit
 def weighted_sum(
     y, u, W, STEP_I: tl.constexpr, PAIRED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -363,7 +389,7 @@ def statistics_tile(
     w = tl.arange(0, WARPS_I * WARPS_J)
     i = start + (w // WARPS_J * STEP_I)[:, None, None] + tl.arange(0, STEP_I)[None, None, :]
     i_b = i_b[None, :, None]
-    return i_b * I + i, (i_b < B) & (i < I), wide(B, i_b.dtype) * I
+    return i_b * I + i, (i_b < B) & (i < I), as_offset(B, i_b.dtype) * I
 
 
 @triton.jit

@@ -7,7 +7,7 @@ gradient dl of the logits, [B, I, J] an iteration. u_hat exists in blocks [BLOCK
 import triton
 import triton.language as tl
 
-from .blocks import product, squash, squash_vjp, wide
+from .blocks import as_offset, product, squash, squash_vjp, tiles_of_program
 from .windows import capsule_offset, sample_offset
 
 
@@ -18,8 +18,13 @@ def plus_product(x, a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def indices(start, BLOCK: tl.constexpr, OFFSET: tl.constexpr):
+    return as_offset(start, OFFSET) + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def block(
-    x_ptr, row, row_size, rows, i_column, columns: tl.constexpr, ACC: tl.constexpr
+    x_ptr, row, row_size: tl.constexpr, rows, i_column, columns: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """A block [row, i_column] of a matrix whose rows are ``row_size`` elements apart; 0 outside."""
     mask = (row < rows)[:, None] & (i_column < columns)[None, :]
@@ -31,13 +36,9 @@ def block(
 @triton.jit
 def inputs(u_ptr, i_b, i, i_k, B, I, K: tl.constexpr, WINDOW: tl.constexpr, ACC: tl.constexpr):
     """A block of input capsule i, [BLOCK_B, BLOCK_K]."""
-    if WINDOW is None:
-        u = block(u_ptr + i * K, i_b, I * K, B, i_k, K, ACC)
-    else:
-        rows = sample_offset(i_b, K, WINDOW)[:, None] + capsule_offset(i, K, WINDOW)
-        mask = (i_b < B)[:, None] & (i_k < K)[None, :]
-        u = tl.load(u_ptr + rows + i_k[None, :], mask=mask, other=0.0).to(ACC)
-    return u
+    offsets = sample_offset(i_b, I, K, WINDOW)[:, None] + i_k[None, :]
+    mask = (i_b < B)[:, None] & (i_k < K)[None, :]
+    return tl.load(u_ptr + capsule_offset(i, K, WINDOW) + offsets, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def predictions(
     """A block of u_hat, [BLOCK_B, BLOCK_D]; ``weight_ptr`` points to W_ij."""
     u_hat = tl.zeros([i_b.shape[0], i_d.shape[0]], ACC)
     for k in range(0, K, BLOCK_K):
-        i_k = k + tl.arange(0, BLOCK_K)
+        i_k = indices(k, BLOCK_K, i_b.dtype)
         u = inputs(u_ptr, i_b, i, i_k, B, I, K, WINDOW, ACC)
         W = block(weight_ptr, i_d, K, D, i_k, K, ACC)
         u_hat = plus_product(u_hat, u, tl.trans(W), ACC, PRECISION)
@@ -62,8 +63,8 @@ def prediction_gradients(
 ):  # fmt: skip
     """A block of du_hat = sum_t (c^t ds^t + dl^t V^(t-1)), [BLOCK_B, BLOCK_D]."""
     du_hat = tl.zeros([i_b.shape[0], i_d.shape[0]], ACC)
-    table = wide(B, i_b.dtype) * I * J
-    state = wide(B, i_b.dtype) * J * D
+    table = as_offset(B, i_b.dtype) * I * J
+    state = as_offset(B, i_b.dtype) * J * D
     o_table = (i_b * I + i) * J + j
     for t in range(first, iterations + 1):
         c = tl.load(c_ptr + (t - 1) * table + o_table, mask=i_b < B, other=0.0)
@@ -104,16 +105,16 @@ def wide_coupling_kernel(
 
     A first pass over J leaves logits and dc in the tables, a second makes c and dl of them.
     """
-    tiles_B = tl.cdiv(B, BLOCK_B)
-    i = wide(tl.program_id(0) // tiles_B, OFFSET)
-    i_b = (tl.program_id(0) % tiles_B * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
+    i_b, tile = tiles_of_program(B, BLOCK_B, True, OFFSET)
+    i = as_offset(tile, OFFSET)
     m_b = i_b < B
     o_table = (i_b * I + i) * J
     # The leaky softmax starts with its own logit, 0.
     maximum = tl.full([BLOCK_B], 0.0 if LEAKY else float("-inf"), ACC)
     total = tl.full([BLOCK_B], 1.0 if LEAKY else 0.0, ACC)
     mean = tl.zeros([BLOCK_B], ACC)
-    for j in range(J):
+    for index in range(J):
+        j = as_offset(index, OFFSET)
         b = tl.zeros([BLOCK_B], ACC)
         dc = tl.zeros([BLOCK_B], ACC)
         if logits_ptr is not None:
@@ -121,7 +122,7 @@ def wide_coupling_kernel(
         if (V_ptr is not None) or (ds_ptr is not None):
             p_weight = weight_ptr + (i // WEIGHT_SHARING * J + j) * (D * K)
             for d in range(0, D, BLOCK_D):
-                i_d = d + tl.arange(0, BLOCK_D)
+                i_d = indices(d, BLOCK_D, OFFSET)
                 u_hat = predictions(
                     u_ptr, p_weight, i_b, i, i_d, B, I, K, D, WINDOW, BLOCK_K, ACC, PRECISION
                 )
@@ -181,18 +182,17 @@ def wide_sum_kernel(
     PRECISION: tl.constexpr,
 ):
     """s^t of c^t, G^(t-1) of dl^t. Grid: (output capsules x blocks of d x batch tiles,)."""
-    tiles_B = tl.cdiv(B, BLOCK_B)
     tiles_D: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    i_b = (tl.program_id(0) % tiles_B * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
-    i_d = tl.program_id(0) // tiles_B % tiles_D * BLOCK_D + tl.arange(0, BLOCK_D)
-    j = tl.program_id(0) // tiles_B // tiles_D
+    i_b, tile = tiles_of_program(B, BLOCK_B, True, OFFSET)
+    i_d = indices(tile % tiles_D * BLOCK_D, BLOCK_D, OFFSET)
+    j = as_offset(tile // tiles_D, OFFSET)
     total = tl.zeros([BLOCK_B, BLOCK_D], ACC)
     for index in range(I):
-        i = wide(index, OFFSET)
+        i = as_offset(index, OFFSET)
         y = tl.load(y_ptr + (i_b * I + i) * J + j, mask=i_b < B, other=0.0)[:, None]
         p_weight = weight_ptr + (i // WEIGHT_SHARING * J + j) * (D * K)
         for k in range(0, K, BLOCK_K):
-            i_k = k + tl.arange(0, BLOCK_K)
+            i_k = indices(k, BLOCK_K, OFFSET)
             u = inputs(u_ptr, i_b, i, i_k, B, I, K, WINDOW, ACC)
             W = block(p_weight, i_d, K, D, i_k, K, ACC)
             total = plus_product(total, y * u, tl.trans(W), ACC, PRECISION)
@@ -219,7 +219,7 @@ def wide_state_kernel(
 ):
     """squash and its derivative, a whole capsule at a time. Grid: (samples x output capsules,)."""
     d = tl.arange(0, BLOCK_D)[None, None, :]
-    offsets = wide(tl.program_id(0), OFFSET) * D + d
+    offsets = as_offset(tl.program_id(0), OFFSET) * D + d
     mask = d < D
     s = tl.load(s_ptr + offsets, mask=mask, other=0.0)
     if (V_ptr is not None) or (v_ptr is not None):
@@ -259,16 +259,16 @@ def wide_input_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """du_i = sum_j W_ij^T du_hat_ij. Grid: (input capsules x blocks of k x batch tiles,)."""
-    tiles_B = tl.cdiv(B, BLOCK_B)
     tiles_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    i_b = (tl.program_id(0) % tiles_B * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET)
-    i_k = tl.program_id(0) // tiles_B % tiles_K * BLOCK_K + tl.arange(0, BLOCK_K)
-    i = wide(tl.program_id(0) // tiles_B // tiles_K, OFFSET)
+    i_b, tile = tiles_of_program(B, BLOCK_B, True, OFFSET)
+    i_k = indices(tile % tiles_K * BLOCK_K, BLOCK_K, OFFSET)
+    i = as_offset(tile // tiles_K, OFFSET)
     du = tl.zeros([BLOCK_B, BLOCK_K], ACC)
-    for j in range(J):
+    for index in range(J):
+        j = as_offset(index, OFFSET)
         p_weight = weight_ptr + (i // WEIGHT_SHARING * J + j) * (D * K)
         for d in range(0, D, BLOCK_D):
-            i_d = d + tl.arange(0, BLOCK_D)
+            i_d = indices(d, BLOCK_D, OFFSET)
             du_hat = prediction_gradients(
                 c_ptr, dl_ptr, V_ptr, ds_ptr, i_b, i, j, i_d, first, iterations, B, I, J, D, ACC
             )
@@ -306,14 +306,14 @@ def wide_weight_gradient_kernel(
     """dW_ij = sum_b du_hat_ij u_i^T. Grid: (rows of the weights x J x blocks of d x of k,)."""
     tiles_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     tiles_D: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    i_k = tl.program_id(0) % tiles_K * BLOCK_K + tl.arange(0, BLOCK_K)
-    i_d = tl.program_id(0) // tiles_K % tiles_D * BLOCK_D + tl.arange(0, BLOCK_D)
-    j = tl.program_id(0) // (tiles_K * tiles_D) % J
-    row = wide(tl.program_id(0) // (tiles_K * tiles_D * J), OFFSET)
+    i_k = indices(tl.program_id(0) % tiles_K * BLOCK_K, BLOCK_K, OFFSET)
+    i_d = indices(tl.program_id(0) // tiles_K % tiles_D * BLOCK_D, BLOCK_D, OFFSET)
+    j = as_offset(tl.program_id(0) // (tiles_K * tiles_D) % J, OFFSET)
+    row = as_offset(tl.program_id(0) // (tiles_K * tiles_D * J), OFFSET)
     dW = tl.zeros([BLOCK_D, BLOCK_K], ACC)
     for i in range(row * WEIGHT_SHARING, (row + 1) * WEIGHT_SHARING):
         for b in range(0, B, BLOCK_B):
-            i_b = (b + tl.arange(0, BLOCK_B)).to(OFFSET)
+            i_b = indices(b, BLOCK_B, OFFSET)
             du_hat = prediction_gradients(
                 c_ptr, dl_ptr, V_ptr, ds_ptr, i_b, i, j, i_d, first, iterations, B, I, J, D, ACC
             )

@@ -1,4 +1,4 @@
-"""Windows of a grid: where their capsules lie in it, and the sum of their gradients there.
+"""Where input capsules lie, in windows of a grid too, and the sum of their gradients there.
 
 A kernel's ``WINDOW`` is None where u is [B, I, K]. Where u is a grid [B, H, W, C, K], a sample is a
 position (b, y, x) of the window and an input capsule a (c, dy, dx), as in ``ops.FORWARD_SCHEMA``.
@@ -9,28 +9,38 @@ is a multiplication. Element k of a capsule lies at sample_offset + capsule_offs
 import triton
 import triton.language as tl
 
+from .blocks import as_offset
+
 
 @triton.jit
-def sample_offset(i_b, K: tl.constexpr, WINDOW: tl.constexpr):
-    """Where the window of sample (b, y, x) begins."""
-    H: tl.constexpr = WINDOW[0]
-    W: tl.constexpr = WINDOW[1]
-    C: tl.constexpr = WINDOW[2]
-    ROWS: tl.constexpr = (H - WINDOW[3]) // WINDOW[5] + 1
-    COLUMNS: tl.constexpr = (W - WINDOW[4]) // WINDOW[6] + 1
-    x = i_b % COLUMNS * WINDOW[6]
-    y = i_b // COLUMNS % ROWS * WINDOW[5]
-    return ((i_b // (COLUMNS * ROWS) * H + y) * W + x) * (C * K)
+def sample_offset(i_b, I, K: tl.constexpr, WINDOW: tl.constexpr):
+    """Where sample b begins, or the window (b, y, x); ``i_b`` is of the offsets' dtype."""
+    if WINDOW is None:
+        offset = i_b * (as_offset(I, i_b.dtype) * K)
+    else:
+        H: tl.constexpr = WINDOW[0]
+        W: tl.constexpr = WINDOW[1]
+        C: tl.constexpr = WINDOW[2]
+        ROWS: tl.constexpr = (H - WINDOW[3]) // WINDOW[5] + 1
+        COLUMNS: tl.constexpr = (W - WINDOW[4]) // WINDOW[6] + 1
+        x = i_b % COLUMNS * WINDOW[6]
+        y = i_b // COLUMNS % ROWS * WINDOW[5]
+        offset = ((i_b // (COLUMNS * ROWS) * H + y) * W + x) * (C * K)
+    return offset
 
 
 @triton.jit
 def capsule_offset(i, K: tl.constexpr, WINDOW: tl.constexpr):
-    """How far from there input capsule (c, dy, dx) lies."""
-    W: tl.constexpr = WINDOW[1]
-    C: tl.constexpr = WINDOW[2]
-    kh: tl.constexpr = WINDOW[3]
-    kw: tl.constexpr = WINDOW[4]
-    return ((i // kw % kh * W + i % kw) * C + i // (kh * kw)) * K
+    """How far from there input capsule i lies, or (c, dy, dx)."""
+    if WINDOW is None:
+        offset = i * K
+    else:
+        W: tl.constexpr = WINDOW[1]
+        C: tl.constexpr = WINDOW[2]
+        kh: tl.constexpr = WINDOW[3]
+        kw: tl.constexpr = WINDOW[4]
+        offset = ((i // kw % kh * W + i % kw) * C + i // (kh * kw)) * K
+    return offset
 
 
 @triton.jit
