@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from model.data import Source, load_dataset
@@ -29,9 +30,13 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     assert dataset.classes == ("cats", "owls")
     assert dataset.train.images.shape[1:] == (1, 24, 24)
     assert len(dataset.train) + len(dataset.test) == 23
-    for split in (dataset.train, dataset.test):
-        values = split.images.amax((1, 2, 3))
-        assert ((values >= 200) == (split.labels == 0)).all()
+    parts = dataset.train, dataset.test
+    assert all(part.images.shape == (len(part), 1, 24, 24) for part in parts)
+    assert all(set(part.labels.tolist()) == {0, 1} for part in parts)
+    values = torch.cat([part.images.amax((1, 2, 3)) for part in parts]).sort().values
+    assert values.tolist() == [*range(100, 120), *range(200, 203)]  # each of them once
+    for part in parts:
+        assert torch.equal(part.labels == 0, part.images.amax((1, 2, 3)) >= 200)
     owls = dataset.test.images.amax((1, 2, 3))[dataset.test.labels == 1].tolist()
     # As in every version to come: another choice would test earlier runs on what they trained on.
     assert owls == [100, 114, 118, 106, 107, 108]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from model.data import Source, load_dataset
 from model.data.pictures import read_picture
 from model.errors import UserError
 
@@ -135,51 +134,3 @@ def test_what_is_no_picture(tmp_path: Path) -> None:
         read_picture(tmp_path / "nowhere.png", 1, 28)
     with pytest.raises(UserError, match="can't be read: Is a directory"):
         read_picture(tmp_path, 1, 28)
-
-
-def fill(folder: Path, count: int, value: int) -> None:
-    folder.mkdir(parents=True)
-    for n in range(count):
-        save(folder / f"{n}.png", np.full((20, 20), value + n, np.uint8))
-
-
-def test_a_folder_for_each_class(tmp_path: Path) -> None:
-    fill(tmp_path / "owls", 10, 100)
-    fill(tmp_path / "cats", 3, 200)
-    (tmp_path / "owls" / "notes.txt").write_text("not a picture")
-    dataset = load_dataset("folder", Source(tmp_path, image_size=24))
-    assert dataset.classes == ("cats", "owls")
-    parts = dataset.train, dataset.test
-    assert all(part.images.shape == (len(part), 1, 24, 24) for part in parts)
-    assert all(set(part.labels.tolist()) == {0, 1} for part in parts)
-    values = torch.cat([part.images.amax((1, 2, 3)) for part in parts]).sort().values
-    assert values.tolist() == [*range(100, 110), *range(200, 203)]  # each of them once
-    for part in parts:
-        assert torch.equal(part.labels == 0, part.images.amax((1, 2, 3)) >= 200)
-    assert "held-out" in dataset.test_name
-
-
-def test_folders_train_and_test(tmp_path: Path) -> None:
-    for part, count in (("train", 4), ("test", 1)):
-        for value, name in enumerate("ab"):
-            fill(tmp_path / part / name, count, 10 * value)
-    dataset = load_dataset("folder", Source(tmp_path, channels=3))
-    assert dataset.train.images.shape == (8, 3, 28, 28)
-    assert dataset.test.labels.tolist() == [0, 1]
-    fill(tmp_path / "test" / "c", 1, 0)
-    with pytest.raises(UserError, match="same classes, only one has c"):
-        load_dataset("folder", Source(tmp_path))
-
-
-def test_bad_folders(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere is not there; --data-dir must hold"):
-        load_dataset("folder", Source(tmp_path / "nowhere"))
-    fill(tmp_path / "a", 3, 0)
-    with pytest.raises(UserError, match="must have at least 2 classes, got 1"):
-        load_dataset("folder", Source(tmp_path))
-    (tmp_path / "b").mkdir()
-    with pytest.raises(UserError, match="b: no pictures in it"):
-        load_dataset("folder", Source(tmp_path))
-    save(tmp_path / "b" / "0.png", ramp())
-    with pytest.raises(UserError, match="b: must have at least 2 pictures"):
-        load_dataset("folder", Source(tmp_path))
