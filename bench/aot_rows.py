@@ -35,7 +35,8 @@ class Row:
     """One kernel as compiled for one target.
 
     ``useful`` is the share of the padded tile, samples times columns (j, d), that is not padding;
-    ``loops`` the instructions of its loops, outermost first, where the code could be read.
+    ``loops`` the instructions of its loops, outermost first, and ``turns`` their turns in shared
+    memory (``aot_banks.loop_turns``), where the code could be read.
     """
 
     backend: str
@@ -50,6 +51,7 @@ class Row:
     matrix_instructions: int
     useful: float
     loops: str = ""
+    turns: str = ""
 
     @property
     def shared_share(self) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .aot_banks import loop_turns
 from .aot_rows import TARGETS, Row
 from .shapes import Shape
 
@@ -145,7 +146,7 @@ def compile_for(
     warps: int,
     stages: int,
 ) -> dict[str, Any]:
-    """Registers, spilled bytes, shared bytes, matrix instructions and loops of one kernel."""
+    """What a row says of one kernel, as compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -176,6 +177,7 @@ def compile_for(
         "shared_bytes": compiled.metadata.shared + number(r"SHARED:(\d+)", usage),
         "matrix_instructions": len(re.findall(matrix, compiled.asm["ptx"])),
         "loops": loops(listing),
+        "turns": loop_turns(compiled.asm["ptx"], warps),
     }
 
 

@@ -7,6 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from capsule_kernels.backends import triton
+
+from .interpreted import patch_the_language_once_a_launch
+
 # Convolutions round to TF32 by default, in sums whose order cuDNN chooses: what is the same network
 # to a test would differ by more than float32's rounding.
 torch.backends.cudnn.allow_tf32 = False
@@ -29,6 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if triton.INSTALLED and triton.INTERPRETED:
+        patch_the_language_once_a_launch()
     config.stash[LINES] = {}
     if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FailuresAtOnce(config))

@@ -9,6 +9,7 @@ import pytest
 
 from bench import aot, aot_triton
 from bench.__main__ import main
+from bench.aot_banks import loop_turns
 from bench.aot_rows import Row
 from bench.shapes import Shape
 from capsule_kernels.backends import triton as backend
@@ -36,6 +37,8 @@ def test_shipped_configurations_of_mnist_do_not_spill():
             assert found, (name, target)
             assert all(int(k["matrix"]) > 0 for k in found), (name, target)
     assert {k["spilled"] for k in kernels} == {"0 B"}
+    counted = {(k["kernel"], k["target"]) for k in kernels if k["turns"]}
+    assert counted == {(name, "sm_90") for name in products}
 
 
 @pytest.mark.slow
@@ -84,8 +87,8 @@ def test_kernels_that_read_windows_compile(target):
         ([ROW], 0),
         ([ROW, replace(ROW, spilled_bytes=8)], 1),
         ([replace(ROW, spilled_bytes=8, shape="CIFAR-10 24x24")], 0),
-        ([replace(ROW, kernel="routing_forward_kernel", target="sm_89", spilled_bytes=8)], 0),
-        ([replace(ROW, kernel="routing_forward_kernel", target="sm_89", spilled_bytes=16)], 1),
+        ([replace(ROW, kernel="routing_gradients_kernel", target="sm_100", spilled_bytes=8)], 0),
+        ([replace(ROW, kernel="routing_gradients_kernel", target="sm_100", spilled_bytes=16)], 1),
         ([replace(ROW, target="sm_89", shared_bytes=99 << 10)], 0),
         ([replace(ROW, target="sm_89", shared_bytes=(99 << 10) + 1, shape="CIFAR-10 24x24")], 1),
     ],
@@ -138,3 +141,67 @@ def test_loops_are_found_in_machine_code():
     code += [line(6, "@P0 BRA `(.L_x_2)"), line(7, "HMMA R1, R2, R3"), line(8, "BRA `(.L_x_1)")]
     code += [".L_x_3:", line(9, "BRA `(.L_x_3)")]
     assert aot_triton.loops("\n".join(code)) == "8 > 5"
+
+
+@pytest.mark.parametrize(
+    ("access", "lane_bytes", "turns", "conflicts"),
+    [
+        ("ld.shared.b32 %r9, [%r2+512]", 4, 1, 0),
+        ("ld.shared.b32 %r9, [%r2]", 8, 2, 1),
+        ("@%p1 st.shared.b32 [%r2], %r9", 128, 32, 31),
+        ("ld.shared.b16 %rs9, [%r2]", 2, 1, 0),  # two lanes in a word
+        ("ld.shared.b32 %r9, [%r2]", 0, 1, 0),  # all in one
+        ("ld.shared.v2.b32 {%r8, %r9}, [%r2]", 8, 2, 0),
+        ("ld.shared.v4.b32 {%r6, %r7, %r8, %r9}, [%r2]", 16, 4, 0),
+        ("ld.shared.v4.b32 {%r6, %r7, %r8, %r9}, [%r2]", 32, 8, 4),
+        ("st.shared.v2.b64 [%r2], {%rd1, %rd2}", 16, 4, 0),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r6, %r7, %r8, %r9}, [%r2]", 64, 16, 12),
+        ("cp.async.cg.shared.global [ %r2 + 0 ], [ %rd1 + 0 ], 0x10, %r9", 16, 4, 0),
+        ("cp.async.commit_group", 16, 0, 0),
+        ("ld.global.b32 %r9, [%rd2]", 128, 0, 0),
+    ],
+)
+def test_turns_in_shared_memory(access, lane_bytes, turns, conflicts):
+    ptx = f"""
+        mov.u32 %r1, %tid.x;
+        mad.lo.s32 %r2, %r1, {lane_bytes}, 1024;
+    $L__BB0_1:  // a loop
+        {access};
+        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{%r10}}, {{%r11}}, {{%r12}}, {{%r13}};
+        @%p2 bra $L__BB0_1;
+        ld.shared.b32 %r9, [%r2];
+    """
+    assert loop_turns(ptx, 1) == f"{turns} ({conflicts})"
+    assert loop_turns(ptx, 4) == f"{4 * turns} ({4 * conflicts})"
+
+
+def test_turns_where_addresses_are_swizzled_and_loops_nested():
+    """A lane's column is moved by its row, bit by bit; without that its four rows would meet."""
+    ptx = """
+        mov.u32 %r1, %tid.x;
+        shr.u32 %r2, %r1, 3;
+        and.b32 %r3, %r1, 7;
+        setp.lt.u32 %p1, %r2, 99;
+        selp.b32 %r4, %r2, 0, %p1;
+        shl.b32 %r5, %r4, 3;
+        xor.b32 %r6, %r3, %r5;
+        bfe.u32 %r7, %r1, 3, 2;
+        shl.b32 %r8, %r7, 5;
+        or.b32 %r9, %r6, %r8;
+        shl.b32 %r10, %r9, 2;
+        shl.b32 %r11, %r8, 2;
+    $outer:
+        ld.shared.b32 %r20, [%r10];
+    $inner:
+        mma.sync.aligned.m16n8k8 {%r20}, {%r20}, {%r20}, {%r20};
+        st.shared.b32 [%r11], %r20;
+        bra.uni $inner;
+    $copies:
+        ld.shared.b32 %r20, [%r10];
+        @%p1 bra $copies;
+    $last:
+        mma.sync.aligned.m16n8k8 {%r20}, {%r20}, {%r20}, {%r20};
+        @%p1 bra $last;
+        @%p1 bra $outer;
+    """
+    assert loop_turns(ptx, 1) == "6 (3) > 4 (3), 0 (0)"

@@ -93,9 +93,11 @@ def routing_backward_kernel(
     sums of iteration t + 1, otherwise it is there.
     """
     PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
-    ALONG_K: tl.constexpr = not PAIRED  # where registers allow
     TILED: tl.constexpr = statistics_ptr is not None
-    i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, FLAT, OFFSET)
+    b_first, i_group, i_j, size = program_of_sweep(
+        B, J, D, WARPS_J, UNROLL_J, BLOCK_B, FLAT, OFFSET
+    )
+    i_b = b_first + tl.arange(0, BLOCK_B)
 
     p_s = s_ptr + (t - 1) * size
     p_ds = ds_ptr + (t - 1) * size
@@ -121,8 +123,8 @@ def routing_backward_kernel(
     for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
         start = as_offset(index, OFFSET)
         u, W = step_inputs(
-            u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
-            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ALONG_K, ACC,
+            u_ptr, weight_ptr, b_first, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
+            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ACC,
         )  # fmt: skip
         b = ()
         dc = ()
@@ -179,7 +181,8 @@ def routing_state_kernel(
 
     Grid: (batch tiles, 1, tiles of J), which cover all of the table, in tiles of 8 samples.
     """
-    i_b, tile_j = tiles_of_program(tl.cdiv(B, 8) * 8, BLOCK_B, FLAT, OFFSET)
+    b_first, tile_j = tiles_of_program(tl.cdiv(B, 8) * 8, BLOCK_B, FLAT, OFFSET)
+    i_b = b_first + tl.arange(0, BLOCK_B)
     TILE_J: tl.constexpr = WARPS_J * UNROLL_J
     PADDED_J: tl.constexpr = (J + TILE_J - 1) // TILE_J * TILE_J
     i_j = 0 if PADDED_J <= BLOCK_J else tile_j * BLOCK_J  # where it can be, a constant

@@ -16,7 +16,7 @@ def as_offset(x, OFFSET: tl.constexpr):
 
 @triton.jit
 def tiles_of_program(B, BLOCK_B: tl.constexpr, FLAT: tl.constexpr, OFFSET: tl.constexpr):
-    """The samples of a program's batch tile, [BLOCK_B], and which tile of something else it has.
+    """The first sample of a program's batch tile, and which tile of something else it has.
 
     Neighbours along the first axis of the grid have other samples. The other tiles lie along the
     third, or FLAT, behind the batch tiles along the first (``config.grid``).
@@ -28,7 +28,7 @@ def tiles_of_program(B, BLOCK_B: tl.constexpr, FLAT: tl.constexpr, OFFSET: tl.co
     else:
         tile_b = tl.program_id(0)
         tile = tl.program_id(2)
-    return (tile_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(OFFSET), tile
+    return as_offset(tile_b, OFFSET) * BLOCK_B, tile
 
 
 @triton.jit

@@ -81,10 +81,11 @@ def routing_forward_kernel(
     they are given, and the programs of group 0 store the total s^(t-1).
     """
     PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
-    # Where registers allow.
-    ALONG_K: tl.constexpr = FIRST or (PRECISION != "tf32x3" and BLOCK_B == 16)
     TILED: tl.constexpr = statistics_ptr is not None
-    i_b, i_group, i_j, size = program_of_sweep(B, J, D, WARPS_J, UNROLL_J, BLOCK_B, FLAT, OFFSET)
+    b_first, i_group, i_j, size = program_of_sweep(
+        B, J, D, WARPS_J, UNROLL_J, BLOCK_B, FLAT, OFFSET
+    )
+    i_b = b_first + tl.arange(0, BLOCK_B)
 
     V = None
     if not FIRST:
@@ -112,8 +113,8 @@ def routing_forward_kernel(
     for index in range(first, min(first + capsules, I), WARPS_I * STEP_I):
         start = as_offset(index, OFFSET)
         u, W = step_inputs(
-            u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
-            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ALONG_K, ACC,
+            u_ptr, weight_ptr, b_first, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
+            WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ACC,
         )  # fmt: skip
         c = ()
         if FIRST and logits_ptr is None:  # uniform
@@ -163,7 +164,8 @@ def routing_output_kernel(
     OFFSET: tl.constexpr,
 ):
     """s^t from its partial sums, and v^t = squash(s^t). Grid: (batch tiles, 1, tiles of J)."""
-    i_b, tile_j = tiles_of_program(B, BLOCK_B, FLAT, OFFSET)
+    b_first, tile_j = tiles_of_program(B, BLOCK_B, FLAT, OFFSET)
+    i_b = b_first + tl.arange(0, BLOCK_B)
     i_j = 0 if J <= BLOCK_J else tile_j * BLOCK_J  # where it can be, a constant
     size = as_offset(B, OFFSET) * (J * D)
     s = sum_of_states(

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from .blocks import as_offset, product
 from .parts import add_parts, last_of, part_of_gradient, row_of_share, share_of_program, store_share
-from .sweeps import mean_gradient, softmax_parts
+from .sweeps import lanes_apart, lanes_together, mean_gradient, softmax_parts
 from .table import states_over_b, states_over_d
 from .windows import capsule_offset, sample_offset
 
@@ -134,11 +134,11 @@ def weight_cells(
     WEIGHT_SHARING: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Offsets of W of every warp, [WARPS_J, BLOCK_D, STEP_I, BLOCK_K], from a program's first row
+    """Offsets of W of every warp, [STEP_I, WARPS_J, BLOCK_D, BLOCK_K], from a program's first row
     on, and their mask: there are so many capsules."""
-    j = (i_j + tl.arange(0, WARPS_J)[:, None, None, None]).to(OFFSET)
-    d = tl.arange(0, BLOCK_D)[None, :, None, None]
-    i = tl.arange(0, STEP_I)[None, None, :, None]
+    i = tl.arange(0, STEP_I)[:, None, None, None]
+    j = (i_j + tl.arange(0, WARPS_J)[None, :, None, None]).to(OFFSET)
+    d = tl.arange(0, BLOCK_D)[None, None, :, None]
     k = tl.arange(0, BLOCK_K)[None, None, None, :]
     if WEIGHT_SHARING > 1:
         i = 0 * i
@@ -152,13 +152,17 @@ def load_weights(
     WEIGHT_SHARING: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """W^T of every warp, [WARPS_J, N, BLOCK_D], of so many capsules; loaded along k."""
+    """W^T of every warp, [WARPS_J, N, BLOCK_D], of so many capsules.
+
+    Loaded along k, by neighbouring threads along i: with that order of axes Triton keeps it with N
+    innermost, where the threads of a matrix instruction find it in different banks.
+    """
     offsets, mask = weight_cells(
         capsules, i_j, J, K, D, WEIGHT_SHARING, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, OFFSET
     )
     W = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    W = tl.reshape(W, [WARPS_J, BLOCK_D, STEP_I, 2, BLOCK_K // 2])
-    return tl.reshape(tl.permute(W, (0, 4, 2, 3, 1)), [WARPS_J, STEP_I * BLOCK_K, BLOCK_D])
+    W = tl.reshape(W, [STEP_I, WARPS_J, BLOCK_D, 2, BLOCK_K // 2])
+    return tl.reshape(tl.permute(W, (1, 4, 0, 3, 2)), [WARPS_J, STEP_I * BLOCK_K, BLOCK_D])
 
 
 @triton.jit
@@ -402,7 +406,9 @@ def routing_gradients_kernel(
                         dW_new += (dW[n] + product(operand_columns(u, PAIRED), x, ACC, PRECISION),)
                     dW = dW_new
                 if grad_u_ptr is not None:
-                    du = tl.sum(tl.sum(tl.reshape(du, [WARPS_J, N, 2, 8]), axis=2), axis=0)
+                    du = lanes_together(tl.sum(tl.reshape(du, [WARPS_J, N, 2, 8]), axis=2))
+                    du = lanes_apart(tl.reshape(tl.sum(du, axis=0), [1, N * 8]), N, 8)
+                    du = tl.reshape(du, [N, 8])
                     u_b = (tile * 8 + tl.arange(0, 8)).to(OFFSET)
                     o_u = sample_offset(u_b, I, K, None)[None, :]
                     o_u += (capsule_offset(start + r_i, K, None) + r_k)[:, None]

@@ -86,12 +86,10 @@ def routing_statistics_kernel(
     through its output capsules of all tiles, rescales what it has summed when its maximum grows,
     and meets the others at the end. Grid: (batch tiles, 1, groups of STEPS steps).
     """
-    PAIRED: tl.constexpr = u_ptr.dtype.element_ty.primitive_bitwidth == 16
-    # As in the sweeps.
-    ALONG_K: tl.constexpr = PRECISION != "tf32x3" if ds_ptr is None else not PAIRED
     WARPS: tl.constexpr = WARPS_I * WARPS_J
     CAPSULES: tl.constexpr = WARPS_I * STEP_I  # of a step
-    i_b, i_group = tiles_of_program(B, BLOCK_B, FLAT, OFFSET)
+    b_first, i_group = tiles_of_program(B, BLOCK_B, FLAT, OFFSET)
+    i_b = b_first + tl.arange(0, BLOCK_B)
     first = i_group * (STEPS * CAPSULES)
     size = as_offset(B, OFFSET) * (J * D)
     # Not -inf, whose difference from logits of -inf would be NaN.
@@ -115,8 +113,8 @@ def routing_statistics_kernel(
             u, W = None, ()
             if (not FIRST) or (ds_ptr is not None):
                 u, W = step_inputs(
-                    u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
-                    WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ALONG_K, ACC,
+                    u_ptr, weight_ptr, b_first, start, i_j, B, I, WEIGHT_SHARING, J, K, D, WINDOW,
+                    WARPS_I, WARPS_J, UNROLL_J, STEP_I, BLOCK_B, BLOCK_D, BLOCK_K, ACC,
                 )  # fmt: skip
             b = logits_of_step(
                 logits_ptr, V, u, W, start, i_j, I, J,

@@ -32,10 +32,12 @@ def program_of_sweep(
     B, J: tl.constexpr, D: tl.constexpr, WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr,
     BLOCK_B: tl.constexpr, FLAT: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Samples, group of input capsules and first output capsule of a program, and the elements of
-    a [B, J, D] tensor. Grid: (batch tiles, groups, tiles of J)."""
-    i_b, tile_j = tiles_of_program(B, BLOCK_B, FLAT, OFFSET)
-    return i_b, tl.program_id(1), tile_j * (WARPS_J * UNROLL_J), as_offset(B, OFFSET) * (J * D)
+    """First sample, group of input capsules and first output capsule of a program, and the elements
+    of a [B, J, D] tensor. Grid: (batch tiles, groups, tiles of J)."""
+    b_first, tile_j = tiles_of_program(B, BLOCK_B, FLAT, OFFSET)
+    TILE_J: tl.constexpr = WARPS_J * UNROLL_J
+    i_j = 0 if J <= TILE_J else tile_j * TILE_J  # where it can be, a constant
+    return b_first, tl.program_id(1), i_j, as_offset(B, OFFSET) * (J * D)
 
 
 @triton.jit
@@ -200,89 +202,104 @@ def state_over_inputs(
 
 
 @triton.jit
-def input_columns(STEP_I: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The (i, k) of each of a warp's columns, [N] each."""
-    n = tl.arange(0, STEP_I * BLOCK_K)
-    return n // 2 % STEP_I, n // (2 * STEP_I) * 2 + n % 2
+def copied_cells(ROWS: tl.constexpr, STEP_I: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The (row, i, k) of a tile [ROWS, N] in the order in which it lies in shared memory,
+    [1, ROWS N] each.
+
+    Four k make a copy of 16 bytes. What lies beside them, the other capsules of a step and the next
+    rows, is what threads read at the same time, so that they meet in few banks.
+    """
+    NEAR: tl.constexpr = 8 // STEP_I  # rows beside each other: 128 bytes are all banks
+    x = tl.arange(0, ROWS * STEP_I * BLOCK_K)[None, :]
+    i = x // 4 % STEP_I
+    y = x // (4 * STEP_I)
+    row = y % NEAR + y // (NEAR * (BLOCK_K // 4)) * NEAR
+    k = x % 4 + y // NEAR % (BLOCK_K // 4) * 4
+    return row, i, k
+
+
+@triton.jit
+def tile_of_cells(x, ROWS: tl.constexpr, STEP_I: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What was loaded as copied_cells() says, [W, ROWS N], as [W, ROWS, N]."""
+    NEAR: tl.constexpr = 8 // STEP_I
+    x = tl.reshape(x, [x.shape[0], ROWS // NEAR, BLOCK_K // 4, NEAR, STEP_I, 2, 2])
+    x = tl.permute(x, (0, 1, 3, 2, 5, 4, 6))
+    return tl.reshape(x, [x.shape[0], ROWS, STEP_I * BLOCK_K])
 
 
 @triton.jit
 def input_capsules(
-    u_ptr, i_b, start, B, I, K: tl.constexpr, WINDOW: tl.constexpr, WARPS_I: tl.constexpr,
+    u_ptr, b_first, start, B, I, K: tl.constexpr, WINDOW: tl.constexpr, WARPS_I: tl.constexpr,
     WARPS_J: tl.constexpr, STEP_I: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """The input capsules of every warp, [WARPS, BLOCK_B, N]; 0 from I on."""
-    i, k = input_columns(STEP_I, BLOCK_K)
-    i = (tl.arange(0, WARPS_I) * STEP_I)[:, None] + i[None, :]
+    N: tl.constexpr = STEP_I * BLOCK_K
+    b, i, k = copied_cells(BLOCK_B, STEP_I, BLOCK_K)
+    b = b_first + b
+    i += (tl.arange(0, WARPS_I) * STEP_I)[:, None]
     if WINDOW is None:  # what changes from step to step into the pointer, as in weights()
         u_ptr += start * K
         columns = capsule_offset(i, K, WINDOW)
     else:
         columns = capsule_offset(start + i, K, WINDOW)
-    columns += k[None, :]
-    offsets = sample_offset(i_b, I, K, WINDOW)[None, :, None] + columns[:, None, :]
-    mask = (i_b < B)[None, :, None] & ((start + i < I) & (k < K)[None, :])[:, None, :]
+    offsets = sample_offset(b, I, K, WINDOW) + k + columns
+    mask = (b < B) & (start + i < I) & (k < K)
     u = tl.load(u_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    u = tl.broadcast_to(u[:, None, :, :], [WARPS_I, WARPS_J, BLOCK_B, STEP_I * BLOCK_K])
-    return tl.reshape(u, [WARPS_I * WARPS_J, BLOCK_B, STEP_I * BLOCK_K])
+    u = tl.expand_dims(tile_of_cells(u, BLOCK_B, STEP_I, BLOCK_K), 1)
+    u = tl.broadcast_to(u, [WARPS_I, WARPS_J, BLOCK_B, N])
+    return tl.reshape(u, [WARPS_I * WARPS_J, BLOCK_B, N])
 
 
 @triton.jit
 def weights(
     weight_ptr, start, i_j, I, WEIGHT_SHARING: tl.constexpr, J: tl.constexpr, K: tl.constexpr,
     D: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr, STEP_I: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ALONG_K: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """W of the capsules of every warp, [WARPS, BLOCK_D, N]; 0 from I on.
 
     What changes from step to step and from tile to tile goes into the pointer, so that all of them
-    share one set of offsets. ALONG_K, all k of a capsule are copied at once: fewer copies, some
-    more registers.
+    share one set of offsets. 16-bit weights are copied in the order of the columns: for these
+    Triton has an order of its own in shared memory, without conflicts of banks.
     """
-    WARPS: tl.constexpr = WARPS_I * WARPS_J
-    HALF_K: tl.constexpr = BLOCK_K // 2
-    w = tl.arange(0, WARPS)
-    j = w % WARPS_J
-    d = tl.arange(0, BLOCK_D)
-    if ALONG_K:
+    PAIRED: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth == 16
+    w = tl.arange(0, WARPS_I * WARPS_J)[:, None]
+    if PAIRED:
+        w = w[:, :, None]
+        d = tl.arange(0, BLOCK_D)[:, None]
         n = tl.arange(0, STEP_I * BLOCK_K)
-        i, k = n // BLOCK_K, n % BLOCK_K
+        i, k = n // 2 % STEP_I, n // (2 * STEP_I) * 2 + n % 2
     else:
-        i, k = input_columns(STEP_I, BLOCK_K)
-    i = (w // WARPS_J * STEP_I)[:, None] + i[None, :]
+        d, i, k = copied_cells(BLOCK_D, STEP_I, BLOCK_K)
+    i += w // WARPS_J * STEP_I
+    j = w % WARPS_J
     first = start // WEIGHT_SHARING
     rows = (start + i) // WEIGHT_SHARING - first
-    columns = rows * (J * D * K) + (j * (D * K))[:, None] + k[None, :]
-    mask = (i_j + j < J)[:, None] & (start + i < I) & (k < K)[None, :]
     W = tl.load(
-        weight_ptr + (first * J + i_j) * (D * K) + (columns[:, None, :] + (d * K)[None, :, None]),
-        mask=mask[:, None, :] & (d < D)[None, :, None],
+        weight_ptr + (first * J + i_j) * (D * K) + (rows * (J * D * K) + (j * (D * K) + d * K + k)),
+        mask=(i_j + j < J) & (start + i < I) & (k < K) & (d < D),
         other=0.0,
     ).to(ACC)
-    if ALONG_K:
-        W = tl.permute(tl.reshape(W, [WARPS, BLOCK_D, STEP_I, HALF_K, 2]), (0, 1, 3, 2, 4))
-        W = tl.reshape(W, [WARPS, BLOCK_D, STEP_I * BLOCK_K])
-    return W
+    return W if PAIRED else tile_of_cells(W, BLOCK_D, STEP_I, BLOCK_K)
 
 
 @triton.jit
 def step_inputs(
-    u_ptr, weight_ptr, i_b, start, i_j, B, I, WEIGHT_SHARING: tl.constexpr, J: tl.constexpr,
+    u_ptr, weight_ptr, b_first, start, i_j, B, I, WEIGHT_SHARING: tl.constexpr, J: tl.constexpr,
     K: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr, WARPS_I: tl.constexpr,
     WARPS_J: tl.constexpr, UNROLL_J: tl.constexpr, STEP_I: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ALONG_K: tl.constexpr,
-    ACC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """u of a step, and W as a tuple of UNROLL_J tiles."""
     u = input_capsules(
-        u_ptr, i_b, start, B, I, K, WINDOW, WARPS_I, WARPS_J, STEP_I, BLOCK_B, BLOCK_K, ACC
+        u_ptr, b_first, start, B, I, K, WINDOW, WARPS_I, WARPS_J, STEP_I, BLOCK_B, BLOCK_K, ACC
     )
     W = ()
     for n in tl.static_range(UNROLL_J):
         W += (weights(
             weight_ptr, start, i_j + n * WARPS_J, I, WEIGHT_SHARING, J, K, D,
-            WARPS_I, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ALONG_K, ACC,
+            WARPS_I, WARPS_J, STEP_I, BLOCK_D, BLOCK_K, ACC,
         ),)  # fmt: skip
     return u, W
 
@@ -369,14 +386,36 @@ def weighted_sum(
 
 
 @triton.jit
+def lanes_together(x):
+    """[W, M, N] as [W, M N], with what neighbouring threads hold side by side.
+
+    A matrix instruction leaves N // 4 neighbouring columns with a thread, and the next with the
+    next: they come last, so that warps which exchange x write to different banks.
+    """
+    PAIR: tl.constexpr = max(1, x.shape[2] // 4)
+    x = tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // PAIR, PAIR])
+    x = tl.permute(x, (0, 3, 1, 2))
+    return tl.reshape(x, [x.shape[0], PAIR * x.shape[2] * x.shape[3]])
+
+
+@triton.jit
+def lanes_apart(x, M: tl.constexpr, N: tl.constexpr):
+    """The inverse of lanes_together."""
+    PAIR: tl.constexpr = max(1, N // 4)
+    x = tl.reshape(x, [x.shape[0], PAIR, M, N // PAIR])
+    return tl.reshape(tl.permute(x, (0, 2, 3, 1)), [x.shape[0], M, N])
+
+
+@triton.jit
 def over_warps(x, MAXIMUM: tl.constexpr, WARPS_I: tl.constexpr, WARPS_J: tl.constexpr):
     """The maximum or sum over WARPS_J of [WARPS, M, N], for every warp."""
     if WARPS_J > 1:
         M: tl.constexpr = x.shape[1]
         N: tl.constexpr = x.shape[2]
-        y = tl.reshape(x, [WARPS_I, WARPS_J, M, N])
+        y = tl.reshape(lanes_together(x), [WARPS_I, WARPS_J, M * N])
         y = tl.max(y, axis=1, keep_dims=True) if MAXIMUM else tl.sum(y, axis=1, keep_dims=True)
-        x = tl.reshape(tl.broadcast_to(y, [WARPS_I, WARPS_J, M, N]), [WARPS_I * WARPS_J, M, N])
+        y = tl.broadcast_to(y, [WARPS_I, WARPS_J, M * N])
+        x = lanes_apart(tl.reshape(y, [WARPS_I * WARPS_J, M * N]), M, N)
     return x
 
 

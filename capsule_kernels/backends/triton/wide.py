@@ -105,7 +105,8 @@ def wide_coupling_kernel(
 
     A first pass over J leaves logits and dc in the tables, a second makes c and dl of them.
     """
-    i_b, tile = tiles_of_program(B, BLOCK_B, True, OFFSET)
+    b_first, tile = tiles_of_program(B, BLOCK_B, True, OFFSET)
+    i_b = b_first + tl.arange(0, BLOCK_B)
     i = as_offset(tile, OFFSET)
     m_b = i_b < B
     o_table = (i_b * I + i) * J
@@ -183,7 +184,8 @@ def wide_sum_kernel(
 ):
     """s^t of c^t, G^(t-1) of dl^t. Grid: (output capsules x blocks of d x batch tiles,)."""
     tiles_D: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    i_b, tile = tiles_of_program(B, BLOCK_B, True, OFFSET)
+    b_first, tile = tiles_of_program(B, BLOCK_B, True, OFFSET)
+    i_b = b_first + tl.arange(0, BLOCK_B)
     i_d = indices(tile % tiles_D * BLOCK_D, BLOCK_D, OFFSET)
     j = as_offset(tile // tiles_D, OFFSET)
     total = tl.zeros([BLOCK_B, BLOCK_D], ACC)
@@ -260,7 +262,8 @@ def wide_input_gradient_kernel(
 ):
     """du_i = sum_j W_ij^T du_hat_ij. Grid: (input capsules x blocks of k x batch tiles,)."""
     tiles_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    i_b, tile = tiles_of_program(B, BLOCK_B, True, OFFSET)
+    b_first, tile = tiles_of_program(B, BLOCK_B, True, OFFSET)
+    i_b = b_first + tl.arange(0, BLOCK_B)
     i_k = indices(tile % tiles_K * BLOCK_K, BLOCK_K, OFFSET)
     i = as_offset(tile // tiles_K, OFFSET)
     du = tl.zeros([BLOCK_B, BLOCK_K], ACC)

@@ -1,0 +1,152 @@
+"""How many turns a kernel's loops take in shared memory, counted from its PTX, without a GPU.
+
+Shared memory has 32 banks of four bytes. An access of a warp is served 128 bytes at a time: all
+lanes where they have four bytes each, 16 with eight, 8 with sixteen. Each such part takes as many
+turns as the bank that is asked for the most different words; all but the first are conflicts.
+
+The addresses in Triton's kernels come from the thread's number by whole-number arithmetic, plus
+what is the same for all threads. So one pass over the text of PTX, for all threads of a block at
+once, tells who meets whom: parameters and whatever is loaded count as 0, and branches are not
+taken, for these move all lanes alike. What Nsight Compute counts on a GPU are the same numbers
+(docs/kernels.md), but for ``cp.async`` of less than 16 bytes, which meets more than banks.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+Values = np.ndarray
+"""A register's value in every thread of a block, int64."""
+
+ACCESS = re.compile(r"(ld|st|cp\.async(?!\.commit|\.wait)|ldmatrix|stmatrix)\b\S*\.shared")
+ADDRESS = re.compile(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]")
+INSTRUCTION = re.compile(r"(?:@!?%\w+\s+)?([a-z][\w.]*)\s+(.*)")
+NUMBER = re.compile(r"-?(0x[0-9a-fA-F]+|\d+)")
+LABEL = re.compile(r"(\$\w+):")
+
+
+@dataclass(frozen=True)
+class Access:
+    """One instruction that reads or writes shared memory: its line, and the turns of all warps."""
+
+    line: int
+    turns: int
+    conflicts: int
+
+
+def loop_turns(ptx: str, warps: int) -> str:
+    """Turns in shared memory of all warps in a pass of each loop with a matrix instruction.
+
+    "704 (368)": 704, of which 368 are conflicts; "> 540 (200)": of these in a loop inside it, whose
+    passes count once.
+    """
+    lines = [line.split("//")[0].strip().rstrip(";") for line in ptx.splitlines()]
+    accesses = list(accesses_of(lines, warps))
+    products = [number for number, line in enumerate(lines) if line.startswith("mma.sync")]
+    text, end = "", -1
+    for first, last in sorted(loop_spans(lines), key=lambda span: (span[0], -span[1])):
+        if not any(first <= product <= last for product in products):
+            continue
+        inside = [access for access in accesses if first <= access.line <= last]
+        turns, conflicts = sum(a.turns for a in inside), sum(a.conflicts for a in inside)
+        text += (" > " if last < end else ", " if text else "") + f"{turns} ({conflicts})"
+        end = last
+    return text
+
+
+def loop_spans(lines: list[str]) -> Iterator[tuple[int, int]]:
+    """First and last line of every loop: a label, and a branch back to it."""
+    labels: dict[str, int] = {}
+    for number, line in enumerate(lines):
+        if label := LABEL.match(line):
+            labels[label[1]] = number
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
+        if branch and branch[1] in labels:
+            yield labels[branch[1]], number
+
+
+def accesses_of(lines: list[str], warps: int) -> Iterator[Access]:
+    registers: dict[str, Values] = {"%tid.x": np.arange(32 * warps)}
+    zero = np.zeros(32 * warps, np.int64)
+
+    def value(operand: str) -> Values:
+        if operand in registers:
+            return registers[operand]
+        return zero + int(operand, 0) if NUMBER.fullmatch(operand) else zero
+
+    for number, line in enumerate(lines):
+        instruction = INSTRUCTION.match(line)
+        if instruction is None:
+            continue
+        name, rest = instruction[1], instruction[2]
+        if ACCESS.match(name) and (address := ADDRESS.search(rest)):
+            base = value(address[1]) + int(address[2] or 0)
+            turns, conflicts = turns_of(base.reshape(warps, 32), width_of(name, rest))
+            yield Access(number, turns, conflicts)
+            continue
+        target, *operands = (operand.strip() for operand in rest.split(","))
+        if target.startswith("%"):
+            operation = OPERATIONS.get(name.split(".")[0])
+            whole = operation is not None and re.search(r"\.([bsu](16|32|64)|pred)$", name)
+            result = operation(name, *map(value, operands)) if operation and whole else zero
+            registers[target.split("|")[0]] = result
+
+
+def width_of(name: str, operands: str) -> int:
+    """Bytes that one lane moves."""
+    if name.startswith("cp.async"):
+        return int(operands.split(",")[2], 0)
+    if "matrix" in name:  # a lane names a row of 16 bytes
+        return 16
+    elements = int(found[1]) if (found := re.search(r"\.v(\d)", name)) else 1
+    return elements * int(re.findall(r"\.[bsuf](\d+)", name)[-1]) // 8
+
+
+def turns_of(addresses: Values, width: int) -> tuple[int, int]:
+    """Turns and conflicts of the warps whose lanes access ``width`` bytes there, [warps, 32]."""
+    lanes = min(32, 128 // width)
+    turns = conflicts = 0
+    for part in addresses.reshape(-1, lanes):
+        words = np.unique((part[:, None] + np.arange(0, width, 4)) // 4)
+        most = int(np.bincount(words % 32).max())
+        turns += most
+        conflicts += most - 1
+    return turns, conflicts
+
+
+def signed(x: Values) -> Values:
+    return (x + 2**31) % 2**32 - 2**31
+
+
+def shift_right(name: str, x: Values, bits: Values) -> Values:
+    return (signed(x) if ".s" in name else x) >> bits
+
+
+def compare(name: str, x: Values, y: Values, *_: Values) -> Values:
+    relation = name.split(".")[1]
+    x, y = signed(x), signed(y)
+    orders = {"eq": x == y, "ne": x != y, "lt": x < y, "le": x <= y, "gt": x > y, "ge": x >= y}
+    return orders.get(relation, x == x).astype(np.int64)
+
+
+OPERATIONS: dict[str, Callable[..., Values]] = {
+    "mov": lambda _, x, *more: x,  # more where it packs what is no address
+    "cvt": lambda _, x: x,
+    "shl": lambda _, x, bits: x << bits,
+    "shr": shift_right,
+    "and": lambda _, x, y: x & y,
+    "or": lambda _, x, y: x | y,
+    "xor": lambda _, x, y: x ^ y,
+    "not": lambda _, x: ~x,
+    "add": lambda _, x, y: x + y,
+    "sub": lambda _, x, y: x - y,
+    "mul": lambda _, x, y: x * y,
+    "mad": lambda _, x, y, z: x * y + z,
+    "min": lambda _, x, y: np.minimum(signed(x), signed(y)),
+    "max": lambda _, x, y: np.maximum(signed(x), signed(y)),
+    "bfe": lambda _, x, first, bits: (x >> first) & ((1 << bits) - 1),
+    "selp": lambda _, x, y, which: np.where(which != 0, x, y),
+    "setp": compare,
+}
