@@ -44,8 +44,20 @@ def test_shipped_configurations_of_mnist_do_not_spill():
 @pytest.mark.slow
 @pytest.mark.skipif(not backend.INSTALLED, reason="Triton is not installed")
 @pytest.mark.skipif(backend.INTERPRETED, reason="Triton interprets here")
-def test_the_compiler_takes_no_more_shared_memory_than_small_gpus_have(monkeypatch):
-    """The sweeps in true float32 with four times the weights of MNIST: J in tiles for sm_86."""
+@pytest.mark.parametrize(
+    ("shape", "B", "precision", "target", "warps"),
+    [
+        # Four times the weights of MNIST: J in tiles, with statistics.
+        (Shape("K = 32", 64, 10, K=32), 64, "float32", "sm_86", [4, 4, 8, 8]),
+        # Eight warps that share no output capsules do not fit in TF32: the forward keeps four.
+        (Shape("J = 5", 2048, 5), 16, "TF32", "sm_90", [4, 4, 8]),
+        (Shape("J = 5", 2048, 5), 16, "bfloat16", "sm_90", [8, 8, 8]),
+    ],
+    ids=str,
+)
+def test_the_compiler_takes_no_more_shared_memory_than_there_is(
+    shape, B, precision, target, warps, monkeypatch
+):
     compile_for = aot_triton.compile_for
     sweeps = ("routing_forward_kernel", "routing_backward_kernel", "routing_statistics_kernel")
 
@@ -57,11 +69,10 @@ def test_the_compiler_takes_no_more_shared_memory_than_small_gpus_have(monkeypat
         )
 
     monkeypatch.setattr(aot_triton, "compile_for", compile_sweeps)
-    rows = list(aot_triton.rows(Shape("K = 32", 64, 10, K=32), 64, 2, "float32", "sm_86"))
+    rows = list(aot_triton.rows(shape, B, 2, precision, target))
     found = [row for row in rows if row.kernel in sweeps]
-    assert {row.kernel for row in found} == set(sweeps)
-    assert len(found) == 4
     assert all(row.matrix_instructions > 0 and 0 < row.shared_share <= 1 for row in found)
+    assert [row.warps for row in found] == warps
 
 
 @pytest.mark.slow
