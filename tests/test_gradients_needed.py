@@ -140,3 +140,21 @@ def test_inputs_changed_in_place_are_noticed() -> None:
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         v.backward()
+
+
+@pytest.mark.parametrize("case", [CASE, Case(B=20, I=6), SHARED, Case(B=3, I=3, R=1)], ids=str)
+@pytest.mark.parametrize("full", [True, False])
+def test_the_operator_gives_gradients_of_priors_that_are_left_out(case: Case, full: bool) -> None:
+    """As of zeros, though nothing of this package asks for them."""
+    inputs = make_inputs(case, torch.float64)
+    u, weight = inputs["u"].detach(), inputs["weight"].detach()
+    zeros = torch.zeros(case.I, case.J, dtype=torch.float64)
+    forward, backward = autograd.OPERATORS["cpu"]
+    sharing = case.weight_sharing
+    v, s, _ = forward(u, weight, None, None, case.R, False, sharing, False)
+    grad_v = torch.randn_like(v)
+
+    def gradients(logits: Tensor | None) -> tuple[Tensor, ...]:
+        return backward(grad_v, u, weight, logits, s, False, sharing, full, [True] * 4)
+
+    torch.testing.assert_close(gradients(None), gradients(zeros))

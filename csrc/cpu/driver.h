@@ -211,7 +211,7 @@ class Driver {
       final.grad_u = grad_u;
       final.grad_weight = rows;
       final.grad_logits = grad_logits;
-      if (full && R > 1 && !p_.logits) {
+      if (full && R > 1 && !p_.logits && !grad_logits) {
         for (index x = 0; x < blocked_; ++x) ds[x] *= T(1) / T(p_.J + p_.leaky);
         final.uniform_term = ds;
       }
