@@ -16,7 +16,8 @@ PRECISIONS = [(8, "ieee"), (4, "tf32x3"), (4, "tf32"), (2, "tf32")]
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("B", [1, 3, 128, 1000])
 @pytest.mark.parametrize("processors", [1, 4, 132, 304])
-@pytest.mark.parametrize(("columns", "more"), [(None, False), (32, True), (48, True), (80, True)])
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("columns", [None, 32, 48, 80])
 def test_sweeps_cover_every_sample_and_capsule_once(B, sizes, processors, columns, more):
     I, J, K, D = sizes
     warps = config.warps_of(J, K, D, columns) if columns else config.warps_of_uniform(J, K, D)
