@@ -2,7 +2,8 @@
 
 For every kernel that a forward and backward launch: registers, spilled bytes, shared memory,
 matrix instructions, occupancy, how much of the padded tile is not padding, the instructions of its
-loops, and for Triton's kernels for NVIDIA the turns that these take in shared memory (conflicts).
+loops, and for Triton's kernels for NVIDIA the turns that these take in shared memory (conflicts)
+and the sectors that they ask for of global memory (excess).
 """
 
 import argparse
@@ -80,7 +81,7 @@ def table(rows: list[Row]) -> Table:
     found = Table(
         "Kernels compiled ahead of time",
         ["backend", "kernel", "shape", "precision", "target", "warps", "registers", "spilled",
-         "shared", "matrix", "blocks", "occupancy", "useful", "loops", "turns"],
+         "shared", "matrix", "blocks", "occupancy", "useful", "loops", "turns", "sectors"],
     )  # fmt: skip
     for row in rows:
         found.rows.append([
@@ -88,7 +89,7 @@ def table(rows: list[Row]) -> Table:
             str(row.registers), f"{row.spilled_bytes} B",
             f"{row.shared_bytes} B ({row.shared_share:.0%})",
             str(row.matrix_instructions), str(row.blocks), f"{row.occupancy:.0%}",
-            f"{row.useful:.0%}", row.loops, row.turns,
+            f"{row.useful:.0%}", row.loops, row.turns, row.sectors,
         ])  # fmt: skip
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .aot_banks import loop_turns
+from .aot_accesses import loop_accesses
 from .aot_rows import TARGETS, Row
 from .shapes import Shape
 
@@ -177,7 +177,7 @@ def compile_for(
         "shared_bytes": compiled.metadata.shared + number(r"SHARED:(\d+)", usage),
         "matrix_instructions": len(re.findall(matrix, compiled.asm["ptx"])),
         "loops": loops(listing),
-        "turns": loop_turns(compiled.asm["ptx"], warps),
+        **loop_accesses(compiled.asm["ptx"], warps),
     }
 
 

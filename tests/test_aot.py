@@ -9,7 +9,7 @@ import pytest
 
 from bench import aot, aot_triton
 from bench.__main__ import main
-from bench.aot_banks import loop_turns
+from bench.aot_accesses import loop_accesses
 from bench.aot_rows import Row
 from bench.shapes import Shape
 from capsule_kernels.backends import triton as backend
@@ -37,27 +37,19 @@ def test_shipped_configurations_of_mnist_do_not_spill():
             assert found, (name, target)
             assert all(int(k["matrix"]) > 0 for k in found), (name, target)
     assert {k["spilled"] for k in kernels} == {"0 B"}
-    counted = {(k["kernel"], k["target"]) for k in kernels if k["turns"]}
-    assert counted == {(name, "sm_90") for name in products}
+    for what in ("turns", "sectors"):
+        counted = {(k["kernel"], k["target"]) for k in kernels if k[what]}
+        assert counted == {(name, "sm_90") for name in products}, what
+    for kernel in kernels:
+        if kernel["kernel"] in products[:2] and kernel["turns"]:  # no copy asks for half a sector
+            assert kernel["sectors"].endswith(" (0)"), kernel
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not backend.INSTALLED, reason="Triton is not installed")
 @pytest.mark.skipif(backend.INTERPRETED, reason="Triton interprets here")
-@pytest.mark.parametrize(
-    ("shape", "B", "precision", "target", "warps"),
-    [
-        # Four times the weights of MNIST: J in tiles, with statistics.
-        (Shape("K = 32", 64, 10, K=32), 64, "float32", "sm_86", [4, 4, 8, 8]),
-        # Eight warps that share no output capsules do not fit in TF32: the forward keeps four.
-        (Shape("J = 5", 2048, 5), 16, "TF32", "sm_90", [4, 4, 8]),
-        (Shape("J = 5", 2048, 5), 16, "bfloat16", "sm_90", [8, 8, 8]),
-    ],
-    ids=str,
-)
-def test_the_compiler_takes_no_more_shared_memory_than_there_is(
-    shape, B, precision, target, warps, monkeypatch
-):
+def test_the_compiler_takes_no_more_shared_memory_than_small_gpus_have(monkeypatch):
+    """The sweeps in true float32 with four times the weights of MNIST: J in tiles for sm_86."""
     compile_for = aot_triton.compile_for
     sweeps = ("routing_forward_kernel", "routing_backward_kernel", "routing_statistics_kernel")
 
@@ -69,11 +61,11 @@ def test_the_compiler_takes_no_more_shared_memory_than_there_is(
         )
 
     monkeypatch.setattr(aot_triton, "compile_for", compile_sweeps)
-    rows = list(aot_triton.rows(shape, B, 2, precision, target))
+    rows = list(aot_triton.rows(Shape("K = 32", 64, 10, K=32), 64, 2, "float32", "sm_86"))
     found = [row for row in rows if row.kernel in sweeps]
+    assert {row.kernel for row in found} == set(sweeps)
+    assert len(found) == 4
     assert all(row.matrix_instructions > 0 and 0 < row.shared_share <= 1 for row in found)
-    assert [row.warps for row in found] == warps
-    assert {row.kernel for row in found} == (set(sweeps) if len(warps) == 4 else set(sweeps[:2]))
 
 
 @pytest.mark.slow
@@ -183,8 +175,42 @@ def test_turns_in_shared_memory(access, lane_bytes, turns, conflicts):
         @%p2 bra $L__BB0_1;
         ld.shared.b32 %r9, [%r2];
     """
-    assert loop_turns(ptx, 1) == f"{turns} ({conflicts})"
-    assert loop_turns(ptx, 4) == f"{4 * turns} ({4 * conflicts})"
+    assert loop_accesses(ptx, 1)["turns"] == f"{turns} ({conflicts})"
+    assert loop_accesses(ptx, 4)["turns"] == f"{4 * turns} ({4 * conflicts})"
+
+
+@pytest.mark.parametrize(
+    ("access", "lane_bytes", "sectors", "excess"),
+    [
+        ("ld.global.b32 %r9, [%rd2]", 4, 4, 0),
+        ("ld.global.b32 %r9, [%rd2+16]", 4, 5, 1),
+        ("ld.global.b32 %r9, [%rd2]", 0, 1, 0),
+        ("@%p1 st.global.b32 [%rd2], %r9", 32, 16, 14),  # half of the lanes
+        ("@!%p1 st.global.b32 [%rd2], %r9", 4, 2, 0),
+        ("ld.global.v4.b32 {%r6, %r7, %r8, %r9}, [%rd2]", 16, 16, 0),
+        ("ld.global.v4.b32 {%r6, %r7, %r8, %r9}, [%rd2]", 32, 32, 16),
+        ("cp.async.cg.shared.global [ %r2 + 0 ], [ %rd2 + 0 ], 0x10, %r7", 16, 8, 0),
+        ("cp.async.cg.shared.global [ %r2 + 0 ], [ %rd2 + 64 ], 0x10, 0x10", 32, 32, 16),
+        ("cp.async.ca.shared.global [ %r2 + 0 ], [ %rd2 + 0 ], 0x8, 0x8", 32, 32, 24),
+        ("ld.shared.b32 %r9, [%r2]", 128, 0, 0),
+    ],
+)
+def test_sectors_of_global_memory(access, lane_bytes, sectors, excess):
+    ptx = f"""
+        ld.param.b64 %rd1, [kernel_param_0];
+        mov.u32 %r1, %tid.x;
+        mul.wide.s32 %rd3, %r1, {lane_bytes};
+        add.s64 %rd2, %rd1, %rd3;
+        and.b32 %r5, %r1, 31;
+        setp.lt.u32 %p1, %r5, 16;
+        selp.b32 %r7, 16, 0, %p1;
+    $L__BB0_1:
+        {access};
+        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{%r10}}, {{%r11}}, {{%r12}}, {{%r13}};
+        @%p2 bra $L__BB0_1;
+    """
+    assert loop_accesses(ptx, 1)["sectors"] == f"{sectors} ({excess})"
+    assert loop_accesses(ptx, 4)["sectors"] == f"{4 * sectors} ({4 * excess})"
 
 
 def test_turns_where_addresses_are_swizzled_and_loops_nested():
@@ -216,4 +242,4 @@ def test_turns_where_addresses_are_swizzled_and_loops_nested():
         @%p1 bra $last;
         @%p1 bra $outer;
     """
-    assert loop_turns(ptx, 1) == "6 (3) > 4 (3), 0 (0)"
+    assert loop_accesses(ptx, 1)["turns"] == "6 (3) > 4 (3), 0 (0)"

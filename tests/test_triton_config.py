@@ -16,15 +16,11 @@ PRECISIONS = [(8, "ieee"), (4, "tf32x3"), (4, "tf32"), (2, "tf32")]
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("B", [1, 3, 128, 1000])
 @pytest.mark.parametrize("processors", [1, 4, 132, 304])
-@pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("columns", [None, 32, 48, 80])
-def test_sweeps_cover_every_sample_and_capsule_once(B, sizes, processors, columns, more):
+def test_sweeps_cover_every_sample_and_capsule_once(B, sizes, processors, columns):
     I, J, K, D = sizes
     warps = config.warps_of(J, K, D, columns) if columns else config.warps_of_uniform(J, K, D)
     sweep = config.sweep(B, I, J, K, warps, processors)
-    if more and (twice := config.twice(warps)) is not None:
-        sweep = config.sweep_by_either(B, I, J, K, warps, twice, processors)
-        warps = sweep.warps
     assert (sweep.tiles_B - 1) * warps.BLOCK_B < B <= sweep.tiles_B * warps.BLOCK_B
     assert (sweep.tiles_J - 1) * warps.output_capsules < J <= sweep.tiles_J * warps.output_capsules
     assert (sweep.groups - 1) * sweep.capsules < I <= sweep.groups * sweep.capsules
@@ -163,23 +159,6 @@ def test_large_batches_are_cut_by_samples_and_small_ones_by_capsules():
     warps = config.warps_of(J, K, D, 80)
     assert config.sweep(4096, I, J, K, warps, 132).groups <= 4
     assert config.sweep(1, I, J, K, warps, 132).groups >= 64
-
-
-@pytest.mark.parametrize("columns", [48, 80])
-def test_eight_warps_where_four_would_be_alone(columns):
-    I, J, K, D = MNIST
-    warps = config.warps_of(J, K, D, columns)
-    twice = config.twice(warps)
-    assert twice == replace(warps, WARPS_I=2 * warps.WARPS_I)
-    for B in (1, 16, 128):
-        assert config.sweep_by_either(B, I, J, K, warps, twice, 132).warps == twice
-    for B in (256, 1024):  # two programs of four on each multiprocessor
-        sweep = config.sweep_by_either(B, I, J, K, warps, twice, 132)
-        assert sweep == config.sweep(B, I, J, K, warps, 132)
-        assert sweep.tiles_B * sweep.groups > 132
-    many = config.warps_of(196, K, D, columns)  # which takes its softmax from statistics
-    assert config.sweep_by_either(1, I, 196, K, many, config.twice(many), 132).warps == many
-    assert config.twice(twice) is None
 
 
 def test_tiles_share_the_first_axis_of_a_grid_where_the_third_is_too_short():

@@ -58,9 +58,6 @@ LEAST_PARTIAL_SUM = 0.2
 that of the work with one capsule's. From the times of small batches on an H200 (docs/kernels.md).
 """
 
-COST_OF_MORE = 1.15
-"""Of a program with twice the warps: how much more it takes than as many warps in two. A guess."""
-
 MAX_STEP = 10240
 """Most weights of a step of a sweep: 40 KiB of shared memory, twice."""
 
@@ -177,11 +174,6 @@ def warps_of(J: int, K: int, D: int, columns: int) -> Warps:
     )
 
 
-def twice(warps: Warps) -> Warps | None:
-    """Eight warps instead of four, which take twice as many input capsules at a time."""
-    return replace(warps, WARPS_I=2 * warps.WARPS_I) if warps.number == 4 else None
-
-
 def warps_of_uniform(J: int, K: int, D: int) -> Warps:
     """For the first sweep without priors: its coupling is known, so J may be cut as one likes.
 
@@ -215,8 +207,7 @@ def sweep_bytes(warps: Warps, stages: int, element_bytes: int, states: int) -> i
 
     Steps of W and u are on their way in all stages but one. States that no other warp needs are
     operands, which Triton 3.9 keeps in shared memory and 3.6 in registers. In float64 both keep
-    every warp's, and one more copy of a step. Long steps and float64 exchange more between threads,
-    and eight warps with the same output capsules all their states at once.
+    every warp's, and one more copy of a step. Long steps and float64 exchange more between threads.
     The statistics kernel, which has one product less, takes no more.
     """
     columns = warps.STEP_I * warps.BLOCK_K
@@ -229,8 +220,6 @@ def sweep_bytes(warps: Warps, stages: int, element_bytes: int, states: int) -> i
         return 8 * (stages * (W + u) + kept) + max(SCRATCH, 8 * exchanged)
     kept = states * state if warps.WARPS_I == 1 else 0
     scratch = max(SCRATCH, 4 * exchanged) if columns > INPUT_COLUMNS else SCRATCH
-    if warps.WARPS_I == 8:
-        scratch = max(scratch, 4 * warps.WARPS_I * state)
     return (stages - 1) * element_bytes * (W + u) + 4 * kept + scratch
 
 
@@ -338,7 +327,6 @@ class Sweep:
     tiles_J: int
     groups: int
     capsules: int
-    cost: float
 
     @property
     def one_tile(self) -> bool:
@@ -369,27 +357,14 @@ def sweep(B: int, I: int, J: int, K: int, warps: Warps, processors: int) -> Swee
         step = 1.5 if programs * warps.number <= 4 else 1
         return programs * (step * cut(groups) + groups * partial_sum)
 
-    best = min(range(1, min(I, 2 * processors) + 1), key=cost)
+    capsules = cut(min(range(1, min(I, 2 * processors) + 1), key=cost))
     return Sweep(
         warps=warps,
         tiles_B=tiles_B,
         tiles_J=tiles_J,
-        groups=ceil_div(I, cut(best)),
-        capsules=cut(best),
-        cost=cost(best),
+        groups=ceil_div(I, capsules),
+        capsules=capsules,
     )
-
-
-def sweep_by_either(
-    B: int, I: int, J: int, K: int, warps: Warps, more: Warps, processors: int
-) -> Sweep:
-    """The cut for ``warps``, or for ``more`` of them in a program, where that saves enough.
-
-    More programs would fill the instruction slots, too, but with more partial sums. Where there are
-    two on a multiprocessor anyway, they are better: warps of one program wait for each other.
-    """
-    usual, other = (sweep(B, I, J, K, each, processors) for each in (warps, more))
-    return other if usual.one_tile and COST_OF_MORE * other.cost < usual.cost else usual
 
 
 @dataclass(frozen=True)

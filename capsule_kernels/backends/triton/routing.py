@@ -120,13 +120,10 @@ class Routing:
     def sweep(self) -> config.Sweep:
         B, I, J, K, D, _ = self.sizes
         columns = config.state_columns(self.backward, self.precision)
-        warps, stages = self.fit(config.warps_of(J, K, D, columns))
+        warps, _ = self.fit(config.warps_of(J, K, D, columns))
         # 16-bit weights are half as much to read, and split float32 has no registers for more.
         if not self.backward and self.precision == "tf32" and not self.paired:
             warps = self.large(uniform=False) or warps
-        more = config.twice(warps)
-        if more is not None and not self.gpu.hip and self.fitting(more) == (more, stages):
-            return config.sweep_by_either(B, I, J, K, warps, more, self.gpu.processors)
         return config.sweep(B, I, J, K, warps, self.gpu.processors)
 
     @cached_property

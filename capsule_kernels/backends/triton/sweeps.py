@@ -206,24 +206,19 @@ def copied_cells(ROWS: tl.constexpr, STEP_I: tl.constexpr, BLOCK_K: tl.constexpr
     """The (row, i, k) of a tile [ROWS, N] in the order in which it lies in shared memory,
     [1, ROWS N] each.
 
-    Four k make a copy of 16 bytes. What lies beside them, the other capsules of a step and the next
-    rows, is what threads read at the same time, so that they meet in few banks.
+    Threads copy 16 bytes each, in that order, too. All k of a capsule come first, so that eight
+    threads, which ask for memory together, ask for whole sectors of 32 bytes; then the capsules of
+    a step, so that what threads read at the same time lies in few banks.
     """
-    NEAR: tl.constexpr = 8 // STEP_I  # rows beside each other: 128 bytes are all banks
     x = tl.arange(0, ROWS * STEP_I * BLOCK_K)[None, :]
-    i = x // 4 % STEP_I
-    y = x // (4 * STEP_I)
-    row = y % NEAR + y // (NEAR * (BLOCK_K // 4)) * NEAR
-    k = x % 4 + y // NEAR % (BLOCK_K // 4) * 4
-    return row, i, k
+    return x // (BLOCK_K * STEP_I), x // BLOCK_K % STEP_I, x % BLOCK_K
 
 
 @triton.jit
 def tile_of_cells(x, ROWS: tl.constexpr, STEP_I: tl.constexpr, BLOCK_K: tl.constexpr):
     """What was loaded as copied_cells() says, [W, ROWS N], as [W, ROWS, N]."""
-    NEAR: tl.constexpr = 8 // STEP_I
-    x = tl.reshape(x, [x.shape[0], ROWS // NEAR, BLOCK_K // 4, NEAR, STEP_I, 2, 2])
-    x = tl.permute(x, (0, 1, 3, 2, 5, 4, 6))
+    x = tl.reshape(x, [x.shape[0], ROWS, STEP_I, BLOCK_K // 2, 2])
+    x = tl.permute(x, (0, 1, 3, 2, 4))
     return tl.reshape(x, [x.shape[0], ROWS, STEP_I * BLOCK_K])
 
 

@@ -1,14 +1,17 @@
-"""How many turns a kernel's loops take in shared memory, counted from its PTX, without a GPU.
+"""What a kernel's loops ask of memory, counted from its PTX, without a GPU.
 
-Shared memory has 32 banks of four bytes. An access of a warp is served 128 bytes at a time: all
-lanes where they have four bytes each, 16 with eight, 8 with sixteen. Each such part takes as many
+An access of a warp is served 128 bytes at a time: all lanes where they have four bytes each, 16
+with eight, 8 with sixteen. Shared memory has 32 banks of four bytes. Each such part takes as many
 turns as the bank that is asked for the most different words; all but the first are conflicts.
+Global memory comes in sectors of 32 bytes: each part asks for all that it touches, of which those
+beyond the bytes that it wants are excess; lanes that a mask leaves out ask for nothing.
 
 The addresses in Triton's kernels come from the thread's number by whole-number arithmetic, plus
 what is the same for all threads. So one pass over the text of PTX, for all threads of a block at
-once, tells who meets whom: parameters and whatever is loaded count as 0, and branches are not
-taken, for these move all lanes alike. What Nsight Compute counts on a GPU are the same numbers
-(docs/kernels.md), but for ``cp.async`` of less than 16 bytes, which meets more than banks.
+once, tells who meets whom: whatever is loaded counts as 0, and branches are not taken, for these
+move all lanes alike; parameters, of which some are strides, count as ``PARAMETER``. What Nsight
+Compute counts on a GPU are the same numbers (docs/kernels.md), but for the turns of ``cp.async`` of
+less than 16 bytes, which meets more than banks.
 """
 
 import re
@@ -20,38 +23,49 @@ import numpy as np
 Values = np.ndarray
 """A register's value in every thread of a block, int64."""
 
-ACCESS = re.compile(r"(ld|st|cp\.async(?!\.commit|\.wait)|ldmatrix|stmatrix)\b\S*\.shared")
+ACCESS = re.compile(r"(?:ld|st|cp\.async|ldmatrix|stmatrix)\b\S*?\.(shared|global)(\.global)?")
 ADDRESS = re.compile(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]")
-INSTRUCTION = re.compile(r"(?:@!?%\w+\s+)?([a-z][\w.]*)\s+(.*)")
+INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.]*)\s+(.*)")
 NUMBER = re.compile(r"-?(0x[0-9a-fA-F]+|\d+)")
+PARAMETER = 4096
 LABEL = re.compile(r"(\$\w+):")
 
 
 @dataclass(frozen=True)
 class Access:
-    """One instruction that reads or writes shared memory: its line, and the turns of all warps."""
+    """What all warps ask of a memory in one instruction: turns or sectors; those in ``vain`` are
+    conflicts or excess."""
 
     line: int
-    turns: int
-    conflicts: int
+    memory: str  # "shared" or "global"
+    asked: int
+    vain: int
 
 
-def loop_turns(ptx: str, warps: int) -> str:
-    """Turns in shared memory of all warps in a pass of each loop with a matrix instruction.
+def loop_accesses(ptx: str, warps: int) -> dict[str, str]:
+    """Turns in shared memory, and sectors of global, of all warps in a pass of each loop with a
+    matrix instruction.
 
-    "704 (368)": 704, of which 368 are conflicts; "> 540 (200)": of these in a loop inside it, whose
-    passes count once.
+    "704 (368)": 704, of which 368 are conflicts, or excess; "> 540 (200)": of these in a loop
+    inside it, whose passes count once.
     """
     lines = [line.split("//")[0].strip().rstrip(";") for line in ptx.splitlines()]
     accesses = list(accesses_of(lines, warps))
+    return {
+        name: in_loops(lines, [access for access in accesses if access.memory == memory])
+        for name, memory in (("turns", "shared"), ("sectors", "global"))
+    }
+
+
+def in_loops(lines: list[str], accesses: list[Access]) -> str:
     products = [number for number, line in enumerate(lines) if line.startswith("mma.sync")]
     text, end = "", -1
     for first, last in sorted(loop_spans(lines), key=lambda span: (span[0], -span[1])):
         if not any(first <= product <= last for product in products):
             continue
         inside = [access for access in accesses if first <= access.line <= last]
-        turns, conflicts = sum(a.turns for a in inside), sum(a.conflicts for a in inside)
-        text += (" > " if last < end else ", " if text else "") + f"{turns} ({conflicts})"
+        asked, vain = sum(a.asked for a in inside), sum(a.vain for a in inside)
+        text += (" > " if last < end else ", " if text else "") + f"{asked} ({vain})"
         end = last
     return text
 
@@ -80,17 +94,28 @@ def accesses_of(lines: list[str], warps: int) -> Iterator[Access]:
         instruction = INSTRUCTION.match(line)
         if instruction is None:
             continue
-        name, rest = instruction[1], instruction[2]
-        if ACCESS.match(name) and (address := ADDRESS.search(rest)):
-            base = value(address[1]) + int(address[2] or 0)
-            turns, conflicts = turns_of(base.reshape(warps, 32), width_of(name, rest))
-            yield Access(number, turns, conflicts)
+        negated, predicate, name, rest = instruction.groups()
+        if access := ACCESS.match(name):
+            addresses = [
+                (value(base) + int(further or 0)).reshape(warps, 32)
+                for base, further in ADDRESS.findall(rest)
+            ]
+            width = width_of(name, rest)
+            if access[1] == "shared":
+                yield Access(number, "shared", *turns_of(addresses[0], width))
+            if access[1] == "global" or access[2]:  # what a copy reads comes second
+                asks = zero == 0 if predicate is None else (value(predicate) != 0) ^ bool(negated)
+                if access[2]:
+                    asks = asks & (value(rest.split(",")[-1].strip()) != 0)  # bytes to copy
+                yield Access(number, "global", *sectors_of(addresses[-1], asks, width))
             continue
         target, *operands = (operand.strip() for operand in rest.split(","))
         if target.startswith("%"):
             operation = OPERATIONS.get(name.split(".")[0])
             whole = operation is not None and re.search(r"\.([bsu](16|32|64)|pred)$", name)
             result = operation(name, *map(value, operands)) if operation and whole else zero
+            if name.startswith("ld.param"):
+                result = zero + PARAMETER
             registers[target.split("|")[0]] = result
 
 
@@ -114,6 +139,17 @@ def turns_of(addresses: Values, width: int) -> tuple[int, int]:
         turns += most
         conflicts += most - 1
     return turns, conflicts
+
+
+def sectors_of(addresses: Values, asks: Values, width: int) -> tuple[int, int]:
+    """Sectors that the lanes ask for that ask at all, and those beyond the bytes they want."""
+    lanes = min(32, 128 // width)
+    asked = least = 0
+    for part, of_part in zip(addresses.reshape(-1, lanes), asks.reshape(-1, lanes), strict=True):
+        words = np.unique((part[of_part, None] + np.arange(0, width, 4)) // 4)
+        asked += len(np.unique(words // 8))
+        least += -(-len(words) // 8)
+    return asked, asked - least
 
 
 def signed(x: Values) -> Values:
