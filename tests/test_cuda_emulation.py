@@ -195,7 +195,7 @@ def test_sweeps_by_warpgroups(
     expected: tuple[int, int, int],
     dtype: torch.dtype,
 ) -> None:
-    emulator.device = Device(sm_count, 227 * 1024, warpgroups=1)
+    emulator.device = Device(sm_count, 227 * 1024, warpgroups=128)
     shape = Shape(case.B, case.I, case.J, case.K, case.D, case.R, 1)
     plan = emulator.plan(shape, dtype)
     assert plan.slots > 0
@@ -218,12 +218,12 @@ def test_other_calls_are_not_swept_by_warpgroups(built: Emulator, case: Case) ->
     built.reset()
     case = case if case.B > 3 else replace(case, B=128)
     shape = Shape(case.B, case.I, case.J, case.K, case.D, case.R, case.weight_sharing)
-    for warpgroups in (0, 1):
+    for warpgroups in (0, 128):
         built.device = Device(132, 227 * 1024, warpgroups)
         assert built.plan(shape, torch.bfloat16).slots == 0
-    built.device = Device(132, 100 * 1024, warpgroups=1)
+    built.device = Device(132, 100 * 1024, warpgroups=128)
     assert built.plan(Shape(128, 12, 10, 8, 16, 3, 1), torch.bfloat16).slots == 0
-    built.device = Device(132, 227 * 1024, warpgroups=1)
+    built.device = Device(132, 227 * 1024, warpgroups=128)
     assert built.plan(Shape(128, 12, 10, 8, 16, 3, 1), torch.bfloat16).slots > 0
 
 
@@ -233,7 +233,7 @@ def test_priors_and_couplings_are_not_swept_by_warpgroups(emulator: Emulator) ->
     for logits, return_coupling in ((True, False), (False, True)):
         inputs = make_inputs(replace(case, logits=logits), torch.bfloat16)
         found = []
-        for warpgroups in (0, 1):
+        for warpgroups in (0, 128):
             emulator.device = Device(3, 227 * 1024, warpgroups)
             with torch.no_grad():
                 options = {"return_coupling": return_coupling, "backend": "cuda"}
@@ -268,7 +268,7 @@ def test_any_schedule_gives_the_same_bits(emulator: Emulator, kernels: str, seed
         emulator.device = Device(1, 227 * 1024)
     elif kernels == "by warpgroups":
         case, dtype = Case(B=256, I=12, J=5, bias=True, leaky=True), torch.bfloat16
-        emulator.device = Device(6 if seed % 2 else 1, 227 * 1024, warpgroups=1)
+        emulator.device = Device(6 if seed % 2 else 1, 227 * 1024, warpgroups=128)
     inputs = make_inputs(case, dtype or torch.float32)
     options = {"return_coupling": kernels != "by warpgroups", "backend": "cuda"}
     first = run(fused_routing, case, inputs, **options)
@@ -300,9 +300,9 @@ BARRIER_CASES = [
     (Case(B=20, I=20, J=3, D=10, logits=True), torch.float32, Device(2, 75 * 1024)),
     (Case(B=50, I=18, J=3, D=10, logits=True), torch.float32, Device(2, 227 * 1024)),
     (Case(B=64, I=40, J=4), torch.bfloat16, Device(1, 120 * 1024)),
-    (Case(B=256, I=12, J=5), torch.bfloat16, Device(6, 227 * 1024, warpgroups=1)),
-    (Case(B=260, I=4, J=5), torch.bfloat16, Device(1, 227 * 1024, warpgroups=1)),
-    (Case(B=130, I=22, J=5), torch.bfloat16, Device(2, 227 * 1024, warpgroups=1)),
+    (Case(B=256, I=12, J=5), torch.bfloat16, Device(6, 227 * 1024, warpgroups=128)),
+    (Case(B=260, I=4, J=5), torch.bfloat16, Device(1, 227 * 1024, warpgroups=128)),
+    (Case(B=130, I=22, J=5), torch.bfloat16, Device(2, 227 * 1024, warpgroups=128)),
 ]
 # The products before them let no lane run ahead either, but only a barrier orders memory.
 ORDER_MEMORY_ONLY = [
@@ -403,7 +403,7 @@ def test_what_is_not_finite_stays_in_its_sample(
         emulator.device = Device(1, 227 * 1024)
     elif dtype == torch.float16:  # sweeps by warpgroups
         case = Case(B=256, I=14, J=5)
-        emulator.device = Device(2, 227 * 1024, warpgroups=1)
+        emulator.device = Device(2, 227 * 1024, warpgroups=128)
     inputs = make_inputs(case, dtype)
     options = {"return_coupling": dtype != torch.float16, "backend": "cuda"}
     clean = run(fused_routing, case, inputs, **options)

@@ -27,7 +27,7 @@ struct Shape {
 struct Device {
   int sm_count;
   int shared_per_block;  // bytes, what a block may opt in to
-  int warpgroups;        // whether it has products of warpgroups, and the kernels that use them
+  int warpgroups;  // samples from which on products of warpgroups are worth it; 0 without them
 };
 
 constexpr int kTileSamples = 8;    // samples of a tile: the columns of one mma
@@ -128,7 +128,6 @@ inline bool batch_is_counted(const Shape& shape) {
 constexpr int kWarpgroupSamples = 64;
 constexpr int kWarpgroups = 2;  // of a block
 constexpr int kQuad = 4;
-constexpr int kLeastSamples = 128;  // not measured yet (docs/kernels-cuda.md)
 
 // The persistent grid of the sweeps; `blocks == 0` where W does not fit on chip, or the batch or a
 // sample has too many elements.
@@ -247,7 +246,7 @@ inline SweepPlan try_warpgroups(const Shape& shape, const Device& device, int st
 // networks, or the batch is small.
 inline SweepPlan plan_warpgroups(const Shape& shape, const Device& device, int states) {
   SweepPlan best;
-  const bool fits = device.warpgroups && shape.B >= kLeastSamples && shape.R > 1 &&
+  const bool fits = device.warpgroups > 0 && shape.B >= device.warpgroups && shape.R > 1 &&
                     (shape.J == 10 || shape.J == 5) && shape.K == kStepDims &&
                     shape.D == kTileRows && shape.weight_sharing == 1 &&
                     sample_is_counted(shape.I, shape.K) && batch_is_counted(shape);
