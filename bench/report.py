@@ -43,14 +43,26 @@ LEFT_OUT = "skipped: left out as wished"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TRUST = ("tests/test_determinism.py", "tests/test_range.py", "tests/test_properties.py")
 """Tests of many values and sizes: a step of their own, as Triton compiles for each size."""
-FIRST = ("tests/test_gpu.py", "tests/test_cuda_graphs.py", "tests/test_every_backend.py")
-"""Tests of the GPU backends themselves, which come before those of what they share; Triton, which
-compiles for each of their many shapes, has them last."""
+FIRST = (
+    "tests/test_export.py",
+    "tests/test_gpu.py",
+    "tests/test_cuda_graphs.py",
+    "tests/test_every_backend.py",
+)
+"""Tests of packages, which take a minute; those of the GPU backends themselves come before those of
+what they share."""
 SANITIZED = "tests/test_cuda_sanitizer.py"
 """compute-sanitizer has steps of its own."""
-TRITON, OTHERS = "triton", "not triton"
-MAIN_TYPES = "not float64 and not (float16 and not bfloat16)"
-"""Which tests by their names. Triton compiles anew for each dtype: float32 and bfloat16 first."""
+OTHERS = "not triton"
+OTHER_TYPES = "(float64 or (float16 and not bfloat16))"
+LATER = "(bfloat16 or awkward_windows)"
+TRITON_FIRST = f"triton and not {OTHER_TYPES} and not {LATER}"
+TRITON_NEXT = f"triton and not {OTHER_TYPES} and {LATER}"
+TRITON_LAST = f"triton and {OTHER_TYPES}"
+"""Which tests by their names. Triton compiles anew for each dtype and each window: what there is of
+subjects, sizes, options and networks comes first in float32 alone."""
+SHARED_COMPILATIONS = {"TRITON_CACHE_MANAGER": "bench.shared_compilations:OneCompiles"}
+"""So that none of the processes compiles what another is compiling."""
 PACKAGES = {
     "ninja": "the build",
     "pybind11": "the build",
@@ -117,10 +129,10 @@ def steps(
     bfloat16 += [option for B in compile.BFLOAT16_BATCHES for option in ("--batch", str(B))]
     own = f"sm_{major}{minor}"
     aot = ["aot", "--shape=MNIST", "--target", own if own in TARGETS else "sm_90", "--markdown"]
-    while_it_builds = 1.4 if built else 2.5
+    while_it_builds = 1.5 if built else 2.5
     beside_the_build = [
         build,
-        gpu_tests("tests-triton", while_it_builds, f"{TRITON} and {MAIN_TYPES}", *others, *FIRST),
+        gpu_tests("tests-triton", while_it_builds, TRITON_FIRST, *FIRST, *others, share=1),
         Step("compile", [python, "-m", "bench.compile"], while_it_builds),
         Step("aot", [python, "-m", "bench", *aot], while_it_builds),
     ]
@@ -138,29 +150,36 @@ def steps(
     together = [beside_the_build + after_the_build]
     return [
         *(together if built else [beside_the_build, after_the_build]),
-        [bench("goals", 2.5)],  # with a training step and its parts
+        [bench("goals", 2.25)],  # with a training step and its parts
         [bench("routing-tf32", 0.8, "--precision", "tf32", *ours_alone, command="routing")],
-        [Step("training-run", train, 0.8)],
+        # A run is about its accuracy: no table has its speed.
+        [
+            Step("training-run", train, 0.8),
+            gpu_tests("tests-bfloat16", 1.2, TRITON_NEXT, *FIRST, *others, share=1),
+        ],
         [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone, command="routing")],
-        [bench("routing", 0.8, "--shape", "MNIST", "--peers", "eager", *plots)],
-        [bench("scaling", 0.75)],
+        [bench("routing", 0.85, "--shape", "MNIST", "--peers", "eager", *plots)],
+        [bench("scaling", 0.6)],
         [windows],
         [
-            gpu_tests("tests-other-types", 1, f"{TRITON} and not ({MAIN_TYPES})", *others, *FIRST),
+            gpu_tests("tests-other-types", 1, TRITON_LAST, *FIRST, *others),
             gpu_tests("trust", 1, "", *TRUST),
         ],
     ]
 
 
-def gpu_tests(name: str, minutes: float, which: str, *files: str) -> Step:
-    """Tests on the GPU in as many processes as make sense: most of them compile."""
+def gpu_tests(name: str, minutes: float, which: str, *files: str, share: float = 0.5) -> Step:
+    """Tests on the GPU in a process for each of a ``share`` of the processors: most compile."""
     command = [*PYTEST, "-v", "-m", "gpu", "--continue-on-collection-errors"]
     command += ["--failures-at-once", "--durations=25", "-k", which]
+    if which != OTHERS:
+        command.append("--files-side-by-side")
     if importlib.util.find_spec("xdist"):
-        half = max(1, len(os.sched_getaffinity(0)) // 2)
-        command += ["--numprocesses", str(half), "--maxschedchunk", "2"]
+        processes = max(1, int(share * len(os.sched_getaffinity(0))))
+        command += ["--numprocesses", str(processes), "--maxschedchunk", "2"]
+    environment = {"OMP_NUM_THREADS": "1", **SHARED_COMPILATIONS}
     # Its log is written as it goes: nothing is lost where it does not stop at once.
-    return Step(name, [*command, *files], minutes, {"OMP_NUM_THREADS": "1"}, grace=5)
+    return Step(name, [*command, *files], minutes, environment, grace=5)
 
 
 def sanitizer_steps() -> list[Step]:

@@ -1,7 +1,9 @@
 """What all tests have in common: how a GPU is set and shared, failures told at once where wanted,
 and figures that tests count, such as calls tried or bits compared: a line each, after the run."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,12 +26,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="print a failure when it happens, too, for a run that may be cut short",
     )
+    parser.addoption(
+        "--files-side-by-side",
+        action="store_true",
+        help="take tests of all files in turn: neighbours in a file often need one kernel, which "
+        "Triton compiles in one process while others would wait for it",
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with interpreted kernels first: they take minutes, and a file is one process's."""
     long = {item.path for item in items if item.get_closest_marker("interpreter")}
     items.sort(key=lambda item: item.path not in long)
+    if config.getoption("--files-side-by-side"):
+        tests = Counter(item.path for item in items)
+        seen: Counter[Path] = Counter()
+
+        def share(item: pytest.Item) -> float:
+            seen[item.path] += 1
+            return seen[item.path] / tests[item.path]
+
+        items.sort(key=share)
 
 
 def pytest_configure(config: pytest.Config) -> None:

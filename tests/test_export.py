@@ -1,8 +1,10 @@
 """``torch.export`` and AOTInductor: a network saved, and served by a process without its code."""
 
+import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,22 +105,50 @@ ENVIRONMENT = os.environ | {"TORCHINDUCTOR_VEC_ISA_OK": "1"}
 processes that import torch: longer than all the rest."""
 
 
-def skip_where_torch_itself_fails(device: str, package: Path) -> None:
-    """Skip where a package of torch's own layer, with nothing of ours, can't be loaded either.
+WORKS = "a package of nn.Linear works"
 
-    Seen on an H200 were packages with our operators that crashed when they were loaded.
-    """
-    if device == "cpu":
-        return
+
+def control(device: str, package: Path) -> str:
+    """What becomes of a package of torch's own layer, with nothing of ours."""
     command = [sys.executable, "-c", CONTROL, device, package]
     try:
         done = subprocess.run(
             command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300
         )
     except subprocess.TimeoutExpired as error:
-        pytest.skip(f"a package of nn.Linear is not made and loaded in {error.timeout} s")
+        return f"a package of nn.Linear is not made and loaded in {error.timeout} s"
     if done.returncode:
-        pytest.skip(f"a package of nn.Linear fails here, too: exit code {done.returncode}")
+        return f"a package of nn.Linear fails here, too: exit code {done.returncode}"
+    return WORKS
+
+
+@pytest.fixture(scope="session")
+def skip_where_torch_itself_fails(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], None]:
+    """Skips where not even the control can be loaded.
+
+    Seen on an H200 were packages with our operators that crashed when they were loaded, and the
+    control does, too. It takes a minute: one process of pytest-xdist makes it for all.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def skip(device: str) -> None:
+        if device == "cpu":
+            return
+        with (folder / f"control-{device}.txt").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            outcome = file.read()
+            if not outcome:
+                outcome = control(device, folder / "control.pt2")
+                file.write(outcome)
+        if outcome != WORKS:
+            pytest.skip(outcome)
+
+    return skip
 
 
 SERVE = """
@@ -140,9 +170,11 @@ assert not any(name.split(".")[0] in ("model", "tests") for name in sys.modules)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["export", "aotinductor"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_saved_program_in_a_fresh_process(kind: str, device: str, tmp_path: Path) -> None:
+def test_a_saved_program_in_a_fresh_process(
+    kind: str, device: str, tmp_path: Path, skip_where_torch_itself_fails: Callable[[str], None]
+) -> None:
     if kind == "aotinductor":
-        skip_where_torch_itself_fails(device, tmp_path / "control.pt2")
+        skip_where_torch_itself_fails(device)
     network = Scores().to(device)
     program = export(network, device)
     package = tmp_path / ("program.pt2" if kind == "aotinductor" else "program.ep")
@@ -163,8 +195,10 @@ def test_a_saved_program_in_a_fresh_process(kind: str, device: str, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-def test_windows_in_a_package(device: str, tmp_path: Path) -> None:
-    skip_where_torch_itself_fails(device, tmp_path / "control.pt2")
+def test_windows_in_a_package(
+    device: str, tmp_path: Path, skip_where_torch_itself_fails: Callable[[str], None]
+) -> None:
+    skip_where_torch_itself_fails(device)
     torch.manual_seed(0)
     layer = CapsuleConv2d(2, 4, 3, 4, 3, stride=2, padding=1, device=device).eval()
     u = torch.randn(4, 2, 4, 9, 8, device=device)
