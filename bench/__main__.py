@@ -11,12 +11,14 @@ import time
 
 from rich.console import Console
 
+from model.errors import run_command
+from model.outputs import reason_against
+
 from . import machine
 from .options import (
     INTERRUPTED,
     common_arguments,
     reason_against_device,
-    reason_against_file,
     reason_against_folder,
 )
 from .records import Record, save
@@ -61,7 +63,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.command != "aot":
         if reason := reason_against_device(options.device):
             parser.error(reason)
-        if options.json and (reason := reason_against_file(options.json)):
+        if options.json and (reason := reason_against(options.json)):
             parser.error(f"--json {options.json}: {reason}")
         if options.plots and (reason := reason_against_folder(options.plots)):
             parser.error(f"--plots {options.plots}: {reason}")
@@ -144,4 +146,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,10 +1,11 @@
 """Command-line options that the subcommands share."""
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
+
+from model.outputs import reason_against
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
@@ -67,21 +68,11 @@ def add_quick(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--quick", action="store_true", help=f"fewer {what}")
 
 
-def reason_against_file(path: Path) -> str | None:
-    """Why a file can't be written, as far as can be told before."""
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        return f"there is no folder {folder}"
-    if path.is_dir():
-        return "it is a folder"
-    return None if os.access(folder, os.W_OK) else f"the folder {folder} can't be written"
-
-
 def reason_against_folder(path: Path) -> str | None:
     """Why a folder can't be made or written into, as far as can be told before."""
     if path.exists() and not path.is_dir():
         return "it is no folder"
-    return None if path.is_dir() else reason_against_file(path)
+    return None if path.is_dir() else reason_against(path)
 
 
 def add_peers_arguments(parser: argparse.ArgumentParser, default: str = "all") -> None:

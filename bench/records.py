@@ -1,10 +1,11 @@
 """Measurements as flat records, collected in a report that is JSON on disk."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from model.outputs import write_atomically
 
 Record = dict[str, Any]
 """One measurement. ``table`` names its kind; ``status`` is "ok" or the reason why figures lack."""
@@ -35,17 +36,7 @@ def select(records: Iterable[Record], **fields: Any) -> list[Record]:
 def save(path: Path, machine: Record, ceilings: Record, records: list[Record]) -> None:
     """Write a report, of which a reader never meets half."""
     content = {"machine": machine, "ceilings": ceilings, "records": records}
-    write_whole(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one step; where that fails, as on a full disk, none is left behind."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.write_text(text)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def load(path: Path) -> tuple[Record, Record, list[Record]]:

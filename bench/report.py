@@ -25,12 +25,14 @@ from pathlib import Path
 import torch
 
 from model.environment import device_name
+from model.errors import run_command
+from model.outputs import write_atomically
 
 from . import compile, machine
 from .aot_rows import TARGETS
 from .options import default_device, positive, reason_against_device
 from .peers import BACKENDS
-from .records import Record, write_whole
+from .records import Record
 from .shapes import CONVOLUTION, MNIST, SHARED
 from .sources import NETWORK, ROOT, digest
 from .steps import NOT_RUN, Step, run_together
@@ -269,7 +271,7 @@ def write_report(folder: Path, what: Record, done: Iterable[Step], missing: Iter
         "missing_packages": list(missing),
         "steps": [asdict(step) for step in done],
     }
-    write_whole(folder / REPORT, json.dumps(content, indent=1) + "\n")
+    write_atomically(folder / REPORT, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def reason_against_resuming(folder: Path, device: str) -> str | None:
@@ -412,4 +414,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

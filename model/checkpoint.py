@@ -6,9 +6,6 @@ A file of weights alone is the same without the optimizer and the progress.
 """
 
 import json
-import os
-import re
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +16,11 @@ from torch import Tensor, nn
 from .config import Config
 from .data import Dataset
 from .errors import UserError
+from .outputs import write_atomically
 
 FORMAT = "capsule_kernels checkpoint 1"
 CHECKPOINT = "checkpoint.safetensors"
 WEIGHTS = "weights.safetensors"
-UNFINISHED = re.compile(r".+\.[a-z0-9_]{8}\.unfinished")
-"""Names of what :func:`write_atomically` has begun: the file's own, and characters of chance."""
 
 
 @dataclass
@@ -42,37 +38,6 @@ class Checkpoint:
         """The tensors below ``prefix.``, without it."""
         start = len(prefix) + 1
         return {k[start:]: t for k, t in self.tensors.items() if k.startswith(prefix + ".")}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or, whatever happens, as it was before."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f"{path.name}.", suffix=".unfinished", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(directory: Path) -> None:
-    """Remove what writes into a run's directory left there when their process was killed.
-
-    A write that still goes on, in a second process on the same run, ends with its UserError; the
-    file that it would have replaced stays whole.
-    """
-    for path in directory.iterdir():
-        if UNFINISHED.fullmatch(path.name) and path.is_file() and not path.is_symlink():
-            path.unlink(missing_ok=True)
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:

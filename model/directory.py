@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .checkpoint import CHECKPOINT, WEIGHTS, remove_unfinished
+from .checkpoint import CHECKPOINT, WEIGHTS
 from .errors import UserError
 from .metrics import METRICS
+from .outputs import remove_unfinished
 
 PICTURE = "reconstructions.png"
 RUN_FILES = (CHECKPOINT, METRICS, WEIGHTS, PICTURE)

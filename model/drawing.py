@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .capsnet import CapsNet
-from .checkpoint import write_atomically
 from .losses import lengths
+from .outputs import write_atomically
 from .views import Batch
 
 GAP = 2

@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from . import checkpoint as checkpoints
-from .checkpoint import Checkpoint, write_atomically
+from .checkpoint import Checkpoint
 from .commands import add_data_flags, add_device_flags, open_dataset, table_console
 from .config import Config
 from .data import Dataset, Split
@@ -20,7 +20,7 @@ from .environment import choose_device
 from .errors import UserError, run_command
 from .evaluation import TestResult, confusion, scores_of
 from .networks import restored
-from .outputs import check_writable
+from .outputs import check_writable, write_atomically
 
 States = list[tuple[Path, Checkpoint]]
 """Where each run is, and what was read there."""

@@ -1,19 +1,59 @@
-"""Files a command will write: whether it can is known before its work, not after."""
+"""Files that commands write: whole or not at all, and told beforehand where they can't be."""
 
 import os
+import re
+import tempfile
 from pathlib import Path
 
 from .errors import UserError
 
+UNFINISHED = re.compile(r".+\.[a-z0-9_]{8}\.unfinished")
+"""Names of what :func:`write_atomically` has begun: the file's own, and characters of chance."""
+
+
+def reason_against(path: Path) -> str | None:
+    """Why a file can't be written there, as far as can be told before, or None."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        return "it is a folder, expected a file's name"
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    # A file appears by being renamed: what counts is its folder's permission, not its own.
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"no permission in {folder}"
+
 
 def check_writable(flag: str, path: Path | None) -> None:
     """UserError, naming the flag, if a file can't be written there; None is no file."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"{flag} {path} can't be written: it is a folder, expected a file's name")
-    if not path.parent.is_dir():
-        raise UserError(f"{flag} {path} can't be written: {path.parent} is no folder")
-    # A file appears by being renamed: what counts is its folder's permission, not its own.
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {path} can't be written: no permission in {path.parent}")
+    if path is not None and (reason := reason_against(path)):
+        raise UserError(f"{flag} {path} can't be written: {reason}")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or, whatever happens, as it was before."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f"{path.name}.", suffix=".unfinished", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Remove what writes into a run's directory left there when their process was killed.
+
+    A write that still goes on, in a second process on the same run, ends with its UserError; the
+    file that it would have replaced stays whole.
+    """
+    for path in directory.iterdir():
+        if UNFINISHED.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from .arguments import OF_THE_DATA
-from .checkpoint import write_atomically
 from .config import Config
 from .errors import UserError, run_command
 from .experiments import EXPERIMENTS
 from .metrics import read_metrics
+from .outputs import write_atomically
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -61,7 +61,7 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path):
     [
         (["nonsense"], "invalid choice: 'nonsense'"),
         (["--rounds", "0"], "must be 1 or more, got 0"),
-        (["--json", "no/such/folder/file.json"], "there is no folder"),
+        (["--json", "no/such/folder/file.json"], "no/such/folder is no folder"),
         (["routing", "--batch", "-1"], "must be 1 or more, got -1"),
         (["routing", "--shape", "cube"], "invalid choice: 'cube'"),
         (["routing", "--json", str(ROOT)], "it is a folder"),

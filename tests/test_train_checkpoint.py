@@ -12,15 +12,9 @@ import pytest
 import torch
 
 from model import checkpoint as checkpoints
-from model.checkpoint import (
-    Checkpoint,
-    load,
-    remove_unfinished,
-    restore_model,
-    save,
-    write_atomically,
-)
+from model.checkpoint import Checkpoint, load, restore_model, save
 from model.errors import UserError
+from model.outputs import remove_unfinished, write_atomically
 
 from .tiny import CONFIG, tiny_capsnet
 
@@ -153,7 +147,7 @@ def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
     write_atomically(path, b"before")
     script = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from model.checkpoint import write_atomically\n"
+        "from model.outputs import write_atomically\n"
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "write_atomically(Path(sys.argv[1]), b'after it')\n"
     )
@@ -180,7 +174,7 @@ def test_a_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
     # A limit on the size of files stands in for a full disk: the write stops in its middle.
     script = (
         "import resource, sys; from pathlib import Path\n"
-        "from model.checkpoint import write_atomically; from model.errors import run_command\n"
+        "from model.outputs import write_atomically; from model.errors import run_command\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))\n"
         "try: run_command(lambda: write_atomically(Path(sys.argv[1]), bytes(100_000)))\n"
         "finally: resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))\n"

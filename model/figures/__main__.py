@@ -15,6 +15,7 @@ from ..commands import add_data_flags, add_device_flags, open_dataset
 from ..environment import choose_device
 from ..errors import UserError, run_command
 from ..networks import restored
+from ..outputs import write_atomically
 from .decoded import perturbations, reconstructions, segmentations
 from .equivariance import equivariance
 from .routing import coupling_maps, error_by_iterations
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
                 figure = (NEEDS_DECODER | ANY_CAPSNET)[name](runs[0])
             figure.savefig(buffer, format="png", dpi=150)
         path = directory / f"figure-{name}.png"
-        checkpoints.write_atomically(path, buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
         print(path)
     return 0
 
