@@ -211,14 +211,16 @@ def copied_cells(ROWS: tl.constexpr, STEP_I: tl.constexpr, BLOCK_K: tl.constexpr
     a step, so that what threads read at the same time lies in few banks.
     """
     x = tl.arange(0, ROWS * STEP_I * BLOCK_K)[None, :]
-    return x // (BLOCK_K * STEP_I), x // BLOCK_K % STEP_I, x % BLOCK_K
+    y = x // BLOCK_K
+    z = y // 2
+    return z // STEP_I * 2 + y % 2, z % STEP_I, x % BLOCK_K
 
 
 @triton.jit
 def tile_of_cells(x, ROWS: tl.constexpr, STEP_I: tl.constexpr, BLOCK_K: tl.constexpr):
     """What was loaded as copied_cells() says, [W, ROWS N], as [W, ROWS, N]."""
-    x = tl.reshape(x, [x.shape[0], ROWS, STEP_I, BLOCK_K // 2, 2])
-    x = tl.permute(x, (0, 1, 3, 2, 4))
+    x = tl.reshape(x, [x.shape[0], ROWS // 2, STEP_I, 2, BLOCK_K // 2, 2])
+    x = tl.permute(x, (0, 1, 3, 4, 2, 5))
     return tl.reshape(x, [x.shape[0], ROWS, STEP_I * BLOCK_K])
 
 
