@@ -113,9 +113,9 @@ def accesses_of(lines: list[str], warps: int) -> Iterator[Access]:
         if target.startswith("%"):
             operation = OPERATIONS.get(name.split(".")[0])
             whole = operation is not None and re.search(r"\.([bsu](16|32|64)|pred)$", name)
-            result = operation(name, *map(value, operands)) if operation and whole else zero
-            if name.startswith("ld.param"):
-                result = zero + PARAMETER
+            result = zero + PARAMETER if name.startswith("ld.param") else zero
+            if operation and whole:
+                result = operation(name, *map(value, operands))
             registers[target.split("|")[0]] = result
 
 

@@ -147,6 +147,21 @@ def test_loops_are_found_in_machine_code():
     assert aot_triton.loops("\n".join(code)) == "8 > 5"
 
 
+def in_a_loop(access: str, before: str) -> str:
+    """PTX of a loop with a matrix instruction, and of accesses behind it, which do not count; %r1
+    is the thread's number."""
+    return f"""
+        mov.u32 %r1, %tid.x;
+        {before}
+    $L__BB0_1:  // a loop
+        {access};
+        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{%r10}}, {{%r11}}, {{%r12}}, {{%r13}};
+        @%p2 bra $L__BB0_1;
+        ld.shared.b32 %r9, [%r2];
+        ld.global.b32 %r9, [%rd2];
+    """
+
+
 @pytest.mark.parametrize(
     ("access", "lane_bytes", "turns", "conflicts"),
     [
@@ -166,15 +181,7 @@ def test_loops_are_found_in_machine_code():
     ],
 )
 def test_turns_in_shared_memory(access, lane_bytes, turns, conflicts):
-    ptx = f"""
-        mov.u32 %r1, %tid.x;
-        mad.lo.s32 %r2, %r1, {lane_bytes}, 1024;
-    $L__BB0_1:  // a loop
-        {access};
-        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{%r10}}, {{%r11}}, {{%r12}}, {{%r13}};
-        @%p2 bra $L__BB0_1;
-        ld.shared.b32 %r9, [%r2];
-    """
+    ptx = in_a_loop(access, f"mad.lo.s32 %r2, %r1, {lane_bytes}, 1024;")
     assert loop_accesses(ptx, 1)["turns"] == f"{turns} ({conflicts})"
     assert loop_accesses(ptx, 4)["turns"] == f"{4 * turns} ({4 * conflicts})"
 
@@ -196,19 +203,15 @@ def test_turns_in_shared_memory(access, lane_bytes, turns, conflicts):
     ],
 )
 def test_sectors_of_global_memory(access, lane_bytes, sectors, excess):
-    ptx = f"""
+    before = f"""
         ld.param.b64 %rd1, [kernel_param_0];
-        mov.u32 %r1, %tid.x;
         mul.wide.s32 %rd3, %r1, {lane_bytes};
         add.s64 %rd2, %rd1, %rd3;
         and.b32 %r5, %r1, 31;
         setp.lt.u32 %p1, %r5, 16;
         selp.b32 %r7, 16, 0, %p1;
-    $L__BB0_1:
-        {access};
-        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{%r10}}, {{%r11}}, {{%r12}}, {{%r13}};
-        @%p2 bra $L__BB0_1;
     """
+    ptx = in_a_loop(access, before)
     assert loop_accesses(ptx, 1)["sectors"] == f"{sectors} ({excess})"
     assert loop_accesses(ptx, 4)["sectors"] == f"{4 * sectors} ({4 * excess})"
 
