@@ -6,15 +6,17 @@ everything without a C++ compiler, the CUDA kernels without nvcc or with a CPU b
 Environment: ``CAPSULE_KERNELS_CUDA=0`` leaves the CUDA kernels out, ``=1`` insists on them;
 ``CAPSULE_KERNELS_CXXFLAGS`` has the last word on how the CPU kernels are compiled (sanitizers,
 coverage), where ``CXXFLAGS`` set for everything on a machine must not lower their optimisation.
-``TORCH_CUDA_ARCH_LIST`` (9.0 is built as 9.0a), ``CUDA_HOME``, ``CXX`` and ``MAX_JOBS`` as for
-every torch extension.
+``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CXX`` and ``MAX_JOBS`` as for every torch extension; what
+is below 8.0 in that list is left out, and 9.0 is built as 9.0a.
 """
 
 import copy
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -54,6 +56,10 @@ KERNEL_FLAGS = [
 ]
 
 
+GENERATIONS = ("80", "90", "100")
+"""Of devices that the CUDA kernels are for, without the dot; the first is the least."""
+
+
 def left_out(what: str, why: str) -> None:
     print(f"capsule_kernels: building without {what}: {why}", file=sys.stderr)
 
@@ -65,6 +71,11 @@ def missing_compiler() -> str | None:
     return None
 
 
+def ask_nvcc(option: str) -> str:
+    command = [f"{cpp_extension.CUDA_HOME}/bin/nvcc", option]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
 def missing_cuda() -> str | None:
     """Why the CUDA kernels can't be built here, or None."""
     if torch.version.cuda is None:
@@ -74,37 +85,56 @@ def missing_cuda() -> str | None:
     nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
     if not nvcc.exists():
         return f"{nvcc} is not there (CUDA_HOME must name the toolkit)"
+    release = re.search(r"release (\d+)\.\d+", ask_nvcc("--version"))
+    if release is not None and release[1] != torch.version.cuda.split(".")[0]:
+        return (
+            f"{nvcc} is of CUDA {release[0].split()[1]}, and torch was built with "
+            f"{torch.version.cuda} (set CUDA_HOME to a toolkit of that major version)"
+        )
     return None
 
 
-def wants_cuda() -> bool:
+def cuda_targets() -> list[str]:
+    """What the CUDA kernels are compiled for, as nvcc's ``code``: sm_80, sm_90a, compute_100 ...
+
+    Torch decides, by ``TORCH_CUDA_ARCH_LIST`` or the devices at hand; without either, it is a
+    device of each generation. Only sm_90a knows products of warpgroups (csrc/cuda/execution.cuh).
+    """
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST") or "native"
+    if wish == "native" and not torch.cuda.is_available():
+        known = re.findall(r"compute_(\d+)", ask_nvcc("--list-gpu-arch"))
+        wish = ";".join(f"{n[:-1]}.{n[-1]}" for n in GENERATIONS if n in known) + "+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = wish
+    try:
+        flags = cpp_extension._get_cuda_arch_flags()
+    except ValueError as error:
+        sys.exit(f"capsule_kernels: TORCH_CUDA_ARCH_LIST={wish}: {error}")
+    found = {flag.rpartition("code=")[2] for flag in flags}
+    old = {t for t in found if int("".join(re.findall(r"\d", t))) < int(GENERATIONS[0])}
+    if old:
+        left_out(f"CUDA kernels for {', '.join(sorted(old))}", f"they need sm_{GENERATIONS[0]}")
+    return sorted("sm_90a" if target == "sm_90" else target for target in found - old)
+
+
+def code_flag(target: str) -> str:
+    return f"-gencode=arch=compute_{target.rpartition('_')[2]},code={target}"
+
+
+def wanted_cuda_targets() -> list[str]:
+    """None where the CUDA kernels are left out, which is said."""
     wish = os.environ.get("CAPSULE_KERNELS_CUDA", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"capsule_kernels: CAPSULE_KERNELS_CUDA must be 0 or 1, got {wish!r}")
     reason = "CAPSULE_KERNELS_CUDA=0" if wish == "0" else missing_cuda()
     if reason is None:
-        return True
+        targets = cuda_targets()
+        if targets:
+            return targets
+        reason = "no architecture to build them for"
     if wish == "1":
         sys.exit(f"capsule_kernels: CAPSULE_KERNELS_CUDA=1, but {reason}")
     left_out("the CUDA kernels", reason)
-    return False
-
-
-def builds_for_sm_90a() -> bool:
-    """Whether sm_90 is among the architectures; it then becomes sm_90a in ``TORCH_CUDA_ARCH_LIST``.
-
-    Only code for the very device knows the products of warpgroups (csrc/cuda/execution.cuh). Where
-    nothing is said, the devices at hand decide, as they do for torch.
-    """
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if wish is None and torch.cuda.is_available():
-        devices = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-        wish = ";".join(sorted({f"{major}.{minor}" for major, minor in devices}))
-    if not wish:
-        return False
-    names = ["9.0a" if name == "9.0" else name for name in wish.replace(";", " ").split()]
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(names)
-    return "9.0a" in names
+    return []
 
 
 class Build(cpp_extension.BuildExtension):
@@ -155,14 +185,15 @@ def extensions() -> list[Extension]:
     macros: list[tuple[str, str | None]] = [("CAPSULE_X86", None)] if IS_X86 else []
     flags = {"cxx": ["-O2", "-fopenmp", "-fvisibility=hidden"]}
     make = cpp_extension.CppExtension
-    if wants_cuda():
+    targets = wanted_cuda_targets()
+    if targets:
         make = cpp_extension.CUDAExtension
-        macros.append(("CAPSULE_CUDA", None))
-        if builds_for_sm_90a():
+        macros.append(("CAPSULE_CUDA_TARGETS", ",".join(targets)))
+        if "sm_90a" in targets:
             macros.append(("CAPSULE_SM_90A", None))
         sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cuda").glob("*.c[pu]*"))
         sources = [source for source in sources if not source.endswith(".cuh")]
-        flags["nvcc"] = ["-O3", "-std=c++17"]
+        flags["nvcc"] = ["-O3", "-std=c++17", *map(code_flag, targets)]
     return [
         make(
             "capsule_kernels._C",
@@ -174,4 +205,5 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+if __name__ == "__main__":  # tests ask it for targets
+    setup(ext_modules=extensions(), cmdclass={"build_ext": Build})

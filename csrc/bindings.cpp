@@ -8,6 +8,9 @@
 #include "cpu/dispatch.h"
 #include "cpu/driver.h"
 
+#define CAPSULE_TEXT_OF(...) #__VA_ARGS__
+#define CAPSULE_TEXT(...) CAPSULE_TEXT_OF(__VA_ARGS__)
+
 namespace py = pybind11;
 
 namespace {
@@ -43,11 +46,13 @@ py::dict kernel_plan(int64_t B, int64_t I, int64_t J, int64_t K, int64_t D, int6
 // Without Python's lock: what is shared by threads here is constant, atomic, or behind a mutex.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Compiled kernels of capsule_kernels; importing registers them with torch.";
-  m.attr("has_cuda") =
-#ifdef CAPSULE_CUDA
-      true;
+  // What the CUDA kernels are compiled for, as nvcc names it ("sm_80,compute_90"), if they are
+  // here.
+  m.attr("cuda_targets") =
+#ifdef CAPSULE_CUDA_TARGETS
+      CAPSULE_TEXT(CAPSULE_CUDA_TARGETS);
 #else
-      false;
+      "";
 #endif
   m.def("instruction_set", capsule::instruction_set, "The instruction set the CPU kernels use.");
   m.def("usable_instruction_sets", capsule::usable_instruction_sets,

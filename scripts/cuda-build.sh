@@ -43,10 +43,11 @@ import capsule_kernels
 from capsule_kernels.backends import extension
 
 assert extension.module is not None, extension.missing
-assert extension.module.has_cuda
+assert extension.module.cuda_targets
 for operator in ("routing_forward.cuda", "routing_backward.cuda"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"capsule_kernels::{operator}", "CUDA")
 status = capsule_kernels.backends()["cuda"]
+print(f"cuda-build: with code for {extension.module.cuda_targets}")
 print(f"cuda-build: {extension.module.__file__} imports with torch {torch.__version__}")
 print(f"cuda-build: backend cuda usable here: {status.usable} ({status.reason})")
 END

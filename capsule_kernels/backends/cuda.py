@@ -49,7 +49,7 @@ def device_figures(index: int) -> Figures:  # needs a GPU
 def unavailable() -> str | None:
     if extension.module is None:
         return extension.missing
-    if not extension.module.has_cuda:
+    if not getattr(extension.module, "cuda_targets", ""):
         return (
             "the compiled extension has no CUDA kernels: it was built where torch has no CUDA or "
             "without nvcc"
@@ -77,7 +77,34 @@ def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
     if device.type != "cuda":
         return f"it takes CUDA tensors, got tensors on {device}"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return does_not_fit(device_figures(index), dtype, shape)
+    figures = device_figures(index)
+    return no_code_for(figures.capability) or does_not_fit(figures, dtype, shape)
+
+
+@functools.cache
+def no_code_for(capability: tuple[int, int]) -> str | None:
+    """Why the extension's kernels can't be loaded on a device, or None.
+
+    Machine code (``sm_``) runs on devices of its generation that are as new, with a letter on that
+    very device; the driver compiles virtual code (``compute_``) for all that are as new.
+    """
+    targets: str = getattr(extension.module, "cuda_targets", "")
+    for target in targets.split(","):
+        kind, _, number = target.rpartition("_")
+        digits = number.rstrip("af")
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if number.endswith("a"):
+            runs = capability == (major, minor)
+        else:
+            alike = kind == "compute" or capability[0] == major
+            runs = alike and capability >= (major, minor)
+        if runs:
+            return None
+    major, minor = capability
+    return (
+        f"the compiled extension was built for {targets} and this device is sm_{major}{minor}: "
+        f"build it anew on this machine, or with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
 
 
 def does_not_fit(figures: Figures, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:

@@ -6,6 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <array>
@@ -53,10 +54,17 @@ Scalar scalar_of(const Tensor& u) {
   }
 }
 
-Products products_of_float32() {
-  return at::globalContext().float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST
-             ? Products::kFloat32
-             : Products::kTf32;
+// float32 as torch.backends.cuda.matmul.fp32_precision says, which older settings set as well.
+Products products_of(Scalar scalar) {
+  if (scalar != Scalar::kFloat32) return Products::kTf32;  // exactly
+  const auto& settings = at::globalContext();
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 10
+  const bool tf32 = settings.float32Precision("cuda", "matmul") == "tf32";
+#else
+  const bool tf32 = settings.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+                    at::Float32Precision::TF32;
+#endif
+  return tf32 ? Products::kTf32 : Products::kFloat32;
 }
 
 // The figures of the current device, asked for once.
@@ -211,15 +219,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& grid, const Tensor& wei
                                           : at::empty({0}, u.options());
   if (shape.B == 0) return {v, s, coupling};
 
-  const bool one_product = scalar != Scalar::kFloat32 || products_of_float32() == Products::kTf32;
-  const ForwardPlan plan = plan_forward(shape, int(u.element_size()), figures_of(u.get_device()),
-                                        one_product && !logits.defined() && !return_coupling);
+  const Products products = products_of(scalar);
+  const ForwardPlan plan =
+      plan_forward(shape, int(u.element_size()), figures_of(u.get_device()),
+                   products == Products::kTf32 && !logits.defined() && !return_coupling);
   check_fits(plan.sweep.blocks > 0);
   const Tensor workspace = at::empty({int64_t(plan.workspace_floats)}, s.options());
   routing_forward({shape, leaky, 1.0f / float(shape.J + leaky), data(u), data(weight), data(logits),
                    data(bias), v.mutable_data_ptr(), s.mutable_data_ptr<float>(),
                    output_data(coupling, return_coupling), workspace.mutable_data_ptr<float>()},
-                  plan, scalar, products_of_float32(), c10::cuda::getCurrentCUDAStream().stream());
+                  plan, scalar, products, c10::cuda::getCurrentCUDAStream().stream());
   return {v, s, coupling};
 }
 
@@ -253,10 +262,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   if (shape.B == 0)
     return {grid_gradient(grad_u, grid, window), grad_weight, grad_logits, grad_bias};
 
-  const bool one_product = scalar != Scalar::kFloat32 || products_of_float32() == Products::kTf32;
-  const BackwardPlan plan =
-      plan_backward(shape, int(u.element_size()), figures_of(u.get_device()),
-                    one_product && full_gradient && !logits.defined() && !output_mask[2]);
+  const Products products = products_of(scalar);
+  const BackwardPlan plan = plan_backward(
+      shape, int(u.element_size()), figures_of(u.get_device()),
+      products == Products::kTf32 && full_gradient && !logits.defined() && !output_mask[2]);
   check_fits(plan.sweep.blocks > 0 && plan.gradients.warps > 0);
   const Tensor workspace = at::empty({int64_t(plan.workspace_floats)}, s.options());
   routing_backward(
@@ -264,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
        data(weight), data(logits), s.const_data_ptr<float>(), output_data(grad_u, output_mask[0]),
        output_data(grad_weight, output_mask[1]), output_data(grad_logits, output_mask[2]),
        output_data(grad_bias, output_mask[3]), workspace.mutable_data_ptr<float>()},
-      plan, scalar, products_of_float32(), c10::cuda::getCurrentCUDAStream().stream());
+      plan, scalar, products, c10::cuda::getCurrentCUDAStream().stream());
   return {grid_gradient(grad_u, grid, window), grad_weight, grad_logits, grad_bias};
 }
 
