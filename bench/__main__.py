@@ -106,11 +106,15 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         screen.print("interrupted: here is what was measured")
         status = INTERRUPTED
+    except Exception:  # of a GPU: nothing more can be measured in this process
+        screen.print_exception()
+        screen.print("failed: here is what was measured")
+        status = 1
     if hasattr(module, "conclude"):
         records += module.conclude(records, options.device, ceilings)
-    show(records, machine_line, ceilings, options.markdown)
     if options.json:
         save(options.json, machine_line, ceilings, records)
+    show(records, machine_line, ceilings, options.markdown)
     if options.plots:
         from .plots import draw
 

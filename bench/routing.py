@@ -34,7 +34,7 @@ from .timing import Timing, interleave, make_timer
 FORWARD, BOTH = PASSES = ("forward", "forward+backward")
 SLICE_SECONDS = {"cpu": 0.05, "cuda": 0.02}
 """Of a variant in its turn. A GPU is nobody else's, and its calls are short."""
-MAX_INPUT_SETS = 16
+MAX_INPUT_SETS = 64
 CHECKED_SAMPLES = 8
 PRODUCT = "the machine's own matrix product"
 """Timed among the variants, so that shares of its rate are taken under the same conditions."""
@@ -76,7 +76,8 @@ def input_sets(shape: Shape, B: int, settings: Settings) -> list[Inputs]:
     count = 1
     if settings.device == "cuda":  # needs a GPU
         L2 = torch.cuda.get_device_properties(0).L2_cache_size
-        count = min(MAX_INPUT_SETS, 1 + 2 * L2 // shape.bytes(B, backward=False))
+        bytes_of_one = shape.bytes(B, False, settings.dtype.itemsize)
+        count = min(MAX_INPUT_SETS, 1 + 2 * L2 // bytes_of_one)
     return [make_inputs(shape, B, settings.device, settings.dtype, seed) for seed in range(count)]
 
 

@@ -12,6 +12,7 @@ from .autograd import (
     TransformableRouting,
     by_oracle,
     forward_operator,
+    in_nested_forward_mode,
     transformed,
     undifferentiated,
 )
@@ -113,7 +114,8 @@ def fused_routing(
     Returns:
         Output capsules v, [B, J, D], in the dtype of u; with ``return_coupling`` the pair (v, c).
         Accumulation is in float32, or float64 for float64 inputs. Products of float32 on a GPU
-        follow ``torch.get_float32_matmul_precision()``.
+        follow ``torch.backends.cuda.matmul.fp32_precision``, which
+        ``torch.set_float32_matmul_precision()`` sets.
 
     Under ``torch.autocast`` the inputs are cast as for a matrix product.
 
@@ -182,9 +184,9 @@ def route(
     if options.backend == "reference":
         return by_oracle(*inputs)
     if transformed(caller):
-        function = TransformableRouting.apply
-    elif torch.compiler.is_exporting():  # a program keeps operators, with derivatives of their own
-        function = forward_operator
+        function = by_oracle if in_nested_forward_mode() else TransformableRouting.apply
+    elif torch.compiler.is_exporting() or torch.jit.is_tracing():
+        function = forward_operator  # a program keeps operators, with derivatives of their own
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
         function = FusedRouting.apply
     else:

@@ -153,6 +153,16 @@ class TransformableRouting(torch.autograd.Function):
         return jacobian_vector(oracle_of(ctx.options), inputs, tangents[:-1], v_like), None, None
 
 
+def in_nested_forward_mode() -> bool:
+    """Whether ``torch.func`` takes forward mode around this call.
+
+    Levels outside of a Function's do not see its ``jvp``: forward mode of forward mode would be 0,
+    and of vmap ends in an assertion of PyTorch's. The oracle, which the ``jvp`` takes anyway, is
+    made of what every level sees.
+    """
+    return forward_ad._current_level >= 0 and torch._C._are_functorch_transforms_active()
+
+
 def transformed(caller: str) -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation surrounds this call.
 

@@ -17,6 +17,7 @@ from .validation import (
     check_pair,
     check_tensor,
 )
+from .windows import places
 
 
 @overload
@@ -177,8 +178,7 @@ def fused_routing_conv(
     window = (kh, kw, down, right)
     options = Options(backend, num_iterations, leaky, 1, routing_gradient, return_coupling, window)
     v, coupling = route(caller, grid, weight, logits, bias, options)
-    rows = (grid.shape[1] - kh) // down + 1
-    columns = (grid.shape[2] - kw) // right + 1
+    rows, columns = places(grid, window)
     v = v.unflatten(0, (B, rows, columns)).permute(0, 3, 4, 1, 2)
     if not return_coupling:
         return v

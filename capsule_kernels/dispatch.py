@@ -84,7 +84,7 @@ def automatic_order(
 ) -> tuple[str, ...]:
     """Backends that ``backend="auto"`` tries for a call, best first; the oracle comes last."""
     if device.type == "cuda":
-        return ("cuda", "triton") if cuda.is_preferred(device, dtype, shape) else ("triton",)
+        return ("cuda", "triton") if cuda.is_preferred(device, dtype, shape) else ("triton", "cuda")
     return ("cpu",) if device.type == "cpu" else ()
 
 

@@ -13,8 +13,10 @@ from .validation import check_arguments
 def squash(s: Tensor) -> Tensor:
     """Shrink ``s`` [..., D] to a length below 1, direction kept (Sabour et al. 2017, equation 1).
 
-    ``v = |s|^2 / (1 + |s|^2) * s / |s|``. ``squash(0) = 0``, and the gradient there is exactly 0.
+    ``v = |s|^2 / (1 + |s|^2) * s / |s|``, computed in float32 or wider, in the dtype of ``s``.
+    ``squash(0) = 0``, and the gradient there is exactly 0.
     """
+    dtype, s = s.dtype, s.to(torch.promote_types(s.dtype, torch.float32))
     # Lengths are taken of s / max|s|: squares of large or tiny components stay in range.
     scale = s.detach().abs().amax(-1, keepdim=True)
     nonzero = scale != 0
@@ -24,7 +26,7 @@ def squash(s: Tensor) -> Tensor:
     # Each form where neither it nor its gradient overflows.
     short, long = length.clamp_max(1), length.clamp_min(1)
     v = torch.where(length < 1, short / (1 + short * short) * s, s / (long + 1 / long))
-    return v.where(nonzero, 0 * s)
+    return v.where(nonzero, 0 * s).to(dtype)
 
 
 def reference_routing(

@@ -29,7 +29,7 @@ def check_dtype(name: str, value: dtype, caller: str) -> None:
     """A floating-point type that there are kernels for."""
     if value not in DTYPES:
         raise TypeError(
-            f"{caller}: {name} must be float64, float32, bfloat16 or float16, got {value}"
+            f"{caller}: {name} must be float64, float32, bfloat16 or float16, got {value!r}"
         )
 
 

@@ -82,6 +82,24 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_failure_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    """As where a GPU is lost in the middle."""
+    row = {"table": "accuracy", "implementation": "ours", "dtype": "float32", "quantity": "v"}
+
+    def measure(*_):
+        yield row | {"error": 1e-7, "oracle_error": 2e-7}
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr("bench.accuracy.measure", measure)
+    file = tmp_path / "accuracy.json"
+    assert main(["accuracy", "--device", "cpu", "--json", str(file)]) == 1
+    _, _, (record,) = load(file)
+    assert record["error"] == 1e-7
+    printed = capsys.readouterr()
+    assert "float32" in printed.out
+    assert "an illegal memory access" in printed.err
+
+
 def test_interrupted_before_the_first_row(monkeypatch, capsys):
     def interrupted(device):
         raise KeyboardInterrupt

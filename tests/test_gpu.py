@@ -123,8 +123,15 @@ def test_tf32_is_taken_where_allowed(backend):
     torch.set_float32_matmul_precision("high")
     try:
         rounded = run(fused_routing, case, inputs, backend=backend)["v"]
+        # The newer setting has the last word, though the older one can't be read beside it.
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        exact_again = run(fused_routing, case, inputs, backend=backend)["v"]
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        rounded_again = run(fused_routing, case, inputs, backend=backend)["v"]
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert torch.equal(exact, exact_again)
+    assert torch.equal(rounded, rounded_again)
     assert not torch.equal(exact, rounded)
     assert (exact - rounded).norm() < 2**-9 * exact.norm()
 

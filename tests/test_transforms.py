@@ -51,6 +51,14 @@ TRANSFORMS: dict[str, Callable[[Function], Callable[[Tensor, Tensor], Any]]] = {
     "jacrev": lambda f: jacrev(f, (0, 1)),
     "jacfwd": lambda f: jacfwd(f, (0, 1)),
     "hessian": lambda f: hessian(scalar(f), (0, 1)),
+    "jacfwd of jacfwd": lambda f: lambda u, w: jacfwd(jacfwd(lambda u: scalar(f)(u, w)))(u),
+    "jacrev of jacfwd": lambda f: lambda u, w: jacrev(jacfwd(lambda u: scalar(f)(u, w)))(u),
+    "jvp of vmap": lambda f: (
+        lambda u, w: jvp(lambda u: vmap(f, (0, None))(scaled(u), w), (u,), (u.cos(),))
+    ),
+    "hessian of vmap": lambda f: (
+        lambda u, w: hessian(lambda u: vmap(scalar(f), (0, None))(scaled(u), w).sum())(u)
+    ),
 }
 CASES = [
     Case(B=2, I=4, J=3, K=2, D=3, logits=True, bias=True, leaky=True),

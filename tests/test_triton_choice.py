@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +95,30 @@ def test_what_does_not_fit_is_refused_past_the_checks_before_any_launch():
     with pytest.raises(RuntimeError, match=r"routing_forward: J = 4, .* this device has 101376"):
         launches(2, *TOO_LARGE, 3, gpu=gpu, dtype=torch.float64, launched=launched)
     assert not launched
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(64, 10, 8, 16), (64, 33, 16, 16), (64, 10, 64, 64)], ids=str)
+def test_hip_programs_fit_into_64_KiB(shape, dtype):
+    """A step of W and u, which is what their compiler keeps there (``bench aot``)."""
+    from capsule_kernels.backends.triton.device import Gpu
+
+    launched = []
+    launches(64, *shape, 3, gpu=Gpu(processors=304, hip=True), dtype=dtype, launched=launched)
+    names = [field.name for field in fields(config.Warps)]
+    held = [
+        (kernel, config.Warps(*(arguments.get(name, 1) for name in names)))
+        for kernel, _, arguments in launched
+        if "WARPS_J" in arguments
+    ]
+    assert {"routing_forward_kernel", "routing_gradients_kernel"} <= {kernel for kernel, _ in held}
+    for kernel, warps in held:
+        columns = warps.STEP_I * warps.BLOCK_K
+        W = warps.number * warps.UNROLL_J * warps.BLOCK_D * columns
+        u = warps.WARPS_I * warps.BLOCK_B * columns
+        needed = W if kernel == "routing_gradients_kernel" else W + u
+        assert dtype.itemsize * needed <= 64 << 10, kernel
 
 
 def test_a_gpu_whose_shared_memory_torch_does_not_tell_has_what_all_of_them_have(monkeypatch):

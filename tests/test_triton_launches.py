@@ -133,6 +133,7 @@ def test_float32_follows_the_matmul_precision_at_run_time():
 
     cuda, hip = Gpu(132, hip=False), Gpu(304, hip=True)
     before = torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
     try:
         for precision, expected in (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(precision)
@@ -140,8 +141,13 @@ def test_float32_follows_the_matmul_precision_at_run_time():
             assert precision_of(torch.float32, hip) == "ieee"
             assert precision_of(torch.bfloat16, cuda) == "tf32"  # exact: 8 bits of TF32's 11
             assert precision_of(torch.float64, cuda) == "ieee"
+            # The newer setting has the last word, though the older one can't be read beside it.
+            for newer, then in (("tf32", "tf32"), ("ieee", "tf32x3")):
+                matmul.fp32_precision = newer
+                assert precision_of(torch.float32, cuda) == then
     finally:
         torch.set_float32_matmul_precision(before)
+    assert torch.get_float32_matmul_precision() == before
 
 
 @needs_triton

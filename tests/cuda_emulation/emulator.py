@@ -189,7 +189,7 @@ class Emulator:
 
     def _call(self, u, weight, R, weight_sharing, leaky, full_gradient=False) -> Call:
         (B, I, K), (_, J, D, _) = u.shape, weight.shape
-        products = torch.get_float32_matmul_precision() == "highest"
+        products = torch.backends.cuda.matmul.fp32_precision != "tf32"
         shape = Shape(B, I, J, K, D, R, weight_sharing)
         return Call(shape, self.device, leaky, full_gradient, SCALARS[u.dtype], products)
 

@@ -202,10 +202,13 @@ def warps_of_large(B: int, J: int, K: int, D: int, uniform: bool) -> Warps | Non
     return warps if fits and warps.output_capsules >= J else None
 
 
-def sweep_bytes(warps: Warps, stages: int, element_bytes: int, states: int) -> int:
+def sweep_bytes(
+    warps: Warps, stages: int, element_bytes: int, states: int, hip: bool = False
+) -> int:
     """Shared memory that a program of a sweep takes, at most.
 
-    Steps of W and u are on their way in all stages but one. States that no other warp needs are
+    On HIP it holds one step of W and u, and registers what is on its way. On CUDA steps are on
+    their way in all stages but one. States that no other warp needs are
     operands, which Triton 3.9 keeps in shared memory and 3.6 in registers. In float64 both keep
     every warp's, and one more copy of a step. Long steps and float64 exchange more between threads.
     The statistics kernel, which has one product less, takes no more.
@@ -213,6 +216,8 @@ def sweep_bytes(warps: Warps, stages: int, element_bytes: int, states: int) -> i
     columns = warps.STEP_I * warps.BLOCK_K
     W = warps.number * warps.UNROLL_J * warps.BLOCK_D * columns
     u = warps.WARPS_I * warps.BLOCK_B * columns
+    if hip:
+        return element_bytes * (W + u)
     state = warps.output_capsules * warps.BLOCK_B * warps.BLOCK_D
     exchanged = warps.number * MATRIX_ROWS * columns
     if element_bytes == 8:
@@ -241,12 +246,12 @@ def halves(n: int) -> list[int]:
 
 
 def fitting(
-    warps: Warps, element_bytes: int, states: int, shared_bytes: int
+    warps: Warps, element_bytes: int, states: int, shared_bytes: int, hip: bool = False
 ) -> tuple[Warps, int] | None:
     """The warps, or what fits of them into shared memory, and for how many stages; or None."""
     for fewer in smaller(warps):
-        for stages in (3, 2):
-            if sweep_bytes(fewer, stages, element_bytes, states) <= shared_bytes:
+        for stages in (2,) if hip else (3, 2):
+            if sweep_bytes(fewer, stages, element_bytes, states, hip) <= shared_bytes:
                 return fewer, stages
     return None
 
@@ -260,10 +265,12 @@ def warps_of_gradients(J: int, K: int, D: int) -> Warps:
     return replace(warps, WARPS_I=1, BLOCK_B=GRADIENT_ROWS)
 
 
-def gradient_bytes(warps: Warps, element_bytes: int, precision: str) -> int:
+def gradient_bytes(warps: Warps, element_bytes: int, precision: str, hip: bool = False) -> int:
     """Shared memory that a program of the last sweep takes, at most: W, and in float64 states."""
     columns = warps.STEP_I * warps.BLOCK_K
     W = warps.output_capsules * columns * warps.BLOCK_D
+    if hip:
+        return element_bytes * W
     exchanged = warps.number * GRADIENT_ROWS * columns
     if element_bytes == 8:
         states = 2 * warps.output_capsules * GRADIENT_ROWS * warps.BLOCK_D
@@ -272,29 +279,31 @@ def gradient_bytes(warps: Warps, element_bytes: int, precision: str) -> int:
 
 
 def fitting_gradients(
-    warps: Warps, element_bytes: int, precision: str, shared_bytes: int
+    warps: Warps, element_bytes: int, precision: str, shared_bytes: int, hip: bool = False
 ) -> Warps | None:
     """The warps of the last sweep, or what fits of them into shared memory, or None."""
     for fewer in smaller(warps):
-        if gradient_bytes(fewer, element_bytes, precision) <= shared_bytes:
+        if gradient_bytes(fewer, element_bytes, precision, hip) <= shared_bytes:
             return fewer
     return None
 
 
 @lru_cache(maxsize=1024)
-def least_bytes(J: int, K: int, D: int, element_bytes: int, precision: str) -> int:
+def least_bytes(
+    J: int, K: int, D: int, element_bytes: int, precision: str, hip: bool = False
+) -> int:
     """Shared memory that the smallest programs take for a shape, forward or backward."""
     if is_wide(K, D):
         return 0
     sweeps = (
         min(
-            sweep_bytes(warps, 2, element_bytes, states_of(backward, precision))
+            sweep_bytes(warps, 2, element_bytes, states_of(backward, precision), hip)
             for warps in smaller(warps_of(J, K, D, state_columns(backward, precision)))
         )
         for backward in (False, True)
     )
     gradients = (
-        gradient_bytes(warps, element_bytes, precision)
+        gradient_bytes(warps, element_bytes, precision, hip)
         for warps in smaller(warps_of_gradients(J, K, D))
     )
     return max(*sweeps, min(gradients))

@@ -30,23 +30,22 @@ def gpu_of(device: torch.device) -> Gpu:
 def precision_of(dtype: torch.dtype, gpu: Gpu) -> str:
     """How tl.dot multiplies operands of the accumulation dtype.
 
-    float32 tensors obey torch.get_float32_matmul_precision(): "highest" is true float32, on CUDA
-    as three TF32 products of split operands. bfloat16 and float16 values are TF32 values exactly.
-    HIP devices have float32 matrix instructions.
+    float32 tensors obey torch.backends.cuda.matmul.fp32_precision, which older settings, such as
+    torch.set_float32_matmul_precision(), set as well (only reading those raises where both have
+    been used). True float32 is three TF32 products of split operands on CUDA. bfloat16 and float16
+    values are TF32 values exactly. HIP devices have float32 matrix instructions.
     """
     if dtype == torch.float64 or gpu.hip:
         return "ieee"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "tf32x3"
     return "tf32"
 
 
 def does_not_fit(gpu: Gpu, dtype: torch.dtype, J: int, D: int, K: int) -> str | None:
     """Why not even the smallest programs of a shape fit into shared memory, or None."""
-    if gpu.hip:
-        return None
     there = gpu.shared_bytes
-    needed = config.least_bytes(J, K, D, dtype.itemsize, precision_of(dtype, gpu))
+    needed = config.least_bytes(J, K, D, dtype.itemsize, precision_of(dtype, gpu), gpu.hip)
     if needed <= there:
         return None
     return (

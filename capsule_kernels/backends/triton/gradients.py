@@ -420,9 +420,7 @@ def routing_gradients_kernel(
                     if i_j + TILE_J >= J:
                         tl.store(grad_u_ptr + o_u, du.to(grad_u_ptr.dtype.element_ty), mask=m_u)
             if grad_logits_ptr is not None:
-                row, _, piece = row_of_share(
-                    i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES
-                )
+                row, _, piece = row_of_share(i_first, b_end, capsules, batch_tiles, ROW_CAPSULES)
                 p_part = part_of_gradient(
                     logits_parts_ptr, piece, as_offset(whole, OFFSET) * ROW_LOGITS,
                     as_offset(I, OFFSET) * J,
@@ -432,9 +430,7 @@ def routing_gradients_kernel(
                     WARPS_J, UNROLL_J, STEP_I,
                 )  # fmt: skip
         if grad_weight_ptr is not None:
-            row, part, piece = row_of_share(
-                i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES
-            )
+            row, part, piece = row_of_share(i_first, b_end, capsules, batch_tiles, ROW_CAPSULES)
             p_part = part_of_gradient(
                 weight_parts_ptr, piece * parts + part, as_offset(whole, OFFSET) * ROW_WEIGHTS,
                 as_offset(I // WEIGHT_SHARING, OFFSET) * (J * D * K),
@@ -447,7 +443,7 @@ def routing_gradients_kernel(
         if J > TILE_J:
             tl.debug_barrier()  # du of this tile of J, before other threads add to it
     if finished_ptr is not None:
-        row, _, _ = row_of_share(i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES)
+        row, _, _ = row_of_share(i_first, b_end, capsules, batch_tiles, ROW_CAPSULES)
         if row >= whole:  # noqa: SIM102, as `and` would evaluate both
             if last_of(finished_ptr + (row - whole), parts * pieces):
                 add_parts(

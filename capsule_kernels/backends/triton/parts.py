@@ -30,7 +30,7 @@ def share_of_program(
 
 @triton.jit
 def row_of_share(
-    i_first, b_end, parts, capsules, batch_tiles, ROW_CAPSULES: tl.constexpr
+    i_first, b_end, capsules, batch_tiles, ROW_CAPSULES: tl.constexpr
 ):  # fmt: skip
     """Row, part and piece of a share: when it is done, because in its loops registers are dear."""
     row = i_first // ROW_CAPSULES

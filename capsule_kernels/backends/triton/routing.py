@@ -50,9 +50,13 @@ def tuned(kernel: Any, num_warps: int, counts: bool) -> Any:
     Where programs count (``counts``) who of them is the last, they must find 0 each time, or none
     would be.
     """
+    # The key holds the dtypes of tensors anyway; others can't be written to Triton's cache.
+    left_out = ("t", "ACC", "OFFSET")
     return triton.autotune(
         configs=[triton.Config({}, num_warps, num_stages) for num_stages in (1, 2, 3, 4)],
-        key=[name for name in kernel.arg_names if not name.endswith("_ptr") and name != "t"],
+        key=[
+            name for name in kernel.arg_names if not name.endswith("_ptr") and name not in left_out
+        ],
         reset_to_zero=["finished_ptr"] if counts else None,
     )(kernel)
 
@@ -154,14 +158,11 @@ class Routing:
     ) -> tuple[config.Warps, int] | None:
         """What fits of a sweep's warps, and the stages of its load pipeline.
 
-        On CUDA a step's weights are on their way during another, if both fit into shared memory.
-        gfx942 has 64 KiB of it, which hold one step, and prefetches into registers. A ``uniform``
-        sweep, a first one without priors, has no state as an operand.
+        A ``uniform`` sweep, a first one without priors, has no state as an operand.
         """
-        if self.gpu.hip:
-            return warps, 2
         states = 0 if uniform else config.states_of(self.backward, self.precision)
-        return config.fitting(warps, self.u.element_size(), states, self.gpu.shared_bytes)
+        gpu = self.gpu
+        return config.fitting(warps, self.u.element_size(), states, gpu.shared_bytes, gpu.hip)
 
     def fit(self, warps: config.Warps, uniform: bool = False) -> tuple[config.Warps, int]:
         """The same of warps of which something fits (``of``)."""
@@ -174,10 +175,9 @@ class Routing:
         """What programs hold in the last sweep of the backward."""
         _, _, J, K, D, _ = self.sizes
         warps = config.warps_of_gradients(J, K, D)
-        if self.gpu.hip:
-            return warps
+        gpu = self.gpu
         fitting = config.fitting_gradients(
-            warps, self.u.element_size(), self.precision, self.gpu.shared_bytes
+            warps, self.u.element_size(), self.precision, gpu.shared_bytes, gpu.hip
         )
         assert fitting is not None, "a shape that does not fit was refused"
         return fitting

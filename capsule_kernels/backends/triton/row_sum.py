@@ -16,7 +16,7 @@ def row_sum_kernel(
     OFFSET: tl.constexpr,
 ):
     """The sum over rows, in fixed order. Grid: (tiles of columns,)."""
-    i_column = (tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(OFFSET)
+    i_column = tl.program_id(0).to(OFFSET) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     m_column = i_column < columns
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], ACC)
     for start in range(0, rows, BLOCK_ROWS):
