@@ -1,7 +1,7 @@
 """What the fused op is compared with: the ways others write routing, and ``torch.compile`` of them.
 
-Each is written here for the comparison, stores the predictions ``u_hat`` [B, I, J, D], and is
-checked against the oracle before it is measured.
+Each is written here for the comparison and checked against the oracle before it is measured. All
+but the contracted one store the predictions ``u_hat`` [B, I, J, D].
 """
 
 import argparse
@@ -53,6 +53,31 @@ def multiply_sum_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tens
         v = squash((b.softmax(-1)[..., None] * u_hat).sum(1))
         b = b + (u_hat * v[:, None]).sum(-1)
     return squash((b.softmax(-1)[..., None] * u_hat).sum(1))
+
+
+def matmul_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
+    """s and the agreement by batched ``matmul``, for which u_hat lies as [B, J, I, D]."""
+    u_hat = predictions(u, weight).transpose(1, 2).contiguous()
+    b = u_hat.new_zeros(*u_hat.shape[:2], 1, u_hat.shape[2])  # [B, J, 1, I]
+    for _ in range(num_iterations - 1):
+        v = squash(b.softmax(1) @ u_hat)
+        b = b + (u_hat @ v.mT).mT
+    return squash(b.softmax(1) @ u_hat).squeeze(2)
+
+
+def contracted_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
+    """Without u_hat: the logits are u . (V W) for V = v^1 + v^2 + ..., and s is (c u) W."""
+    B, I, K = u.shape
+    J, D = weight.shape[1:3]
+    W = weight.repeat_interleave(I // weight.shape[0], 0)
+    W = W.permute(1, 0, 3, 2).reshape(J, I * K, D)
+    s = u.reshape(B, I * K) @ W / J  # [J, B, D]
+    V = torch.zeros_like(s)
+    for _ in range(num_iterations - 1):
+        V = V + squash(s)
+        logits = ((V @ W.mT).view(J, B, I, K) * u).sum(-1)
+        s = (logits.softmax(0)[..., None] * u).view(J, B, I * K) @ W
+    return squash(s).transpose(0, 1)
 
 
 def tiled_routing(u: Tensor, weight: Tensor, num_iterations: int) -> Tensor:
@@ -137,9 +162,11 @@ BACKENDS = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 EAGER: dict[str, tuple[Routing, float]] = {
     "einsum": (einsum_routing, 6.0),
     "multiply-sum": (multiply_sum_routing, 8.0),
+    "matmul": (matmul_routing, 6.0),
+    "contracted": (contracted_routing, 6.0),
     "tiled W": (tiled_routing, 24.0),  # W tiled and its gradient hold K buffers each
 }
-COMPILED = ("einsum", "multiply-sum")
+COMPILED = ("einsum", "multiply-sum", "contracted")
 
 
 def ours(device: str) -> list[Implementation]:
