@@ -51,7 +51,7 @@ def total_gradients(
     return G, squash_vjps(s, G, UNROLL_J)
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "capsules"])
 def routing_backward_kernel(
     u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
@@ -148,7 +148,7 @@ def routing_backward_kernel(
     store_state(p_partial, G_step, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["t"])
+@triton.jit(do_not_specialize=["t", "groups", "finished_rows"])
 def routing_state_kernel(
     grad_v_ptr,  # [B, J, D]
     s_ptr,  # [R, B, J, D]

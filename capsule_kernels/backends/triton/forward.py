@@ -40,7 +40,7 @@ def store_coupling(
     tl.store(coupling_ptr + (i_b * I + i) * J + j, c.to(coupling_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["t", "input_groups"])
+@triton.jit(do_not_specialize=["input_groups", "t", "capsules"])
 def routing_forward_kernel(
     u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
@@ -146,7 +146,7 @@ def routing_forward_kernel(
     store_state(p_partial, s, i_b, i_j, B, J, D, WARPS_J, UNROLL_J, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def routing_output_kernel(
     partial_ptr,  # [groups, B, J, D]: partial sums of s^t
     bias_ptr,  # [J, D] or None

@@ -230,7 +230,7 @@ def store_prior_gradients(
         store_share(logits_ptr, p_part, cut, start * J, i * J + j, tl.sum(dprior[n], axis=2), mask)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["first", "whole", "cut", "pieces", "batch_tiles"])
 def routing_gradients_kernel(
     u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
