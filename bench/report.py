@@ -42,6 +42,7 @@ REPORT = "report.json"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 TOTAL_MINUTES = {"cpu": 45.0, "cuda": 8.0}
 LEFT_OUT = "skipped: left out as wished"
+BUILD = "build"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TRUST = ("tests/test_determinism.py", "tests/test_range.py", "tests/test_properties.py")
 """Tests of many values and sizes: a step of their own, as Triton compiles for each size."""
@@ -92,7 +93,7 @@ def steps(
         arguments = ["--device", device, "--json", str(folder / f"{name}.json"), *options]
         return Step(name, [python, "-m", "bench", command or name, *arguments], minutes)
 
-    build = Step("build", [python, "setup.py", "build_ext", "--inplace"], 8)
+    build = Step(BUILD, [python, "setup.py", "build_ext", "--inplace"], 8)
     if built:
         build.outcome = "skipped: it was built before"
     train = [python, "-m", "model.train", f"--device={device}", f"--save-dir={scratch / 'run'}"]
@@ -293,8 +294,12 @@ def reason_against_resuming(folder: Path, device: str) -> str | None:
 
 
 def keep_what_is_done(steps: Iterable[Step], stored: Iterable[Record]) -> None:
-    """Take the outcome of steps that ended well from the report they stand in."""
+    """Take the outcome of steps that ended well from the report they stand in.
+
+    Not of the build: what it left may be gone, and building again costs little.
+    """
     done = {step["name"]: step for step in stored if step["outcome"] == "ok"}
+    done.pop(BUILD, None)
     for step in steps:
         if step.name in done:
             step.outcome, step.seconds = "ok", done[step.name]["seconds"]

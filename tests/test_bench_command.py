@@ -160,14 +160,15 @@ def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsy
 
 
 def test_a_report_is_gone_on_with(tmp_path, monkeypatch, capsys):
-    """Only with what has not ended well, on the same device, and from the same sources."""
+    """Only with what has not ended well and the build, whose files may be gone; on the same device,
+    and from the same sources."""
     attempts = []
 
     def planned(device, folder, scratch, data, built):
         attempts.append(1)
         write = f"print({len(attempts)})"
         return [
-            [steps.Step("works", [sys.executable, "-c", write], 1.0)],
+            [steps.Step(name, [sys.executable, "-c", write], 1.0) for name in ("build", "works")],
             [
                 steps.Step(
                     "fails", [sys.executable, "-c", f"{write}; exit({2 - len(attempts)})"], 1.0
@@ -178,12 +179,13 @@ def test_a_report_is_gone_on_with(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "steps", planned)
     folder = report.make_report("cpu", 1.0, tmp_path)
     first = json.loads((folder / "report.json").read_text())
-    assert [step["outcome"] for step in first["steps"]] == ["ok", "exit code 1"]
+    assert [step["outcome"] for step in first["steps"]] == ["ok", "ok", "exit code 1"]
     assert report.main(["--device", "cpu", "--resume", str(folder)]) == 0
     second = json.loads((folder / "report.json").read_text())
-    assert [step["outcome"] for step in second["steps"]] == ["ok", "ok"]
+    assert [step["outcome"] for step in second["steps"]] == ["ok", "ok", "ok"]
     assert second["machine"] == first["machine"]
-    assert [(folder / f"{name}.log").read_text() for name in ("works", "fails")] == ["1\n", "2\n"]
+    logs = {step["name"]: (folder / f"{step['name']}.log").read_text() for step in second["steps"]}
+    assert logs == {"build": "2\n", "works": "1\n", "fails": "2\n"}
 
     refused = {
         "holds no report.json": lambda content: None,
