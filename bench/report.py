@@ -3,7 +3,7 @@
 The folder is ``bench/results/<device>/<date>-<commit>/``: JSON and a log of each step, plots, and
 ``report.json``, which says what ran, how it ended and what the kernels' sources were. A step that
 fails, or has no time left, is recorded, and the rest goes on; ``--resume`` gives it another chance.
-Needs no network.
+The exit code is 1 where one has failed, 130 after Ctrl-C. Needs no network.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -30,7 +31,7 @@ from model.outputs import write_atomically
 
 from . import compile, machine
 from .aot_rows import TARGETS
-from .options import default_device, positive, reason_against_device
+from .options import INTERRUPTED, default_device, positive, reason_against_device
 from .peers import BACKENDS
 from .records import Record
 from .shapes import CONVOLUTION, MNIST, SHARED
@@ -313,9 +314,9 @@ def make_report(
     built: bool = False,
     resumed: Path | None = None,
     without: Sequence[str] = (),
-) -> Path:
+) -> tuple[Path, int]:
     """Run every step but those ``without``, of a ``resumed`` report those that did not end well;
-    returns the folder."""
+    returns the folder and the command's exit code."""
     from rich.console import Console
     from rich.table import Table
 
@@ -327,6 +328,7 @@ def make_report(
     folder.mkdir(parents=True, exist_ok=True)
     content = measured(device)
     end = time.monotonic() + 60 * minutes
+    interrupted = False
     missing = missing_packages()
     for package, what in missing.items():
         screen.print(f"{package} is not installed: {what} will fail without it", highlight=False)
@@ -351,6 +353,7 @@ def make_report(
                 write_report(folder, content, every, missing)  # lest this process be killed
         except KeyboardInterrupt:
             screen.print("interrupted: here is what was measured")
+            interrupted = True
         for metrics in scratch.rglob("metrics.jsonl"):
             shutil.copy(metrics, folder)
     write_report(folder, content, every, missing)
@@ -359,7 +362,7 @@ def make_report(
     for step in every:
         table.add_row(step.name, step.outcome, f"{step.seconds:.0f}")
     Console().print(table)
-    return folder
+    return folder, INTERRUPTED if interrupted else int(any(step.failed for step in every))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -411,12 +414,23 @@ def main(arguments: list[str] | None = None) -> int:
     minutes = options.minutes or TOTAL_MINUTES[options.device]
     results = options.results.resolve()
     data, resumed = (path and path.resolve() for path in (data, options.resume))
-    folder = make_report(
+    folder, code = make_report(
         options.device, minutes, results, data, options.built, resumed, options.without
     )
     print(folder)
-    return 0
+    return code
+
+
+def as_command() -> int:
+    """``main`` of a process of its own, which signals can stop, and its steps with it.
+
+    SIGINT also where a shell started it in the background, with the signal ignored; what ends a
+    process otherwise is SIGTERM.
+    """
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.default_int_handler)
+    return main()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(as_command)

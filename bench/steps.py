@@ -15,6 +15,7 @@ GRACE_SECONDS = 20
 LEAST_SECONDS = 5
 """A step that would have less time is not begun."""
 NOT_RUN = "not run"
+EXIT_CODE = "exit code"
 
 
 @dataclass
@@ -28,6 +29,11 @@ class Step:
     grace: float = GRACE_SECONDS
     outcome: str = NOT_RUN
     seconds: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by itself and not well: a step without the time is no failure."""
+        return self.outcome.startswith(EXIT_CODE)
 
 
 class Running:
@@ -66,7 +72,7 @@ class Running:
         if code is None and (self.stopped is None or time.monotonic() < self.patience):
             return False
         if self.stopped is None:
-            self.step.outcome = "ok" if code == 0 else f"exit code {code}"
+            self.step.outcome = "ok" if code == 0 else f"{EXIT_CODE} {code}"
         else:
             how = "killed" if code is None else "stopped, with what it had measured,"
             self.step.outcome = f"{how} {self.stopped}"

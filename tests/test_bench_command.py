@@ -145,7 +145,8 @@ def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsy
         ]
 
     monkeypatch.setattr(report, "steps", planned)
-    folder = report.make_report("cpu", 60.0, tmp_path)
+    folder, code = report.make_report("cpu", 60.0, tmp_path)
+    assert code == 1, "a step has failed"
     content = json.loads((folder / "report.json").read_text())
     outcomes = {step["name"]: step["outcome"] for step in content["steps"]}
     assert outcomes["works"] == "ok"
@@ -177,7 +178,7 @@ def test_a_report_is_gone_on_with(tmp_path, monkeypatch, capsys):
         ]
 
     monkeypatch.setattr(report, "steps", planned)
-    folder = report.make_report("cpu", 1.0, tmp_path)
+    folder, _ = report.make_report("cpu", 1.0, tmp_path)
     first = json.loads((folder / "report.json").read_text())
     assert [step["outcome"] for step in first["steps"]] == ["ok", "ok", "exit code 1"]
     assert report.main(["--device", "cpu", "--resume", str(folder)]) == 0
@@ -243,6 +244,33 @@ def test_an_interrupted_group_gets_the_time_to_write_what_it_has(tmp_path, monke
     assert (tmp_path / "waits.log").read_text() == "kept\n"
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_report_in_the_background_stops_with_its_steps(tmp_path, how):
+    """Shells start a job in the background with SIGINT ignored."""
+    step = waiting(tmp_path, code="print('kept')")
+    code = (
+        "import signal, sys\nfrom bench import report\n"
+        f"report.steps = lambda *_: [[report.Step('waits', {step.command}, 10)]]\n"
+        f"sys.argv[1:] = ['--device', 'cpu', '--results', {str(tmp_path)!r}]\n"
+        "sys.exit(report.as_command())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "waits").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130, errors
+    (log,) = tmp_path.rglob("waits.log")
+    assert log.read_text() == "kept\n"
+
+
 def test_a_step_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(steps.Running, "is_late", lambda one: (tmp_path / "waits").exists())
     step = waiting(tmp_path, code="time.sleep(600)")
@@ -257,6 +285,8 @@ def test_a_report_whose_time_is_over_says_so(tmp_path):
     list(steps.run_together([skipped, step], tmp_path, time.monotonic() + 1))
     assert step.outcome == "no time was left"
     assert skipped.outcome == "skipped: no reason"
+    assert not step.failed
+    assert not skipped.failed
 
 
 def test_steps_can_be_left_out_and_run_later(tmp_path, monkeypatch, capsys):
@@ -285,7 +315,7 @@ def test_what_is_not_installed_is_told(tmp_path, monkeypatch, capsys):
         importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name)
     )
     monkeypatch.setattr(report, "steps", lambda *_: [])
-    folder = report.make_report("cpu", 1.0, tmp_path)
+    folder, _ = report.make_report("cpu", 1.0, tmp_path)
     assert "sklearn is not installed: the training run will fail" in capsys.readouterr().err
     assert json.loads((folder / "report.json").read_text())["missing_packages"] == ["sklearn"]
     monkeypatch.setattr(report, "missing_packages", lambda: {"rich": "every measurement"})

@@ -197,7 +197,8 @@ def test_the_report_as_a_command(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(report, "run_together", interrupted)
     step.outcome = "not run"
-    folder = report.make_report("cpu", 1.0, tmp_path)
+    folder, code = report.make_report("cpu", 1.0, tmp_path)
+    assert code == 130
     assert '"outcome": "not run"' in (folder / "report.json").read_text()
 
 
