@@ -35,7 +35,7 @@ from .options import INTERRUPTED, default_device, positive, reason_against_devic
 from .peers import BACKENDS
 from .records import Record
 from .shapes import CONVOLUTION, MNIST, SHARED
-from .sources import NETWORK, ROOT, digest
+from .sources import CHANGED, KERNELS, ROOT, differences, digests
 from .steps import NOT_RUN, Step, run_together
 
 RESULTS = ROOT / "bench" / "results"
@@ -261,14 +261,12 @@ def make_anonymous(folder: Path, scratch: Path, data: Path | None) -> None:
 
 def measured(device: str) -> Record:
     """What the steps measure: where, and from which sources."""
-    return {
-        "machine": machine.describe(device),
-        "kernels": {backend: digest(backend) for backend in BACKENDS[device]},
-        NETWORK: digest(NETWORK),
-    }
+    return {"machine": machine.describe(device), **digests(BACKENDS[device])}
 
 
 def write_report(folder: Path, what: Record, done: Iterable[Step], missing: Iterable[str]) -> None:
+    """Write it as it is by now; ``what`` is measured is marked where its sources have changed."""
+    what[CHANGED] = sorted({*what.get(CHANGED, ()), *differences(what)})
     content = what | {
         "missing_packages": list(missing),
         "steps": [asdict(step) for step in done],
@@ -282,14 +280,13 @@ def reason_against_resuming(folder: Path, device: str) -> str | None:
         return f"{folder} holds no {REPORT}"
     try:
         stored = json.loads((folder / REPORT).read_text())
-        _ = stored["machine"]["name"], stored["kernels"], stored["steps"][0]["outcome"]
+        _ = stored["machine"]["name"], stored[KERNELS], stored["steps"][0]["outcome"]
     except (ValueError, LookupError, TypeError):
         return f"{folder / REPORT} is no report, or torn"
-    now = measured(device)
-    if any(stored["machine"][what] != now["machine"][what] for what in ("device", "name")):
+    now = machine.describe(device)
+    if any(stored["machine"][what] != now[what] for what in ("device", "name")):
         return f"{folder} is of another device: {stored['machine']['name']}"
-    changed = [what for what in ("kernels", NETWORK) if stored.get(what) != now[what]]
-    if changed:
+    if changed := differences(stored):
         return f"the sources of {folder} have changed since: {', '.join(changed)}"
     return None
 
@@ -337,9 +334,9 @@ def make_report(
         planned = steps(device, folder, scratch, data, built)
         every = [step for group in planned for step in group]
         if resumed is not None:
-            stored = json.loads((folder / REPORT).read_text())
-            content["machine"] = stored["machine"]  # each step's own is in its records
-            keep_what_is_done(every, stored["steps"])
+            # The machine and sources it began with: each step's own machine is in its records.
+            content = json.loads((folder / REPORT).read_text())
+            keep_what_is_done(every, content["steps"])
         for step in every:
             if step.name in without and step.outcome == NOT_RUN:
                 step.outcome = LEFT_OUT
@@ -362,6 +359,8 @@ def make_report(
     for step in every:
         table.add_row(step.name, step.outcome, f"{step.seconds:.0f}")
     Console().print(table)
+    if content[CHANGED]:
+        Console().print(f"changed while this was measured: {', '.join(content[CHANGED])}")
     return folder, INTERRUPTED if interrupted else int(any(step.failed for step in every))
 
 

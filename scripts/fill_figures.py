@@ -7,8 +7,9 @@ A document asks for a table by a pair of comments, and this script writes what s
 
 "goals" is the view (see VIEWS), and "cpu" or "cuda" chooses the newest report of such a device
 below bench/results that has it: a report that had too little time does not hide what an earlier one
-measured. A report that is older than what it measured, the backend's kernels or the networks whose
-training steps were timed, earns the document a warning line.
+measured. A report that is older than what it measured, the backend's kernels, the networks whose
+training steps were timed, or the benchmarks themselves, earns the document a warning line; so does
+one in whose course they changed. An older report knows of fewer files (bench/sources.py).
 
 With --check nothing is written: it fails where a document differs from its reports, or holds a
 figure with a unit of speed outside such a block; in a document without blocks, where a section with
@@ -30,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench import machine, tables  # noqa: E402
 from bench.records import Record, load, select  # noqa: E402
-from bench.sources import NETWORK, digest  # noqa: E402
+from bench.sources import CHANGED, MEASUREMENT, NETWORK, differences  # noqa: E402
 
 BLOCK = re.compile(
     r"(?P<start><!-- figures:(?P<device>\w+) (?P<view>[\w-]+) -->\n)"
@@ -99,14 +100,23 @@ class Report:
     def date(self) -> str:
         return self.content["machine"]["date"]
 
-    def changed(self, view: str, root: Path) -> list[str]:
-        """What is no longer as it was measured for a view."""
-        kernels = self.content["kernels"]
-        names = [backend for backend in kernels if digest(backend, root) != kernels[backend]]
-        found = [f"the kernels of {' and '.join(names)}"] if names else []
-        if view in TRAINING_VIEWS and self.content.get(NETWORK) != digest(NETWORK, root):
-            found.append("the networks of the training steps")
-        return found
+    def outdated(self, view: str, root: Path) -> list[str]:
+        """What is no longer as it was measured for a view, or was not all the while."""
+        since = described(differences(self.content, root), view)
+        during = described(self.content.get(CHANGED, []), view)
+        found = [f"{since} have changed since this was measured"] if since else []
+        return found + ([f"{during} changed while this was measured"] if during else [])
+
+
+def described(changed: list[str], view: str) -> str:
+    """The sources that a view depends on in words; nothing where none of them is among these."""
+    backends = [name for name in changed if name not in (NETWORK, MEASUREMENT)]
+    found = [f"the kernels of {' and '.join(backends)}"] if backends else []
+    if NETWORK in changed and view in TRAINING_VIEWS:
+        found.append("the networks of the training steps")
+    if MEASUREMENT in changed:
+        found.append("the benchmarks")
+    return " and ".join(found)
 
 
 def reports_of_devices(root: Path) -> dict[str, list[Report]]:
@@ -140,8 +150,8 @@ def drawn(report: Report, view: str, document: Path, root: Path) -> str | None:
     ]
     if wanted.kind == "goals":
         lines[-1] += f" *Measured limits: {machine.ceilings_line(ceilings)}.*"
-    if changed := report.changed(view, root):
-        lines.append(f"{WARNING} {' and '.join(changed)} have changed since this was measured.")
+    if outdated := report.outdated(view, root):
+        lines.append(f"{WARNING} {'; '.join(outdated)}.")
     return "\n\n".join(lines)
 
 

@@ -191,7 +191,7 @@ def test_a_report_is_gone_on_with(tmp_path, monkeypatch, capsys):
     refused = {
         "holds no report.json": lambda content: None,
         "is of another device": lambda content: content["machine"].update(name="another"),
-        "have changed since: kernels": lambda content: content["kernels"].update(cpu="0"),
+        "have changed since: cpu": lambda content: content["kernels"].update(cpu="0"),
         "is no report, or torn": lambda content: content.pop("steps"),
     }
     for message, change in refused.items():
@@ -201,6 +201,19 @@ def test_a_report_is_gone_on_with(tmp_path, monkeypatch, capsys):
         where = tmp_path if "holds no" in message else folder
         assert report.main(["--device", "cpu", "--resume", str(where)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_report_is_marked_whose_sources_change_meanwhile(tmp_path, monkeypatch, capsys):
+    """And stays so when it is gone on with from the sources that it began with."""
+    changed = tmp_path / "changed"
+    monkeypatch.setattr(report, "differences", lambda _: ["cpu"] if changed.exists() else [])
+    change = [sys.executable, "-c", f"open({str(changed)!r}, 'w')"]
+    monkeypatch.setattr(report, "steps", lambda *_: [[steps.Step("changes", change, 1.0)]])
+    folder, _ = report.make_report("cpu", 1.0, tmp_path)
+    assert "changed while this was measured: cpu" in capsys.readouterr().out
+    changed.unlink()
+    assert report.main(["--device", "cpu", "--resume", str(folder)]) == 0
+    assert json.loads((folder / "report.json").read_text())["changed"] == ["cpu"]
 
 
 def waiting(tmp_path, name="waits", code="pass"):

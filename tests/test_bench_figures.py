@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.records import save
-from bench.sources import NETWORK, digest
+from bench.sources import CHANGED, KERNELS, NETWORK, RECIPE, differences, digests
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("fill_figures", ROOT / "scripts/fill_figures.py")
@@ -37,12 +37,7 @@ def add_report(root: Path, date: str, measured: str) -> Path:
     machine = MACHINE | {"date": f"{date} 10:00"}
     goal = {"table": "goals", "what": "speed", "goal": ">= 1x", "measured": measured}
     save(folder / "goals.json", machine, {"gemm": 1e11, "copy": 1e10}, [goal | {"verdict": "yes"}])
-    content = {
-        "machine": machine,
-        "kernels": {"cpu": digest("cpu", root)},
-        NETWORK: digest(NETWORK, root),
-        "steps": [],
-    }
+    content = {"machine": machine, **digests(["cpu"], root), "steps": []}
     (folder / "report.json").write_text(json.dumps(content))
     return folder
 
@@ -120,6 +115,43 @@ def test_changed_networks_earn_a_warning_line_where_steps_were_timed(checkout):
     assert warning in goals
     assert warning not in accuracy
     assert fill_figures.NOT_IN_REPORT in accuracy
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [
+        ("setup.py", "the kernels of cpu"),
+        ("capsule_kernels/autograd.py", "the kernels of cpu"),
+        ("bench/timing.py", "the benchmarks"),
+    ],
+)
+def test_whatever_decides_a_time_outdates_a_report(checkout, file, what):
+    path = checkout / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("another = 1\n")
+    run(checkout)
+    warning = f"{fill_figures.WARNING} {what} have changed since this was measured."
+    assert warning in (checkout / "README.md").read_text()
+
+
+def test_an_older_report_is_compared_by_the_recipe_it_was_made_with(checkout):
+    older = digests(["cpu"], checkout, recipe=1)
+    del older[RECIPE]
+    assert older.keys() == {KERNELS, NETWORK}, "as in reports that name no recipe"
+    (checkout / "setup.py").write_text("another = 1\n")
+    assert differences(older, checkout) == []
+    (checkout / "csrc/cpu/kernels.cpp").write_text("int faster_kernel;\n")
+    assert differences(older, checkout) == ["cpu"]
+
+
+def test_sources_that_changed_while_they_were_measured_earn_a_warning_line(checkout):
+    file = checkout / "bench/results/a-processor/2026-02-01/report.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {CHANGED: ["cpu", NETWORK]}))
+    run(checkout)
+    what = "the kernels of cpu and the networks of the training steps"
+    warning = f"{fill_figures.WARNING} {what} changed while this was measured."
+    assert warning in (checkout / "README.md").read_text()
+    assert run(checkout, "--check") == 0
 
 
 def test_what_the_newest_report_lacks_comes_from_the_one_before(checkout):
