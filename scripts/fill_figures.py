@@ -12,9 +12,11 @@ training steps were timed, or the benchmarks themselves, earns the document a wa
 one in whose course they changed. An older report knows of fewer files (bench/sources.py).
 
 With --check nothing is written: it fails where a document differs from its reports, or holds a
-figure with a unit of speed outside such a block; in a document without blocks, where a section with
-such a figure links nothing that is committed below bench/results or docs/results. A missing or
-outdated warning line is told, but is no failure.
+figure with a unit of speed (ms, x, times, GFLOP/s) outside such a block; in a document without
+blocks, where a section with such a figure links nothing that is committed below bench/results or
+docs/results. A goal, a floor or a prediction is no such figure where its heading or a word beside
+it says so. What this can't see: figures in words ("eight times"), in % or bytes, and whether a
+linked report has the figure. A missing or outdated warning line is told, but is no failure.
 """
 
 import argparse
@@ -42,9 +44,17 @@ BLOCK = re.compile(
 WARNING = "> **Older than the code:**"
 NO_REPORT = "*No report of such a device is committed yet.*"
 NOT_IN_REPORT = "*No committed report of such a device has this.*"
-FIGURE = re.compile(r"\d\s?(ms|µs|us|[GT]FLOP/s|GB/s|images/s)\b|\d\s?(x|times) (as|faster|less)")
+UNIT = r"(?:[mµu]?s|(?:milli|micro)?seconds?|[GT]FLOP(?:/s|S)?|GB/s|images/s)\b|x\b(?! \d)|times\b"
+FIGURE = re.compile(rf"(?<!min )(?<![\w.])\d[\d.,]*(?:\s?(?:{UNIT})|-?fold\b)")
+"""Not the "3 min 20 s" of a run, nor the sizes 5 x 5."""
 UNMEASURED = re.compile(r"goal|floor|predict", re.IGNORECASE)
-"""A line with one of these words, or below such a heading, may hold a figure that no report has."""
+"""Below a heading with one of these words a figure may be one that no report has."""
+TARGET, WORDS = r"\b(?:goals?|floors?|predicted)\b", r"(?:[\s,]+[^\s.,;:]+){0,2}?[\s,]+"
+TARGET_BEFORE = re.compile(rf"{TARGET}{WORDS}$", re.IGNORECASE)
+TARGET_AFTER = re.compile(rf"{WORDS}{TARGET}", re.IGNORECASE)
+"""A figure may be one, too, with such a word beside it: up to two others lie between."""
+NEAR = 60
+"""Characters within which these stand."""
 SECTION = re.compile(r"^(?=#+ )", re.MULTILINE)
 LINK = re.compile(r"\]\((?P<target>[^)#\s]+)")
 
@@ -181,11 +191,18 @@ def without_warnings(text: str) -> str:
     )
 
 
-def loose_figures(text: str) -> Iterator[str]:
-    """Lines outside of blocks that state a measured speed."""
-    for line in BLOCK.sub("", text).splitlines():
-        if FIGURE.search(line) and not UNMEASURED.search(line):
-            yield line.strip()
+def loose_figures(section: str) -> list[str]:
+    """Lines of a section, outside of blocks, that state a measured speed."""
+    if UNMEASURED.search(section.partition("\n")[0]):
+        return []
+    found = {}
+    for figure in FIGURE.finditer(section):
+        start, end = figure.span()
+        before, after = section[max(0, start - NEAR) : start], section[end : end + NEAR]
+        if not TARGET_BEFORE.search(before) and not TARGET_AFTER.match(after):
+            line = section[section.rfind("\n", 0, start) + 1 :].partition("\n")[0]
+            found[line.strip()] = None
+    return list(found)
 
 
 def sections_without_evidence(document: Path, root: Path) -> Iterator[str]:
@@ -193,7 +210,7 @@ def sections_without_evidence(document: Path, root: Path) -> Iterator[str]:
     evidence = (root / "bench" / "results", root / "docs" / "results")
     for section in SECTION.split(document.read_text()):
         heading = section.partition("\n")[0]
-        if UNMEASURED.search(heading) or not any(loose_figures(section)):
+        if not loose_figures(section):
             continue
         targets = [(document.parent / link["target"]).resolve() for link in LINK.finditer(section)]
         if not any(
@@ -223,7 +240,9 @@ def check(document: Path, root: Path) -> tuple[list[str], list[str]]:
     elif text != filled:
         notices.append(f"{document.name}: a warning about stale figures is missing or outdated")
     failures += [
-        f"{document.name}: a figure without a report: {line}" for line in loose_figures(text)
+        f"{document.name}: a figure without a report: {line}"
+        for section in SECTION.split(BLOCK.sub("", text))
+        for line in loose_figures(section)
     ]
     return failures, notices
 

@@ -87,6 +87,28 @@ def test_a_figure_outside_of_a_block_fails(checkout, capsys):
     assert capsys.readouterr().err == "README.md: a figure without a report: It takes 12 ms.\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "loose"),
+    [
+        ("It has 500 times the speed.", True),
+        ("That is a speed-up of 4.5x.", True),
+        ("A 12-fold rate, at 80 GFLOPS.", True),
+        ("It is over in 3 seconds, or 1.5 s.", True),
+        ("What took 12 ms is near its floor, however one counts.", True),
+        ("It takes 12 ms. Goals are far.", True),
+        ("At B = 16 the goal of 4.0 times eager's speed is met.", False),
+        ("9 us were predicted, for windows of 5 x 5 and a run of 3 min 20 s.", False),
+        ("## Goals\n\n40 and 120 us.", False),
+    ],
+)
+def test_what_counts_as_a_figure(checkout, line, loose):
+    """The words that exempt one stand beside it, not anywhere in its line."""
+    run(checkout)
+    path = checkout / "README.md"
+    path.write_text(f"{path.read_text()}{line}\n")
+    assert run(checkout, "--check") == loose
+
+
 def test_changed_kernels_earn_a_warning_line_but_no_failure(checkout, capsys):
     run(checkout)
     fresh = (checkout / "README.md").read_text()
