@@ -5,13 +5,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 PATIENCE = 20.0
+"""Seconds after which no further round starts."""
 MOST_SAMPLES = 50
 """Of a variant in a turn."""
+Name = TypeVar("Name")
 Call = Callable[[], object]
 Sampler = Callable[[], float]
 """Runs its calls once and returns the seconds that one of them took."""
@@ -116,17 +118,18 @@ def make_timer(device: str, replay: bool = True) -> Timer:
 
 
 def interleave(
-    samplers: Mapping[str, Sampler],
+    samplers: Mapping[Name, Sampler],
     how: str,
     rounds: int = 5,
     slice_seconds: float = 0.05,
     means: bool = False,
-) -> dict[str, Timing]:
+    patience: float = PATIENCE,
+) -> dict[Name, Timing]:
     """Sample every variant in turn, ``rounds`` times round.
 
     In its turn a variant is sampled until ``slice_seconds`` are over (once at least,
     ``MOST_SAMPLES`` times at most), so that fast variants get more samples than slow ones, and all
-    see the same noise. No round starts after ``PATIENCE`` seconds.
+    see the same noise. No round starts after ``patience`` seconds.
 
     ``means``: a turn is one sample, the mean over all of it. The median of short calls leaves out
     what now and then disturbs the machine, which no long call escapes: where calls of different
@@ -135,9 +138,9 @@ def interleave(
     started = time.perf_counter()
     for sample in samplers.values():
         sample()
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    samples: dict[Name, list[float]] = {name: [] for name in samplers}
     for round_number in range(rounds):
-        if round_number and time.perf_counter() - started > PATIENCE:
+        if round_number and time.perf_counter() - started > patience:
             break
         for name, sample in samplers.items():
             stop = time.perf_counter() + slice_seconds

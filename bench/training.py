@@ -20,8 +20,11 @@ from .shapes import MNIST
 from .timing import interleave, make_timer
 
 RECONSTRUCTION_WEIGHT = 0.0005
-MAX_ROUNDS = 3
-"""Steps last seconds on a CPU: a few samples of each are steady enough."""
+MORE_ROUNDS = 2
+"""Times as many rounds as for other measurements: on a CPU a turn of a step is one sample."""
+PATIENCE = 60.0
+"""Seconds of rounds: there a round lasts ten."""
+WHOLE, CONVOLUTIONS, ROUTING = PARTS = ("whole step", "convolutions", "routing layer")
 FUSED, ORACLE, POPULAR, COMPILED = "fused", "oracle", "popular", "compiled oracle"
 Network = CapsNet | PopularCapsNet
 MODELS: dict[str, Callable[[], Network]] = {
@@ -82,9 +85,9 @@ class Step:
 
     def parts(self) -> dict[str, Callable[[], None]]:
         return {
-            "whole step": self.whole,
-            "convolutions": self.convolutions,
-            "routing layer": self.routing,
+            WHOLE: self.whole,
+            CONVOLUTIONS: self.convolutions,
+            ROUTING: self.routing,
         }
 
 
@@ -120,47 +123,49 @@ def measure_steps(
     names: Collection[str] = tuple(MODELS),
     parts_of: Collection[str] = (FUSED, ORACLE, POPULAR),
 ) -> Iterator[Record]:
-    """Whole steps of models, interleaved, and their memory; then the parts of some."""
+    """Whole steps of models with their memory, and the parts of some.
+
+    All are interleaved: a part and the step that it is a share of have met the same machine.
+    """
     steps: dict[str, Step] = {}
-    failures: dict[str, str] = {}
+    missing: dict[str, str] = {}
     for name in names:
         try:
             steps[name] = Step(name, B, settings.device)
         except Exception as error:
-            failures[name] = reason_of(error)
+            missing[name] = reason_of(error)
     timer = make_timer(settings.device, replay=False)  # as users launch it
-    for part in ("whole step", "convolutions", "routing layer"):
-        models = [name for name in names if part == "whole step" or name in parts_of]
-        samplers = {}
-        for name in models:
-            if name not in steps:
-                continue
+    rows = [(part, name) for part in PARTS for name in names if part == WHOLE or name in parts_of]
+    failures = {row: missing[row[1]] for row in rows if row[1] in missing}
+    samplers = {}
+    for part, name in rows:
+        if name in steps:
             try:
                 call = steps[name].parts()[part]
                 call()  # what fails, fails here
-                samplers[name] = timer.sampler([call])
+                samplers[part, name] = timer.sampler([call])
             except Exception as error:
-                failures[name] = reason_of(error)
-                del steps[name]
-        timings = interleave(samplers, timer.how, min(settings.rounds, MAX_ROUNDS))
-        for name in models:
-            record: Record = {
-                "table": "training",
-                "implementation": name,
-                "part": part,
-                "B": B,
-                "precision": settings.precision,
-                "status": failures.get(name, "ok"),
-            }
-            if name in timings:
-                record |= timings[name].fields()
-            if part == "whole step" and name in timings and name != COMPILED:  # compiles anew
-                try:
-                    where = measured_in(settings.device)
-                    record["extra_bytes"] = where(step_memory, name, B, settings)
-                except Exception as error:
-                    record["memory_status"] = reason_of(error)
-            yield record
+                failures[part, name] = reason_of(error)
+    rounds = MORE_ROUNDS * settings.rounds
+    timings = interleave(samplers, timer.how, rounds, settings.slice_seconds, patience=PATIENCE)
+    for part, name in rows:
+        record: Record = {
+            "table": "training",
+            "implementation": name,
+            "part": part,
+            "B": B,
+            "precision": settings.precision,
+            "status": failures.get((part, name), "ok"),
+        }
+        if (part, name) in timings:
+            record |= timings[part, name].fields()
+        if part == WHOLE and (part, name) in timings and name != COMPILED:  # compiles anew
+            try:
+                where = measured_in(settings.device)
+                record["extra_bytes"] = where(step_memory, name, B, settings)
+            except Exception as error:
+                record["memory_status"] = reason_of(error)
+        yield record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -109,6 +109,19 @@ def test_a_training_step_and_its_parts(tmp_path, monkeypatch, capsys):
     assert "| fused | whole step | 2 |" in capsys.readouterr().out
 
 
+def test_parts_are_measured_in_the_rounds_of_their_step(monkeypatch):
+    calls = []
+    parts = ["whole", "convolutions", "routing"]
+    for part in parts:
+        monkeypatch.setattr(training.Step, part, lambda _, part=part: calls.append(part))
+    monkeypatch.setattr(training, "measured_in", lambda _device: lambda *_: 0)
+    names, rounds = (training.FUSED,), 2
+    settings = Settings("cpu", rounds=rounds, slice_seconds=0)
+    records = list(training.measure_steps(2, settings, names, parts_of=names))
+    assert {record["samples"] for record in records} == {training.MORE_ROUNDS * rounds}
+    assert calls == parts * (2 + training.MORE_ROUNDS * rounds), "twice before the rounds"
+
+
 def test_a_step_whose_memory_is_not_measured_keeps_its_time(monkeypatch):
     def fails(*_arguments):
         raise MemoryError("no room")
