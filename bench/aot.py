@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit with 1 if a kernel of the MNIST shape spills, or any takes more shared memory "
-        "than there is",
+        help="exit with 1 if a kernel of the MNIST shape spills more than is known of it, or any "
+        "takes more shared memory than there is",
     )
 
 
