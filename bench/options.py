@@ -1,6 +1,7 @@
 """Command-line options that the subcommands share."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +17,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def threads(text: str) -> int:
+    """As many as there are processors, at most: with a million OpenMP ends the process."""
+    value, most = positive(text), len(os.sched_getaffinity(0))
+    if value > most:
+        raise argparse.ArgumentTypeError(f"must be {most} or less (processors), got {value}")
     return value
 
 
@@ -38,7 +47,7 @@ def common_arguments() -> argparse.ArgumentParser:
         default=default_device(),
         help="where to measure (default: a GPU if there is one)",
     )
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=threads, help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into FOLDER")
@@ -72,7 +81,7 @@ def reason_against_folder(path: Path) -> str | None:
     """Why a folder can't be made or written into, as far as can be told before."""
     if path.exists() and not path.is_dir():
         return "it is no folder"
-    return None if path.is_dir() else reason_against(path)
+    return reason_against(path / "plot.svg" if path.is_dir() else path)
 
 
 def add_peers_arguments(parser: argparse.ArgumentParser, default: str = "all") -> None:

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 from model.environment import device_name
-from model.errors import run_command
-from model.outputs import write_atomically
+from model.errors import UserError, run_command
+from model.outputs import check_writable, write_atomically
 
 from . import compile, machine
 from .aot_rows import TARGETS
@@ -322,7 +322,11 @@ def make_report(
     own = device_name(torch.device(device))
     name = slug(f"{own} {machine.processors() if device == 'cpu' else ''}")
     folder = resumed or results / name / f"{date}-{machine.commit()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can't be made: {error.strerror}") from None
+    check_writable("the report", folder / REPORT)
     content = measured(device)
     end = time.monotonic() + 60 * minutes
     interrupted = False
@@ -408,8 +412,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--data-dir {data}: there is no such folder")
     if options.device == "cuda":
         os.environ.update(surroundings())
-    if options.results.exists() and not options.results.is_dir():
-        parser.error(f"--results {options.results}: it is no folder")
     minutes = options.minutes or TOTAL_MINUTES[options.device]
     results = options.results.resolve()
     data, resumed = (path and path.resolve() for path in (data, options.resume))

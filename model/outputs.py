@@ -3,7 +3,10 @@
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from .errors import UserError
 
@@ -12,14 +15,20 @@ UNFINISHED = re.compile(r".+\.[a-z0-9_]{8}\.unfinished")
 
 
 def reason_against(path: Path) -> str | None:
-    """Why a file can't be written there, as far as can be told before, or None."""
+    """Why a file can't be written there, as far as can be told before, or None.
+
+    Permissions do not tell it of every file system: one is made there, and is gone at once.
+    """
     folder = path.absolute().parent
     if path.is_dir():
         return "it is a folder, expected a file's name"
     if not folder.is_dir():
         return f"{folder} is no folder"
-    # A file appears by being renamed: what counts is its folder's permission, not its own.
-    return None if os.access(folder, os.W_OK | os.X_OK) else f"no permission in {folder}"
+    try:
+        with unfinished(path):
+            return None
+    except OSError as error:
+        return f"no file can be made in {folder}: {error.strerror or error}"
 
 
 def check_writable(flag: str, path: Path | None) -> None:
@@ -28,24 +37,29 @@ def check_writable(flag: str, path: Path | None) -> None:
         raise UserError(f"{flag} {path} can't be written: {reason}")
 
 
+@contextmanager
+def unfinished(path: Path) -> Iterator[IO[bytes]]:
+    """A new file beside a path, which is gone afterwards unless it took the path's place."""
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f"{path.name}.", suffix=".unfinished", delete=False
+    ) as file:
+        try:
+            yield file
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or, whatever happens, as it was before."""
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f"{path.name}.", suffix=".unfinished", delete=False
-        ) as file:
-            temporary = Path(file.name)
+        with unfinished(path) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+            os.fchmod(file.fileno(), 0o644)
+            Path(file.name).replace(path)
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from bench import report, steps
 from bench.__main__ import main, parse
 from bench.records import load
+from model.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,6 +67,9 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path):
         (["routing", "--shape", "cube"], "invalid choice: 'cube'"),
         (["routing", "--json", str(ROOT)], "it is a folder"),
         (["memory", "--plots", __file__], "it is no folder"),
+        (["routing", "--json", "/proc/x.json"], "no file can be made in /proc"),
+        (["routing", "--plots", "/proc"], "no file can be made in /proc"),
+        (["routing", "--threads", "1000000"], "or less (processors), got 1000000"),
         # What would make no difference, or none that is judged.
         (["goals", "--iterations", "1"], "unrecognized arguments: --iterations"),
         (["goals", "--precision", "tf32"], "unrecognized arguments: --precision"),
@@ -320,6 +324,12 @@ def test_steps_can_be_left_out_and_run_later(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         report.main([*here, "--without", "three"])
     assert "--without: there is no step three, only one, two" in capsys.readouterr().err
+
+
+def test_a_report_that_has_no_place_is_refused(tmp_path):
+    for results in ("/proc/x", __file__):
+        with pytest.raises(UserError, match=r"can't be made: "):
+            report.main(["--device", "cpu", "--results", results])
 
 
 def test_what_is_not_installed_is_told(tmp_path, monkeypatch, capsys):
