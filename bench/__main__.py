@@ -12,15 +12,9 @@ import time
 from rich.console import Console
 
 from model.errors import run_command
-from model.outputs import reason_against
 
 from . import machine
-from .options import (
-    INTERRUPTED,
-    common_arguments,
-    reason_against_device,
-    reason_against_folder,
-)
+from .options import INTERRUPTED, add_plots, common_arguments, reason_against_options
 from .records import Record, save
 from .routing import SLICE_SECONDS, Settings
 from .tables import describe_record, tables
@@ -36,7 +30,10 @@ COMMANDS = {
 }
 """Subcommands, each the module of its name: ``add_arguments(parser)`` and
 ``measure(options, settings, ceilings)``, a generator of records; where more follows from them,
-``conclude(records, device, ceilings)``. aot has ``run(options)`` instead."""
+``conclude(records, device, ceilings)``; where options of its own can be wrong together,
+``reason_against(options)``. aot has ``run(options)`` instead."""
+PLOTTED = ("goals", "routing", "memory")
+"""Those whose records are drawn."""
 
 DESCRIPTION = (
     "Measure fused routing against its peers. Without a command: the table of goals. Whatever was "
@@ -57,16 +54,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         subparser = commands.add_parser(
             name, help=text, description=text, parents=[] if name == "aot" else [common]
         )
+        if name in PLOTTED:
+            add_plots(subparser)
         if name == arguments[0]:
             importlib.import_module(f".{name}", __package__).add_arguments(subparser)
     options = parser.parse_args(arguments)
     if options.command != "aot":
-        if reason := reason_against_device(options.device):
+        module = importlib.import_module(f".{options.command}", __package__)
+        reason = reason_against_options(options)
+        if reason is None and hasattr(module, "reason_against"):
+            reason = module.reason_against(options)
+        if reason is not None:
             parser.error(reason)
-        if options.json and (reason := reason_against(options.json)):
-            parser.error(f"--json {options.json}: {reason}")
-        if options.plots and (reason := reason_against_folder(options.plots)):
-            parser.error(f"--plots {options.plots}: {reason}")
     return options
 
 

@@ -281,6 +281,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quick(parser, "shapes and rounds")
 
 
+def reason_against(options: argparse.Namespace) -> str | None:
+    """Why the parts asked for can't be measured or drawn, or None."""
+    known = PARTS[options.device]
+    if unknown := [part for part in options.only or () if part not in known]:
+        device = {"cpu": "CPU", "cuda": "GPU"}[options.device]
+        return f"--only {unknown[0]!r}: of a {device} there are {', '.join(known)}"
+    if options.plots and set(options.only or ()) == {"training"}:
+        return "--plots: they are of the routing layer, which --only leaves out"
+    return None
+
+
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
     """What the goals are judged by."""
     parts: dict[str, Callable[[], Iterator[Record]]] = {

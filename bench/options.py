@@ -8,6 +8,8 @@ import torch
 
 from model.outputs import reason_against
 
+from .shapes import MNIST
+
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
@@ -26,6 +28,9 @@ def threads(text: str) -> int:
     if value > most:
         raise argparse.ArgumentTypeError(f"must be {most} or less (processors), got {value}")
     return value
+
+
+USUAL_ITERATIONS = 3
 
 
 def default_device() -> str:
@@ -50,13 +55,23 @@ def common_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=threads, help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw plots into FOLDER")
+    parser.set_defaults(plots=None)
     return parser
+
+
+def add_plots(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plots", type=Path, metavar="FOLDER", help="draw plots of the MNIST shape into FOLDER"
+    )
 
 
 def add_iterations(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--iterations", type=positive, default=3, metavar="R", help="routing iterations (3)"
+        "--iterations",
+        type=positive,
+        default=USUAL_ITERATIONS,
+        metavar="R",
+        help=f"routing iterations ({USUAL_ITERATIONS})",
     )
 
 
@@ -75,6 +90,21 @@ def add_rounds(parser: argparse.ArgumentParser) -> None:
 
 def add_quick(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--quick", action="store_true", help=f"fewer {what}")
+
+
+def reason_against_options(options: argparse.Namespace) -> str | None:
+    """Why what is asked for can't be had, or would make no difference, or None."""
+    if reason := reason_against_device(options.device):
+        return reason
+    if options.device == "cpu" and getattr(options, "precision", None) == "tf32":
+        return "--precision tf32: only GPUs have it"
+    if options.json and (reason := reason_against(options.json)):
+        return f"--json {options.json}: {reason}"
+    if options.plots and MNIST.name not in (getattr(options, "shape", None) or [MNIST.name]):
+        return f"--plots: they are of the shape {MNIST.name}, which --shape leaves out"
+    if options.plots and (reason := reason_against_folder(options.plots)):
+        return f"--plots {options.plots}: {reason}"
+    return None
 
 
 def reason_against_folder(path: Path) -> str | None:

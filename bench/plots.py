@@ -23,7 +23,6 @@ PASSES = ("forward", "forward+backward")
 
 def draw(records: list[Record], ceilings: Record, folder: Path) -> list[Path]:
     """Write every plot that the records fill; returns the files."""
-    folder.mkdir(exist_ok=True)
     timed = [r for r in select(records, table="routing", case="MNIST") if "seconds" in r]
     measured = [
         r for r in select(records, table="memory", case="MNIST") if r.get("extra_bytes", 0) > 0
@@ -36,6 +35,7 @@ def draw(records: list[Record], ceilings: Record, folder: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         if figure is not None:
+            folder.mkdir(exist_ok=True)
             paths.append(folder / f"{name}.svg")
             # Neither a date nor random ids: the same figures give the same file.
             with matplotlib.rc_context({"svg.hashsalt": name}):

@@ -14,7 +14,13 @@ from dataclasses import replace
 import torch
 
 from .fits import LINEAR, exponents, straight_line
-from .options import add_iterations, add_peers_arguments, add_precision, add_rounds
+from .options import (
+    USUAL_ITERATIONS,
+    add_iterations,
+    add_peers_arguments,
+    add_precision,
+    add_rounds,
+)
 from .peers import Implementation, chosen_peers, ours
 from .records import Record, select
 from .routing import Settings, measure_routing
@@ -45,6 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_iterations(parser)
     add_precision(parser)
     add_rounds(parser)
+
+
+def reason_against(options: argparse.Namespace) -> str | None:
+    """Why these axes can't be measured so, or None: an axis has its own sizes."""
+    axes = set(options.axis or ())
+    if axes == {"R"} and options.iterations != USUAL_ITERATIONS:
+        return "--iterations: axis R has its own"
+    if axes == {"threads"} and options.threads:
+        return "--threads: axis threads has its own"
+    if "threads" in axes and options.device != "cpu":
+        return "--axis threads: it is of a CPU"
+    return None
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:

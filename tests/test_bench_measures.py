@@ -175,6 +175,7 @@ def test_plots_are_the_same_for_the_same_records(tmp_path):
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
     assert plots.draw([], CEILINGS, tmp_path / "c") == []
+    assert not (tmp_path / "c").exists()
 
 
 def test_what_is_compiled_ahead_is_what_is_measured():
