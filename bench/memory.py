@@ -4,6 +4,9 @@ On a CPU it is the peak resident set of a fresh process (Linux ``VmHWM``) above 
 before the call: it sees every allocation that is touched, whoever makes it, and is exact to some
 pages. On a GPU it is torch's peak of allocated bytes, in which the fused backends' workspaces are,
 too.
+
+It can be less than what is saved for the backward: outputs and gradients are taken off the peak
+whole, also where some of them come only after it, in the place of what was saved.
 """
 
 import argparse
