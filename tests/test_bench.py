@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import fits, goals, scaling, tables, timing
+from bench import accuracy, fits, goals, machine, plots, scaling, tables, timing
 from bench.goals import Goal
 from bench.memory import CLEAR, extra_bytes, measure_memory, saved_bytes
 from bench.peers import (
@@ -162,6 +162,11 @@ def test_the_mean_of_a_turn_is_fair_to_calls_of_any_length(means, monkeypatch):
     assert (abs(found - 1) < 0.01) == means, found
 
 
+def test_the_spread_is_between_the_quartiles():
+    timed = Timing.of([7.0, 1.0, 3.0, 2.0, 6.0, 4.0, 5.0], "clock")
+    assert (timed.median, timed.spread, timed.samples) == (4, 4, 7)
+
+
 def test_cpu_timer_takes_turns():
     turns = []
     sample = CpuTimer().sampler([lambda: turns.append(0), lambda: turns.append(1)])
@@ -179,6 +184,62 @@ def test_goals_are_judged_against_the_fastest_peer():
     verdict = goal.judge(records, CEILINGS)
     assert (verdict["measured"], verdict["verdict"]) == ("29.0x", "no")
     assert goal.judge(records[:2], CEILINGS)["verdict"] == "yes"
+
+
+def test_goals_are_those_that_were_set():
+    """Of a CPU and of the CUDA kernels; a speed is of the fastest peer."""
+    least = {goal.what: goal.least for goal in goals.GOALS["cpu"] if goal.least is not None}
+    assert [least[f"{name}, B = 128, of eager"] for name in ("forward", "forward+backward")] == [
+        30, 30
+    ]  # fmt: skip
+    assert sorted(least.values()) == [
+        0.75, 0.80, 1, 1, 1.4, 1.5, 2, 2, 2.5, 3, 4, 8, 10, 30, 30, 50
+    ]  # fmt: skip
+    most = {goal.what: goal.most for goal in goals.GOALS["cuda"] if goal.most is not None}
+    assert most == {
+        "triton: forward, B = 128, tf32": 40e-6,
+        "triton: forward+backward, B = 128, tf32": 120e-6,
+        "cuda: forward, B = 128, tf32": 15e-6,
+        "cuda: forward, B = 128, ieee": 35e-6,
+        "cuda: forward+backward, B = 128, tf32": 50e-6,
+    }
+
+
+def test_a_slowest_shape_and_a_share_are_of_the_right_records():
+    records = [
+        routing_record(family, seconds, case=shape.name, B=32)
+        for n, shape in enumerate(SHAPES)
+        for family, seconds in (("ours", 1e-3), ("compiled", (n + 2) * 1e-3), ("compiled", 1.0))
+    ]
+    assert goals.least_speedup("forward", 32)(records, CEILINGS) == pytest.approx(2)
+    # 1e9 operations in 20 ms, of the 1e11 a second that were measured beside them.
+    record = routing_record("ours", 20e-3)
+    share = goals.share_of_product("forward", 128)([record], {"gemm": 7e11, "copy": 1e10})
+    assert share == pytest.approx(0.5)
+    tf32 = routing_record("ours", 480e-6, B=1024, precision="tf32", implementation="ours (cuda)")
+    who = {"implementation": "ours (cuda)"}
+    assert goals.of_floor(who, "forward", 1024, "tf32")([tf32], CEILINGS) == pytest.approx(0.1)
+
+
+def test_an_error_is_the_largest_of_the_largest_value():
+    found, exact = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([1.0, 4.0, -3.0])
+    assert accuracy.errors((found, exact), (exact, exact)) == [0.5, 0]
+
+
+def test_ceilings_count_both_ways_of_a_copy(monkeypatch):
+    second = Timing(1.0, 0.0, 1, "clock")
+    monkeypatch.setattr(machine, "interleave", lambda samplers, how: {"": second})
+    multiply, operations = machine.product("cpu")
+    assert operations == 2 * multiply().shape[0] ** 3
+    assert machine.ceilings("cpu") == {"gemm": operations, "copy": 2 * 4 * 2**25}
+
+
+def test_plots_are_in_the_units_of_their_axes():
+    records = [routing_record("ours", 3e-3, **{"pass": name}) for name in plots.PASSES]
+    for axes in plots.time_against_batch(records).axes:
+        assert axes.lines[0].get_ydata() == pytest.approx([3.0])
+    axes = plots.time_against_batch(records).axes[0]
+    assert axes.get_ylabel() == "median time [ms]"
 
 
 def test_a_goal_without_a_measurement_is_not_met_and_says_why():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import report, steps
-from bench.__main__ import main, parse
+from bench.__main__ import main, parse, settings_of
 from bench.records import load
 from model.errors import UserError
 
@@ -119,6 +119,13 @@ def test_interrupted_before_the_first_row(monkeypatch, capsys):
     monkeypatch.setattr("bench.machine.ceilings", interrupted)
     assert main(["accuracy", "--device", "cpu"]) == 130
     assert "interrupted before anything was measured" in capsys.readouterr().err
+
+
+def test_options_reach_what_is_measured():
+    command = "routing --device cpu --iterations 5 --threads 1 --rounds 9 --dtype bfloat16"
+    settings = settings_of(parse(command.split()))
+    assert (settings.R, settings.threads, settings.rounds) == (5, 1, 9)
+    assert settings_of(parse([*command.split(), "--quick"])).rounds == 3
 
 
 def test_without_a_subcommand_it_measures_the_goals():
