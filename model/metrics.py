@@ -13,10 +13,13 @@ class MetricsLog:
     """Appends to a run's ``metrics.jsonl`` and, where it is installed, to TensorBoard.
 
     ``size`` (bytes) goes into checkpoints: a resumed run cuts off what was written after its
-    checkpoint, so that every line stands there once. Without a directory nothing is written.
+    checkpoint, so that every line stands there once. TensorBoard forgets the steps from
+    ``purge_step`` on. Without a directory nothing is written.
     """
 
-    def __init__(self, directory: Path | None, size: int = 0, step: int = 0) -> None:
+    def __init__(
+        self, directory: Path | None, size: int = 0, purge_step: int | None = None
+    ) -> None:
         self.size = 0
         self.board: Any = None
         self.path = directory / METRICS if directory is not None else None
@@ -31,7 +34,7 @@ class MetricsLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(directory), purge_step=step if size else None)
+            self.board = SummaryWriter(str(directory), purge_step=purge_step if size else None)
         except ImportError:
             pass
 

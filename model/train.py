@@ -115,7 +115,9 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     parameters = sum(p.numel() for p in trainer.model.parameters())
     with trainer.world.together(trainer.device):
         writes = trainer.world.is_main
-        log = MetricsLog(directory if writes else None, progress.metrics_size, progress.step)
+        # An epoch that was written down carries the step at its end, and stays.
+        purge_step = progress.step + (progress.step == progress.epoch * trainer.steps_per_epoch)
+        log = MetricsLog(directory if writes else None, progress.metrics_size, purge_step)
     # Unless resumed, be it from before the first step.
     if progress.step == 0 and log.size == 0:
         about = {

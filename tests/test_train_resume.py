@@ -17,7 +17,7 @@ from model.checkpoint import CHECKPOINT, load, save
 from model.data import DATASETS, Dataset, Source, Split
 from model.errors import UserError
 from model.interrupt import Interrupted, Interruption
-from model.metrics import read_metrics
+from model.metrics import METRICS, MetricsLog, read_metrics
 from model.trainer import Trainer
 
 from .tiny import CONFIG, STEPS_PER_EPOCH, add_tiny, load_tiny
@@ -102,6 +102,40 @@ def test_out_of_time_and_resumed(tmp_path: Path, uninterrupted: Path) -> None:
     assert read_metrics(directory / "metrics.jsonl")[-1]["outcome"] == "out of time"
     assert train.main(["--resume", str(directory)]) == 0
     assert_same_run(directory, uninterrupted)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_tensorboard_has_every_epoch_once(
+    written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped behind an epoch, or killed when its test was written down but not yet saved."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def terminated(self: Interruption) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    def keep_events(number: int) -> None:
+        """Under a name before those to come: in one second, writer 10's is before writer 9's."""
+        (path,) = directory.glob("events.out.tfevents.[1-9]*")
+        path.rename(directory / f"events.out.tfevents.0.{number}")
+
+    directory = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if not written:
+            patch.setattr(Interruption, "check", terminated)
+        train.main(["--experiment", "tiny", "--epochs", "1", "--save-dir", str(directory)])
+    keep_events(1)
+    if not written:
+        lost = MetricsLog(directory, load(directory).counters["metrics_size"])
+        lost.write("epoch", STEPS_PER_EPOCH, {"test_error": 99.0})
+        lost.close()
+        keep_events(2)
+    assert train.main(["--resume", str(directory), "--epochs", "2"]) == 0
+    events = EventAccumulator(str(directory)).Reload().Scalars("test_error")
+    lines = [line for line in read_metrics(directory / METRICS) if line["kind"] == "epoch"]
+    assert [event.step for event in events] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
+    assert [e.value for e in events] == pytest.approx([line["test_error"] for line in lines])
 
 
 def test_killed_while_running(tmp_path: Path, uninterrupted: Path) -> None:
