@@ -7,6 +7,7 @@ nothing but their seed share a row.
 import argparse
 import statistics
 from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +40,8 @@ class Run:
     config: Config
     device: str
     commit: str | None
+    weights: str | None
+    """What the run started from, if not from chance. Older versions did not write it down."""
     command: str
     epochs: int
     seconds: float
@@ -53,9 +56,11 @@ class Run:
         """
         about, final = lines[0], lines[-1]
         try:
+            weights = about.get("weights")
             return cls(
                 path, str(about["experiment"]), Config.from_dict(about["config"]),
-                str(about["device"]), about["commit"], str(about["command"]),
+                str(about["device"]), about["commit"],
+                None if weights is None else str(weights), str(about["command"]),
                 sum(line.get("kind") == "epoch" for line in lines), float(final["seconds"]),
                 {name: float(test["error"]) for name, test in final["tests"].items()},
             )  # fmt: skip
@@ -64,12 +69,18 @@ class Run:
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not the metrics of a run: {error}") from None
 
-    def kind(self) -> tuple[str, Config, str]:
-        """Equal for runs that differ only in their seed."""
-        return self.experiment, replace(self.config, seed=0), self.device
+    def kind(self) -> Hashable:
+        """Equal for runs that differ only in their seed.
+
+        A resumed run may have got more epochs than it was begun for. Where an accuracy ends runs,
+        how many it took them is a result.
+        """
+        epochs = self.epochs if self.config.stop_accuracy is None else None
+        config = replace(self.config, seed=0)
+        return self.experiment, config, self.device, epochs, self.weights, tuple(self.errors)
 
     def changes(self) -> list[str]:
-        """What makes it another experiment than the one it is named for: data, network.
+        """What makes it another experiment than the one it is named for: data, network, start.
 
         Classes and channels follow from the data.
         """
@@ -81,6 +92,8 @@ class Run:
         for name, value in asdict(self.config.architecture).items():
             if value != theirs[name] and name not in OF_THE_DATA:
                 changes.append(f"{name} {value}")
+        if self.weights is not None:
+            changes.append(f"weights {self.weights}")
         return changes
 
 
@@ -104,7 +117,7 @@ def read_run(path: Path) -> Run:
 def grouped(runs: list[Run]) -> list[list[Run]]:
     """Runs that differ only in their seed together, experiments in their declared order, and those
     that were changed behind; UserError for two runs of one seed."""
-    groups: dict[tuple[str, Config, str], list[Run]] = defaultdict(list)
+    groups: dict[Hashable, list[Run]] = defaultdict(list)
     for run in runs:
         group = groups[run.kind()]
         for other in group:
@@ -145,7 +158,8 @@ def rows(runs: list[Run]) -> list[str]:
             name, paper, independent = f"{name} with {', '.join(changes)}", "-", "-"
         errors = [f"{test}: {spread([run.errors[test] for run in group])}" for test in first.errors]
         cells = [
-            name, paper, independent, "<br>".join(errors), f"{first.epochs}",
+            name, paper, independent, "<br>".join(errors),
+            ", ".join(map(str, sorted({run.epochs for run in group}))),
             ", ".join(str(run.config.seed) for run in group), first.device,
             duration(statistics.fmean(run.seconds for run in group)),
             ", ".join(sorted({str(run.commit) for run in group})), f"`{first.command}`",

@@ -7,6 +7,7 @@ Leaves in the run's directory: ``metrics.jsonl``, ``checkpoint.safetensors`` (to
 import shlex
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
             "config": config.to_dict(),
             "parameters": parameters,
             "processes": trainer.world.size,
+            "weights": weights_name(arguments.weights),
         }
         log.write("run", 0, about | description(trainer.device))
     console.print(
@@ -153,6 +155,11 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
         console.print(f"out of time, saved; go on: {go_on}")
     log.close()
     return 0
+
+
+def weights_name(path: Path | None) -> str | None:
+    """What a run starts from, by its file and folder, without where these lie."""
+    return None if path is None else "/".join(path.resolve().parts[-2:])
 
 
 def report(trainer: Trainer, fit: Fit, outcome: str, log: MetricsLog, console: Console) -> None:

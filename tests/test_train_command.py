@@ -170,6 +170,8 @@ def test_weights_are_where_a_run_starts(tmp_path: Path) -> None:
     assert run(tmp_path / "b", "--epochs", "0", "--weights", str(weights)) == 0
     a, b = load(weights), load(tmp_path / "b" / "weights.safetensors")
     assert all(torch.equal(t, b.tensors[name]) for name, t in a.tensors.items())
+    begun = [read_metrics(tmp_path / name / "metrics.jsonl")[0] for name in "ab"]
+    assert [line["weights"] for line in begun] == [None, "a/weights.safetensors"]
     with pytest.raises(UserError, match="weights of another architecture"):
         run(tmp_path / "c", "--weights", str(weights), "--lam-recon", "0")
 

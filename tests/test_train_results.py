@@ -18,20 +18,25 @@ def write_run(
     error: float,
     experiment: str = "mnist",
     outcome: str = "finished",
+    epochs_trained: int = 1,
+    test: str = "test",
+    weights: str | None = None,
     **changes: Any,
 ) -> None:
     config = EXPERIMENTS[experiment].config.replaced(changes).to_dict() | {"seed": seed}
     if seed == 0:
-        del config["warmup_steps"]  # an older version's
+        del config["warmup_steps"]  # an older version's, and no "weights" below
     about = {
         "kind": "run", "step": 0, "experiment": experiment, "config": config,
         "device": "abacus", "commit": "c0ffee", "command": f"python -m model.train --seed {seed}",
     }  # fmt: skip
-    tests = {"test": {"error": error, "wrong": 1, "count": 100}}
+    if seed > 0:
+        about["weights"] = weights
+    tests = {test: {"error": error, "wrong": 1, "count": 100}}
     final = {
         "kind": "final", "step": 9, "outcome": outcome, "tests": tests, "seconds": 3725.0 + seed
     }  # fmt: skip
-    lines = [about, {"kind": "epoch", "step": 9}, final]
+    lines = [about, *[{"kind": "epoch", "step": 9}] * epochs_trained, final]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -93,6 +98,31 @@ def test_figures_of_the_paper_stand_beside_their_own_experiment_only(docs: Path)
         ["mnist with dataset fashion-mnist, routings 1", "-", "-", "test: 0.4 %"],
         ["mnist with reconstruction False", "-", "-", "test: 0.4 %"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"test": "held-out"}, "mnist"),
+        ({"epochs_trained": 2}, "mnist"),
+        ({"weights": "a/weights.safetensors"}, "mnist with weights a/weights.safetensors"),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed(
+    docs: Path, changes: dict[str, Any], name: str
+) -> None:
+    write_run(docs / "results" / "a.jsonl", 1, 0.4)
+    write_run(docs / "results" / "b.jsonl", 2, 0.6, **changes)
+    rows = written(docs)
+    assert [row[0] for row in rows] == ["mnist", name]
+    assert [row[3].split()[-2] for row in rows] == ["0.4", "0.6"]
+
+
+def test_how_long_an_accuracy_took_is_no_difference(docs: Path) -> None:
+    for seed, epochs in ((1, 9), (2, 8)):
+        write_run(docs / "results" / f"{seed}.jsonl", seed, 0.4, "affnist", epochs_trained=epochs)
+    (row,) = written(docs)
+    assert row[4:6] == ["8, 9", "1, 2"]
 
 
 def test_a_run_counts_once(docs: Path) -> None:
