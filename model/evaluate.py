@@ -78,7 +78,8 @@ def same_data(states: States) -> Config:
     """The configuration of the first run; UserError unless all saw the same kind of images."""
     run, first = states[0]
     for other, state in states[1:]:
-        for what in ("dataset", "pairs"):
+        # Pairs are tested shifted as they are trained: another shift makes another test.
+        for what in ("dataset", "pairs", *["shift_pixels"] * first.config.pairs):
             a, b = getattr(first.config, what), getattr(state.config, what)
             if a != b:
                 raise UserError(f"{other}: its {what} is {b}, that of {run} is {a}")

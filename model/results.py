@@ -82,12 +82,16 @@ class Run:
     def changes(self) -> list[str]:
         """What makes it another experiment than the one it is named for: data, network, start.
 
+        Overlapping pairs are tested shifted as they are trained.
+
         Classes and channels follow from the data.
         """
         declared = EXPERIMENTS[self.experiment].config
         changes = []
         if self.config.dataset != declared.dataset:
             changes.append(f"dataset {self.config.dataset}")
+        if self.config.pairs and self.config.shift_pixels != declared.shift_pixels:
+            changes.append(f"shift_pixels {self.config.shift_pixels}")
         theirs = asdict(declared.architecture)
         for name, value in asdict(self.config.architecture).items():
             if value != theirs[name] and name not in OF_THE_DATA:

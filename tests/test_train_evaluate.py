@@ -85,6 +85,11 @@ def test_multimnist_counts_pairs_and_labels(
     assert " and " in row
     with pytest.raises(UserError, match=r"its pairs is False, that of .* is True"):
         evaluate.main([str(tmp_path), str(runs[0])])
+    other = tmp_path / "other.safetensors"
+    state.config = replace(state.config, shift_pixels=6)
+    save(other, state)
+    with pytest.raises(UserError, match=r"other\..*: its shift_pixels is 6, that of .* is 2"):
+        evaluate.main([str(tmp_path), str(other)])
 
 
 @pytest.mark.parametrize("flag", ["--ensemble", "--confusion"])

@@ -91,7 +91,16 @@ def test_figures_of_the_paper_stand_beside_their_own_experiment_only(docs: Path)
         ({"dataset": "fashion-mnist", "routings": 1}, {"lam_recon": 0.0}, {"epochs": 3}, {})
     ):
         write_run(docs / "results" / f"{number}.jsonl", 1, 0.4, **changes)
+    for shift in (3, 6):
+        for name in ("mnist-r1", "multimnist"):
+            path = docs / "results" / f"{name}-{shift}.jsonl"
+            write_run(path, shift, 0.4, name, shift_pixels=shift)
     rows = written(docs)
+    # Other pairs make another test, whereas single digits are tested where they are.
+    assert [row[0] for row in rows[-4:]] == [
+        "mnist-r1", "mnist-r1", "multimnist with shift_pixels 3", "multimnist with shift_pixels 6",
+    ]  # fmt: skip
+    del rows[-4:]
     assert sorted(row[0] for row in rows[:2]) == ["mnist", "mnist"]
     assert {row[1] for row in rows[:2]} == {"0.25 +- 0.005 % (table 1)"}
     assert [row[:4] for row in rows[2:]] == [
