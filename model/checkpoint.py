@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
-from .data import Dataset
+from .data import Dataset, cifar10
 from .errors import UserError
 from .outputs import write_atomically
 
@@ -95,7 +95,8 @@ def load(path: Path) -> Checkpoint:
 
 
 def check_data(checkpoint: Checkpoint, dataset: Dataset, source: Path) -> None:
-    """UserError unless the network was trained on images of such classes and channels."""
+    """UserError unless the network was trained on images of such classes and channels, and, as far
+    as its file says, not on those of CIFAR-10 that are held out here."""
     if checkpoint.classes != dataset.classes:
         raise UserError(
             f"{source}: trained on the classes {', '.join(checkpoint.classes)}; "
@@ -105,6 +106,13 @@ def check_data(checkpoint: Checkpoint, dataset: Dataset, source: Path) -> None:
     if channels != theirs:
         raise UserError(
             f"{source}: trained on images of {channels} channels; the data has {theirs}"
+        )
+    ours = dataset.fingerprint()["train"]
+    trained = (checkpoint.data or {}).get("train", ours)
+    if dataset.test_name == cifar10.HELD_OUT and trained != ours:
+        raise UserError(
+            f"{source}: may be trained on the {cifar10.HELD_OUT}: (count, checksum of labels) of "
+            f"its training images must be {ours}, got {trained}; {cifar10.TEST} is needed"
         )
 
 

@@ -193,7 +193,10 @@ class Trainer:
         """The network alone, for evaluation and prediction."""
         path = self.directory / checkpoints.WEIGHTS
         tensors = checkpoints.model_tensors(self.model)
-        checkpoints.save(path, Checkpoint(self.config, self.dataset.classes, tensors))
+        state = Checkpoint(
+            self.config, self.dataset.classes, tensors, data=self.dataset.fingerprint()
+        )
+        checkpoints.save(path, state)
         return path
 
     def restore(self, state: Checkpoint, source: Path) -> None:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.data import Source, Split, affnist, cifar10, load_dataset, smallnorb, svhn
+from model.checkpoint import Checkpoint, check_data
+from model.data import Dataset, Source, Split, affnist, cifar10, load_dataset, smallnorb, svhn
 from model.data.idx import FILES as MNIST_FILES
 from model.errors import UserError
+from model.experiments import EXPERIMENTS
 
 from .test_data_idx import idx
 
@@ -73,6 +75,23 @@ def test_cifar_without_test_batch_holds_out_the_fifth_and_says_so(cifar_dir: Pat
     assert len(dataset.train) == 28
     assert dataset.test.images.flatten(1).tolist() == cifar_batch(4)[:, 1:].tolist()
     assert "data_batch_5" in dataset.test_name
+
+
+def test_a_network_is_not_tested_on_a_held_out_batch_it_was_trained_on(cifar_dir: Path) -> None:
+    """Its run had a test batch, which is gone; files of older versions don't tell."""
+    config = EXPERIMENTS["cifar10"].config
+
+    def check(trained: Dataset | None, dataset: Dataset) -> None:
+        data = None if trained is None else trained.fingerprint()
+        check_data(Checkpoint(config, cifar10.CLASSES, {}, data=data), dataset, Path("run"))
+
+    whole = load_dataset("cifar10", Source(cifar_dir))
+    (cifar_dir / "cifar10" / cifar10.TEST).unlink()
+    held_out = load_dataset("cifar10", Source(cifar_dir))
+    with pytest.raises(UserError, match=r"^run: may be trained on the held-out .* \[28, .* \[35,"):
+        check(whole, held_out)
+    for trained, dataset in ((held_out, held_out), (held_out, whole), (None, held_out)):
+        check(trained, dataset)
 
 
 @pytest.fixture

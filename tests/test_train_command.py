@@ -16,7 +16,7 @@ from PIL import Image
 from model import evaluation, train
 from model.arguments import new_config, parse, resumed_config
 from model.checkpoint import load
-from model.data import DATASETS
+from model.data import DATASETS, Source
 from model.directory import held
 from model.errors import UserError
 from model.experiments import EXPERIMENTS
@@ -24,7 +24,7 @@ from model.metrics import read_metrics
 from model.networks import build
 from model.trainer import Trainer
 
-from .tiny import STEPS_PER_EPOCH, add_tiny
+from .tiny import STEPS_PER_EPOCH, add_tiny, load_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,6 +163,7 @@ def test_weights_are_tested_once(
 def test_weights_are_where_a_run_starts(tmp_path: Path) -> None:
     run(tmp_path / "a")
     weights = tmp_path / "a" / "weights.safetensors"
+    assert load(weights).data == load_tiny(Source(tmp_path)).fingerprint()
     with pytest.raises(UserError, match="nowhere is not there"):
         train.main(["--resume", "nowhere"])
     with pytest.raises(UserError, match="weights alone; --weights starts a new run"):

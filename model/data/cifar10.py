@@ -23,6 +23,7 @@ RECORD = 1 + 3 * 32 * 32
 TRAIN = tuple(f"data_batch_{n}.bin" for n in range(1, 6))
 TEST = "test_batch.bin"
 ARCHIVE = "cifar-10-binary.tar.gz"
+HELD_OUT = "held-out data_batch_5 (no test batch)"
 REMOTE = Remote(
     f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}", "md5:c32a1d4ab5d03f1284b67883e8d87530"
 )
@@ -57,9 +58,7 @@ def load(source: Source) -> Dataset:
     test = find(source, "cifar10", TEST)
     if test is not None:
         return Dataset(join(batches), parse(read_bytes(test), str(test)), CLASSES)
-    return Dataset(
-        join(batches[:-1]), batches[-1], CLASSES, test_name="held-out data_batch_5 (no test batch)"
-    )
+    return Dataset(join(batches[:-1]), batches[-1], CLASSES, test_name=HELD_OUT)
 
 
 def load_archive(path: Path) -> Dataset:
