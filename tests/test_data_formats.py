@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from model.checkpoint import Checkpoint, check_data
-from model.data import Dataset, Source, Split, affnist, cifar10, load_dataset, smallnorb, svhn
+from model.data import (
+    Dataset,
+    Source,
+    Split,
+    affnist,
+    cifar10,
+    files,
+    load_dataset,
+    smallnorb,
+    svhn,
+)
 from model.data.idx import FILES as MNIST_FILES
 from model.errors import UserError
 from model.experiments import EXPERIMENTS
@@ -111,6 +121,31 @@ def test_cifar_archive(cifar_archive: Path) -> None:
     assert dataset.test.images.flatten(1).tolist() == cifar_batch(5)[:, 1:].tolist()
 
 
+@pytest.mark.parametrize("missing", [cifar10.TRAIN[0], cifar10.TRAIN[3], cifar10.TEST])
+@pytest.mark.parametrize("download", [False, True])
+def test_the_archive_is_taken_if_a_cifar_batch_is_missing(
+    missing: str,
+    download: bool,
+    cifar_dir: Path,
+    cifar_archive: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever it lies, or fetched; without a gap in the batches nothing is."""
+    folder = cifar_dir / "cifar10"
+    if download:
+        published = cifar_archive.rename(cifar_dir / "published")
+        monkeypatch.setattr(files, "fetch", lambda remote, path: published.rename(path))
+    source = Source(cifar_dir, download)
+    (folder / missing).unlink()
+    dataset = load_dataset("cifar10", source)
+    assert (len(dataset.train), dataset.test_name) == (35, "test")
+    assert (folder / cifar10.ARCHIVE).exists() == download
+    (folder / missing).write_bytes(cifar_batch(9).tobytes())
+    dataset = load_dataset("cifar10", source)
+    images = torch.cat([dataset.train.images, dataset.test.images]).flatten(1).tolist()
+    assert cifar_batch(9)[0, 1:].tolist() in images
+
+
 def test_bad_cifar_archives(cifar_archive: Path) -> None:
     path, folder = cifar_archive, cifar_archive.parent
     whole = path.read_bytes()
@@ -140,7 +175,8 @@ def test_bad_cifar_files(cifar_dir: Path) -> None:
     path.write_bytes(b"\x0b" + whole[1:])
     refused(path, "cifar10", cifar_dir, "labels must be 0 to 9")
     path.unlink()
-    refused(path, "cifar10", cifar_dir, "is not there")
+    refused(path, "cifar10", cifar_dir, "is not there (nor ")
+    refused(path, "cifar10", cifar_dir, "; --download fetches it")
 
 
 def test_the_publishers_own_cifar_batch() -> None:

@@ -48,14 +48,17 @@ def join(splits: list[Split]) -> Split:
 def load(source: Source) -> Dataset:
     """50,000 images [3, 32, 32] to train on and 10,000 to test.
 
-    Where the publisher's test batch is missing, the fifth training batch is held out in its place
-    and the data set says so.
+    If any of the six files is missing, the archive takes their place, fetched where that is asked
+    for. Without it, where only the publisher's test batch is missing, the fifth training batch is
+    held out and the data set says so.
     """
-    if find(source, "cifar10", TRAIN[0]) is None:
+    *found, test = (find(source, "cifar10", name) for name in (*TRAIN, TEST))
+    archived = source.download or find(source, "cifar10", ARCHIVE) is not None
+    if not any(found) or (archived and None in (*found, test)):
         return load_archive(require(source, "cifar10", ARCHIVE, REMOTE))
-    paths = [require(source, "cifar10", name) for name in TRAIN]
+    # The message about a file that is missing says that --download fetches it: in the archive.
+    paths = [require(source, "cifar10", name, REMOTE) for name in TRAIN]
     batches = [parse(read_bytes(path), str(path)) for path in paths]
-    test = find(source, "cifar10", TEST)
     if test is not None:
         return Dataset(join(batches), parse(read_bytes(test), str(test)), CLASSES)
     return Dataset(join(batches[:-1]), batches[-1], CLASSES, test_name=HELD_OUT)
