@@ -111,11 +111,22 @@ def damage_count(path: Path) -> str:
     return "as many images as labels, got 19 and 20"
 
 
+def damage_no_pixels(path: Path) -> str:
+    path.write_bytes(gzip.compress(idx(np.zeros((20, 0, 0)))))
+    return "images must be square, of 1 pixel or more, got 0 x 0"
+
+
+def damage_shape(path: Path) -> str:
+    path.write_bytes(gzip.compress(idx(np.zeros((20, 28, 20)))))
+    return "images must be square, of 1 pixel or more, got 28 x 20"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         damage_missing, damage_truncated_gz, damage_bit, damage_not_gz, damage_empty,
         damage_not_idx, damage_dimensions, damage_short, damage_count,
+        damage_no_pixels, damage_shape,
     ],
 )  # fmt: skip
 def test_bad_files_are_named_in_one_line(data_dir: Path, damage) -> None:  # type: ignore[no-untyped-def]
@@ -127,6 +138,15 @@ def test_bad_files_are_named_in_one_line(data_dir: Path, damage) -> None:  # typ
     assert expected in message
     assert str(path) in message
     assert "\n" not in message
+
+
+def test_images_to_test_are_as_large_as_those_to_train_on(data_dir: Path) -> None:
+    path = data_dir / "mnist" / FILES["test"][0]
+    path.write_bytes(gzip.compress(idx(np.zeros((10, 20, 20)))))
+    with pytest.raises(UserError) as caught:
+        load_dataset("mnist", Source(data_dir))
+    expected = "must have images of 28 x 28 pixels, as those to train on, got 20 x 20"
+    assert str(caught.value) == f"{path}: {expected}"
 
 
 def test_labels_must_be_digits(data_dir: Path) -> None:

@@ -69,7 +69,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
 
 def load(dataset: str, source: Source) -> Dataset:
     """MNIST or Fashion-MNIST: 60,000 and 10,000 images [1, 28, 28]."""
-    splits = {}
+    splits: dict[str, Split] = {}
     for name, files in FILES.items():
         images, labels = (
             require(
@@ -79,4 +79,10 @@ def load(dataset: str, source: Source) -> Dataset:
         )
         split = Split(read_idx(images, 3).unsqueeze(1), read_idx(labels, 1).long())
         splits[name] = split.check(str(images), 10)
+        size, expected = (s.images.shape[-1] for s in (split, splits["train"]))
+        if size != expected:
+            raise UserError(
+                f"{images}: must have images of {expected} x {expected} pixels, as those to train "
+                f"on, got {size} x {size}"
+            )
     return Dataset(splits["train"], splits["test"], CLOTHES if "fashion" in dataset else DIGITS)

@@ -40,7 +40,8 @@ class Split:
         return type(self)(self.images.to(device), self.labels.to(device))
 
     def check(self, name: str, classes: int) -> Self:
-        """Raise UserError, beginning with ``name``, unless images and labels fit together."""
+        """Raise UserError, beginning with ``name``, unless images and labels fit together, and the
+        images are square."""
         if len(self.images) != len(self.labels):
             raise UserError(
                 f"{name}: must have as many images as labels, got {len(self.images)} and "
@@ -48,6 +49,11 @@ class Split:
             )
         if len(self) == 0:
             raise UserError(f"{name}: no images in it")
+        height, width = self.images.shape[-2:]
+        if not height == width >= 1:
+            raise UserError(
+                f"{name}: images must be square, of 1 pixel or more, got {height} x {width}"
+            )
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= classes:
             raise UserError(f"{name}: labels must be 0 to {classes - 1}, got {low} to {high}")
