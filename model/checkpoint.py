@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Config
-from .data import Dataset, cifar10
+from .data import Dataset, cifar10, class_name
 from .errors import UserError
 from .outputs import write_atomically
 
@@ -82,6 +82,7 @@ def load(path: Path) -> Checkpoint:
         classes = json.loads(metadata["classes"])
         if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
             raise TypeError(f"classes must be a list of names, got {classes!r}")
+        classes = [class_name(c) for c in classes]  # older versions kept folders' names as they are
         counters = json.loads(metadata["counters"])
         data = json.loads(metadata.get("data", "null"))
         for name, value in (("counters", counters), ("data", data or {})):

@@ -1,5 +1,6 @@
 """A folder of pictures for each class: which are held out, and what can't be a data set."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,13 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     # As in every version to come: another choice would test earlier runs on what they trained on.
     assert owls == [100, 114, 118, 106, 107, 108]
     assert "held-out" in dataset.test_name
+
+
+def test_a_class_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    """Bytes of a name come as surrogates, which neither matplotlib nor a terminal takes."""
+    for name in (b"caf\xe9", "caf\u00e9".encode()):
+        fill(tmp_path / os.fsdecode(name), 2)
+    assert load_dataset("folder", Source(tmp_path)).classes == ("caf\u00e9", r"caf\xe9")
 
 
 def test_pictures_that_come_or_go_move_no_other() -> None:

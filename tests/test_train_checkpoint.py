@@ -121,6 +121,18 @@ def test_metadata_of_an_older_version(tmp_path: Path) -> None:
         load(path)
 
 
+def test_names_of_classes_are_text(tmp_path: Path) -> None:
+    """An older version saved those of folders as the file system gave them."""
+    saved = example()
+    saved.classes = ("caf\udce9", "b")
+    save(tmp_path / "x.safetensors", saved)
+    assert load(tmp_path / "x.safetensors").classes == (r"caf\xe9", "b")
+    saved.classes = ("\ud800",)  # of no file system
+    save(tmp_path / "x.safetensors", saved)
+    with pytest.raises(UserError, match=r"its metadata can't be read: .* surrogates not allowed"):
+        load(tmp_path / "x.safetensors")
+
+
 def test_other_architecture_names_the_first_tensor(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,

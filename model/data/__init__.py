@@ -5,6 +5,6 @@ One module a file format; :func:`load_dataset` is the only door.
 
 from .registry import DATASETS, load_dataset
 from .source import Source
-from .splits import Dataset, Split
+from .splits import Dataset, Split, class_name
 
-__all__ = ["DATASETS", "Dataset", "Source", "Split", "load_dataset"]
+__all__ = ["DATASETS", "Dataset", "Source", "Split", "class_name", "load_dataset"]

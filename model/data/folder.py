@@ -8,7 +8,7 @@ import torch
 from ..errors import UserError
 from .pictures import SUFFIXES, read_picture
 from .source import Source
-from .splits import Dataset, Split
+from .splits import Dataset, Split, class_name
 
 HELD_OUT = 0.2
 """Of the pictures, where there is no folder "test"."""
@@ -64,7 +64,7 @@ def load(source: Source) -> Dataset:
     """
     if (source.data_dir / "train").is_dir():
         train, test = (class_folders(source.data_dir / part) for part in ("train", "test"))
-        names, test_names = ([p.name for p in folders] for folders in (train, test))
+        names, test_names = ([class_name(p.name) for p in part] for part in (train, test))
         if names != test_names:
             odd = sorted(set(names) ^ set(test_names))
             raise UserError(
@@ -75,7 +75,7 @@ def load(source: Source) -> Dataset:
         test_name = "test"
     else:
         folders = class_folders(source.data_dir)
-        names = [p.name for p in folders]
+        names = [class_name(p.name) for p in folders]
         pictures = [pictures_in(folder) for folder in folders]
         for folder, paths in zip(folders, pictures, strict=True):
             if len(paths) < 2:

@@ -60,6 +60,12 @@ class Split:
         return self
 
 
+def class_name(folder: str) -> str:
+    """A folder's name as text: bytes of it that are no UTF-8, which nothing draws or prints, as
+    \\xff."""
+    return folder.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 @dataclass(frozen=True)
 class Dataset:
     """What a run trains and is tested on."""
