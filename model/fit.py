@@ -120,7 +120,8 @@ class Fit:
         """Test, write the epoch down, save, unless that was done a moment ago."""
         trainer, progress = self.trainer, self.trainer.progress
         loss, accuracy = self.finite_means()
-        images_per_second = self.images_per_second()
+        # Nothing was trained here if the run was resumed for the epoch's test alone.
+        speed = self.images_per_second() if progress.step > self.first_step else None
         # One of several processes must not leave a test that the others finish.
         alone = trainer.world.size == 1
         result = trainer.test(trainer.dataset.test, self.interruption.check if alone else nothing)
@@ -141,14 +142,14 @@ class Fit:
                 "train_accuracy": accuracy,
                 "test_loss": result.loss,
                 "test_error": result.error,
-                "images_per_second": images_per_second,
+                "images_per_second": speed,
                 "seconds": self.seconds(),
             },
         )
         self.console.print(
             f"epoch {progress.epoch}/{trainer.config.epochs}: loss {loss:.4f}, "
-            f"accuracy {accuracy:.2%}, test error {result.error:.2f} %, "
-            f"{images_per_second:,.0f} images/s"
+            f"accuracy {accuracy:.2%}, test error {result.error:.2f} %"
+            + ("" if speed is None else f", {speed:,.0f} images/s")
         )
         over = progress.accuracy_reached or progress.step >= trainer.total_steps
         late = time.monotonic() - self.saved > LEAST_SECONDS

@@ -154,7 +154,10 @@ def test_killed_while_running(tmp_path: Path, uninterrupted: Path) -> None:
 
 
 def test_a_signal_during_the_test_of_an_epoch(
-    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def terminated(self: Interruption) -> None:
         raise Interrupted(signal.SIGTERM)
@@ -164,7 +167,14 @@ def test_a_signal_during_the_test_of_an_epoch(
         assert train.main(["--experiment", "tiny", "--save-dir", str(tmp_path / "run")]) == 143
     state = load(tmp_path / "run")
     assert (state.counters["step"], state.counters["epoch"]) == (STEPS_PER_EPOCH, 0)
+    capsys.readouterr()
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    # How fast the first epoch was trained, nobody knows any more.
+    _, first, second, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first["images_per_second"] is None
+    assert second["images_per_second"] > 0
+    epochs = [line for line in capsys.readouterr().err.splitlines() if "test error" in line]
+    assert [line.endswith(" images/s") for line in epochs] == [False, True]
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
