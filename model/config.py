@@ -139,11 +139,10 @@ class Config:
             raise UserError(f"--seed must be below 2**63, got {self.seed}")
         if not 0 <= self.lam_recon < math.inf:  # NaN is refused too
             raise UserError(f"--lam-recon must be at least 0 and finite, got {self.lam_recon}")
-        for name in ("lr", "lr_decay"):
-            if not 0 < getattr(self, name) < 1e38:  # it is a float32
-                raise UserError(
-                    f"{flag(name)} must be above 0 and below 1e38, got {getattr(self, name)}"
-                )
+        if not 0 < self.lr < 1e38:  # it is a float32
+            raise UserError(f"--lr must be above 0 and below 1e38, got {self.lr}")
+        if not 0 < self.lr_decay <= 1:  # a rate that rises leaves float32, sooner or later
+            raise UserError(f"--lr-decay must be above 0, at most 1, got {self.lr_decay}")
         if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
             raise UserError(f"--stop-accuracy must be above 0, at most 1, got {self.stop_accuracy}")
         if self.batch_size % self.accumulate:
