@@ -17,6 +17,8 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):  # torch has more, on which not all of this runs
+            raise UserError(f"--device must be cpu, cuda or one GPU, such as cuda:1, got {name}")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

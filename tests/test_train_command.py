@@ -238,6 +238,7 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
         ("--accumulate 3", "--accumulate must divide --batch-size = 64, got 3"),
         ("--dataset mnist --data-dir nowhere", "nowhere/mnist/train-images-idx3-ubyte.gz is not"),
         ("--device tpu:7", "--device tpu:7 can't be used"),
+        ("--device meta", "--device must be cpu, cuda or one GPU, such as cuda:1, got meta"),
         ("--device cuda:99", "--device cuda:99 can't be used"),
         ("--weights nowhere.safetensors", "nowhere.safetensors is not there"),
     ],
