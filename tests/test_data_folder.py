@@ -1,6 +1,7 @@
 """A folder of pictures for each class: which are held out, and what can't be a data set."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from model.data import Source, load_dataset
-from model.data.folder import HELD_OUT, divided, lot
+from model.data.folder import FORMS, HELD_OUT, divided, lot
 from model.errors import UserError
 
 
@@ -80,6 +81,20 @@ def test_folders_train_and_test(tmp_path: Path) -> None:
     assert dataset.test.labels.tolist() == [0, 1]
     fill(tmp_path / "test" / "c", 1)
     with pytest.raises(UserError, match="same classes, only one has c"):
+        load_dataset("folder", Source(tmp_path))
+
+
+def test_classes_called_train_and_test(tmp_path: Path) -> None:
+    for name in ("train", "test", "tram"):
+        fill(tmp_path / name, 2)
+    dataset = load_dataset("folder", Source(tmp_path))
+    assert dataset.classes == ("test", "train", "tram")
+    assert "held-out" in dataset.test_name
+
+
+def test_pictures_to_test_must_be_there_if_those_to_train_on_are(tmp_path: Path) -> None:
+    fill(tmp_path / "train" / "a", 2)
+    with pytest.raises(UserError, match=f"test is not there; {re.escape(FORMS)}$"):
         load_dataset("folder", Source(tmp_path))
 
 

@@ -14,10 +14,13 @@ HELD_OUT = 0.2
 """Of the pictures, where there is no folder "test"."""
 
 
+FORMS = "--data-dir must hold CLASS/*.png, or train/CLASS/*.png and test/CLASS/*.png"
+
+
 def class_folders(folder: Path) -> list[Path]:
     """Its subfolders in alphabetical order."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not there; --data-dir must hold a folder of pictures a class")
+        raise UserError(f"{folder} is not there; {FORMS}")
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
@@ -25,7 +28,7 @@ def pictures_in(folder: Path) -> list[Path]:
     """Its picture files in alphabetical order; UserError if there is none."""
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
     if not found:
-        raise UserError(f"{folder}: no pictures in it; a class must have at least one")
+        raise UserError(f"{folder}: no pictures in it, a class must have at least one; {FORMS}")
     return found
 
 
@@ -60,9 +63,10 @@ def read_classes(classes: list[list[Path]], source: Source) -> Split:
 def load(source: Source) -> Dataset:
     """``data_dir/train/CLASS/*`` and ``data_dir/test/CLASS/*``, or ``data_dir/CLASS/*`` alone.
 
-    In the second form about a fifth of each class is held out for the test: see :func:`divided`.
+    In the second form about a fifth of each class is held out for the test: see :func:`divided`;
+    there, "train" is a class like others.
     """
-    if (source.data_dir / "train").is_dir():
+    if (source.data_dir / "train").is_dir() and class_folders(source.data_dir / "train"):
         train, test = (class_folders(source.data_dir / part) for part in ("train", "test"))
         names, test_names = ([class_name(p.name) for p in part] for part in (train, test))
         if names != test_names:
@@ -86,6 +90,8 @@ def load(source: Source) -> Dataset:
         parts = [list(part) for part in zip(*map(divided, pictures), strict=True)] or [[], []]
         test_name = "held-out fifth"
     if len(names) < 2:
-        raise UserError(f"{source.data_dir}: must have at least 2 classes, got {len(names)}")
+        raise UserError(
+            f"{source.data_dir}: must have at least 2 classes, got {len(names)}; {FORMS}"
+        )
     train_split, test_split = (read_classes(part, source) for part in parts)
     return Dataset(train_split, test_split, tuple(names), test_name)
