@@ -28,6 +28,10 @@ def test_a_folder_for_each_class(tmp_path: Path) -> None:
     fill(tmp_path / "owls", 20, 100)
     fill(tmp_path / "cats", 3, 200)
     (tmp_path / "owls" / "notes.txt").write_text("not a picture")
+    # What macOS puts beside files, and archives made there hold.
+    for name in ("owls/._1.png", "__MACOSX/owls/._1.png", ".Trash/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("not a picture")
     dataset = load_dataset("folder", Source(tmp_path, image_size=24))
     assert dataset.classes == ("cats", "owls")
     assert dataset.train.images.shape[1:] == (1, 24, 24)

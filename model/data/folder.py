@@ -18,15 +18,21 @@ FORMS = "--data-dir must hold CLASS/*.png, or train/CLASS/*.png and test/CLASS/*
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """Its subfolders in alphabetical order."""
+    """Its subfolders in alphabetical order, but for those that systems and archives leave."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not there; {FORMS}")
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(
+        p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))
+    )
 
 
 def pictures_in(folder: Path) -> list[Path]:
     """Its picture files in alphabetical order; UserError if there is none."""
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    found = sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
+    )
     if not found:
         raise UserError(f"{folder}: no pictures in it, a class must have at least one; {FORMS}")
     return found
