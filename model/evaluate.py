@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--repeats must be at least 1, got {arguments.repeats}")
     check_writable("--json", arguments.json)
     device = choose_device(arguments.device)
-    states = [(run, checkpoints.load(run)) for run in dict.fromkeys(arguments.runs)]
+    states = [(run, checkpoints.load(run)) for run in each_once(arguments.runs)]
     config = same_data(states)
     if arguments.ensemble or arguments.confusion:
         check_comparable(states)
@@ -72,6 +72,16 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json is not None:
         write_atomically(arguments.json, json.dumps(written, indent=1).encode() + b"\n")
     return 0
+
+
+def each_once(runs: list[Path]) -> list[Path]:
+    """Runs without those that were named before, be it by another path or a file in them."""
+    first: dict[Path, Path] = {}
+    for run in runs:
+        path = run.resolve()
+        ours = path.name in (checkpoints.CHECKPOINT, checkpoints.WEIGHTS)
+        first.setdefault(path.parent if ours else path, run)
+    return list(first.values())
 
 
 def same_data(states: States) -> Config:
