@@ -21,6 +21,7 @@ from .errors import UserError, run_command
 from .evaluation import TestResult, confusion, scores_of
 from .networks import restored
 from .outputs import check_writable, write_atomically
+from .views import random_in_tests
 
 States = list[tuple[Path, Checkpoint]]
 """Where each run is, and what was read there."""
@@ -48,14 +49,20 @@ def main(argv: list[str] | None = None) -> int:
     device = choose_device(arguments.device)
     states = [(run, checkpoints.load(run)) for run in each_once(arguments.runs)]
     config = same_data(states)
+    if arguments.confusion and config.pairs:
+        raise UserError("--confusion would do nothing here: an image shows a pair of classes")
     if arguments.ensemble or arguments.confusion:
         check_comparable(states)
     dataset = open_dataset(config, arguments).to(device)
     for run, state in states:
         checkpoints.check_data(state, dataset, run)
+    tests = {dataset.test_name: dataset.test, **dataset.further_tests}
+    if arguments.repeats > 1 and not any(random_in_tests(config, s) for s in tests.values()):
+        raise UserError(
+            "--repeats would do nothing here: each test image is seen in one way, from its middle"
+        )
     console = table_console()
     written: dict[str, Any] = {"dataset": config.dataset, "tests": {}}
-    tests = {dataset.test_name: dataset.test, **dataset.further_tests}
     for name, split in tests.items():
         scores, labels = scores_of_runs(states, split, device, arguments)
         results = {
@@ -65,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.ensemble:
             results[f"ensemble of {len(states)}"] = TestResult.of(scores.mean(0), labels, config)
         written["tests"][name] = show_results(console, name, results, len(states))
-        if arguments.confusion and labels.shape[1] == 1:
+        if arguments.confusion:
             table = confusion(scores.mean(0), labels)
             written["tests"][name]["confusion"] = table.tolist()
             show_confusion(console, dataset, table)

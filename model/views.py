@@ -86,13 +86,18 @@ def random_views(
     return Views(index, draw(), draw())
 
 
+def random_in_tests(config: Config, split: Split) -> bool:
+    """Whether test images are placed on a larger canvas, or over another one, at random."""
+    return config.pairs or split.images.shape[-1] < config.architecture.image_size
+
+
 def evaluation_views(config: Config, split: Split, repeats: int = 1) -> Views:
     """The views a network is tested on: the same in every run.
 
-    Central windows, one for each image; but where an image is placed on a larger canvas or over
-    another one, this is drawn once, ``repeats`` times for each image.
+    Central windows, one for each image; but where their places are random, these are drawn once,
+    ``repeats`` times for each image.
     """
-    if not config.pairs and split.images.shape[-1] >= config.architecture.image_size:
+    if not random_in_tests(config, split):
         return central_views(config, split)
     device = split.labels.device
     index = torch.arange(len(split), device=device).repeat(repeats)

@@ -204,17 +204,21 @@ def test_what_is_inverted_is_the_picture_not_its_margins(
     assert inverted == expected
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_repeats_count_only_where_views_are_random(
-    pairs: bool, runs: list[Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("flags", "pairs", "reason"),
+    [
+        (["--confusion"], True, "an image shows a pair of classes"),
+        (["--repeats", "3"], False, "each test image is seen in one way"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(
+    flags: list[str], pairs: bool, reason: str, runs: list[Path], tmp_path: Path
 ) -> None:
     state = load(runs[0])
     state.config = state.config.replaced({"pairs": pairs})
     save(tmp_path / CHECKPOINT, state)
-    output = tmp_path / "x.json"
-    assert evaluate.main([str(tmp_path), "--repeats", "3", "--json", str(output)]) == 0
-    (found,) = json.loads(output.read_text())["tests"]["test"]["runs"].values()
-    assert found["count"] == (150 if pairs else 50)
+    with pytest.raises(UserError, match=f"^{flags[0]} would do nothing here: {reason}"):
+        evaluate.main([str(tmp_path), *flags])
 
 
 @pytest.mark.parametrize("pairs", [False, True])
