@@ -14,7 +14,8 @@ from .metrics import METRICS
 from .outputs import remove_unfinished
 
 PICTURE = "reconstructions.png"
-RUN_FILES = (CHECKPOINT, METRICS, WEIGHTS, PICTURE)
+RUN_FILES = (CHECKPOINT, METRICS, WEIGHTS, PICTURE, "events.out.tfevents.*")
+"""What a run leaves, as patterns; the last are TensorBoard's."""
 
 
 def make_new(directory: Path) -> Path:
@@ -76,11 +77,11 @@ def refuse_used(directory: Path) -> None:
             f"--save-dir {directory} holds a run already: --resume {directory} goes on with it, "
             "another --save-dir starts afresh"
         )
-    for name in RUN_FILES:
-        if (directory / name).exists():
+    for pattern in RUN_FILES:
+        for path in directory.glob(pattern):
             raise UserError(
-                f"--save-dir {directory} holds {name} of a run already: it must be empty of runs; "
-                "take another, or remove that one"
+                f"--save-dir {directory} holds {path.name} of a run already: it must be empty of "
+                "runs; take another, or remove that one"
             )
 
 

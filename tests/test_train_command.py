@@ -88,7 +88,9 @@ def test_a_run_leaves_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
         run(directory)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "weights.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "weights.safetensors", "events.out.tfevents.1700000000.here.9.0"]
+)
 def test_what_is_left_of_a_run_is_not_written_over(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("precious")
     with pytest.raises(UserError, match=f"--save-dir .* holds {name} of a run already"):
