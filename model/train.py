@@ -133,8 +133,7 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
         f"{config.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to "
         f"test; {parameters:,} parameters; in {directory}"
     )
-    where = ["--resume", str(directory), "--data-dir", str(arguments.data_dir)]
-    go_on = shlex.join(["python", "-m", "model.train", *where])
+    go_on = go_on_command(arguments, directory, trainer.world.size)
     with Interruption(console) as interruption:
         fit = Fit(
             trainer, log, console, interruption,
@@ -155,6 +154,17 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
         console.print(f"out of time, saved; go on: {go_on}")
     log.close()
     return 0
+
+
+def go_on_command(arguments: Arguments, directory: Path, processes: int) -> str:
+    """What a shell resumes a run with, as it ran: what no checkpoint restores is said again."""
+    start = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+    flags = ["--resume", str(directory), "--data-dir", str(arguments.data_dir)]
+    if arguments.device is not None:
+        flags += ["--device", arguments.device]
+    if arguments.cuda_graph:
+        flags.append("--cuda-graph")
+    return shlex.join([*start, "-m", "model.train", *flags])
 
 
 def weights_name(path: Path | None) -> str | None:

@@ -148,6 +148,22 @@ def test_paths_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert train.main(command[3:]) == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "processes", "expected"),
+    [
+        ("", 1, "python -m model.train --resume run --data-dir data"),
+        ("", 2, "torchrun --nproc-per-node 2 -m model.train --resume run --data-dir data"),
+        (
+            "--data-dir x --cuda-graph --device cuda:1",
+            1,
+            "python -m model.train --resume run --data-dir x --device cuda:1 --cuda-graph",
+        ),
+    ],
+)
+def test_a_run_goes_on_as_it_ran(flags: str, processes: int, expected: str) -> None:
+    assert train.go_on_command(parse(flags.split()), Path("run"), processes) == expected
+
+
 @pytest.mark.parametrize(("flags", "tests"), [("--epochs 2", 2), ("--epochs 0", 1)])
 def test_weights_are_tested_once(
     flags: str, tests: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
