@@ -58,10 +58,20 @@ def usable_backend(
 
 
 def open_dataset(config: Config, arguments: argparse.Namespace) -> Dataset:
-    """The data of a configuration, from where :func:`add_data_flags` says, on the CPU."""
+    """The data of a configuration, from where :func:`add_data_flags` says, on the CPU.
+
+    UserError if it has no two images of different classes to lay over each other.
+    """
     a = config.architecture
     source = Source(arguments.data_dir, arguments.download, a.image_size, a.in_channels)
-    return load_dataset(config.dataset, source)
+    dataset = load_dataset(config.dataset, source)
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        if config.pairs and len(split.labels.unique()) == 1:
+            raise UserError(
+                f"--data-dir {arguments.data_dir}: overlapping pairs need {name} images of at "
+                f"least 2 classes, got {len(split)} of one class"
+            )
+    return dataset
 
 
 def plain_console(**options: Any) -> Console:

@@ -14,13 +14,13 @@ from model import checkpoint as checkpoints
 from model import commands, environment, errors, evaluate, predict, train
 from model.checkpoint import Checkpoint
 from model.config import Config
-from model.data import Split, digits, files
+from model.data import DATASETS, Dataset, Source, Split, digits, files
 from model.errors import UserError
 from model.figures.__main__ import main as draw_figures
 from model.metrics import MetricsLog, read_metrics
 from model.networks import build
 
-from .tiny import CONFIG, add_tiny
+from .tiny import CONFIG, add_tiny, load_tiny
 
 CLASSES = tuple("0123456789")
 
@@ -171,6 +171,22 @@ def test_a_split_without_images() -> None:
     empty = Split(torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
     with pytest.raises(UserError, match="train: no images in it"):
         empty.check("train", 10)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_pairs_need_two_classes(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_fours(source: Source) -> Dataset:
+        dataset = load_tiny(source)
+        split = getattr(dataset, part)
+        fours = split.labels == 4
+        return replace(dataset, **{part: Split(split.images[fours], split.labels[fours])})
+
+    monkeypatch.setitem(DATASETS, "tiny", load_fours)
+    arguments = command_line.parse(["--data-dir", "here"])
+    assert len(getattr(commands.open_dataset(CONFIG, arguments), part)) > 0
+    expected = rf"^--data-dir here: overlapping pairs need {part} images .*, got \d+ of one class$"
+    with pytest.raises(UserError, match=expected):
+        commands.open_dataset(replace(CONFIG, pairs=True), arguments)
 
 
 def test_interrupting_a_command_ends_it_with_130(capsys) -> None:
