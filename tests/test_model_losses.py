@@ -80,3 +80,12 @@ def test_correct_wants_exactly_the_labels() -> None:
     assert correct(scores, torch.tensor([[1], [2], [0]])).tolist() == [True, False, False]
     pairs = torch.tensor([[2, 1], [1, 2], [0, 1]])
     assert correct(scores, pairs).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("form", ["paper", "authors"])
+def test_the_form_of_the_margin_loss_is_the_configured_one(form: str) -> None:
+    scores, labels = torch.tensor([[0.4, 0.6]]), torch.tensor([[0]])
+    batch = Batch(scores, labels, scores)
+    found = total_loss(Output(scores), batch, Config(margin=form))
+    assert found == margin_loss(scores, multi_hot(labels, 2), form)
+    assert len({margin_loss(scores, multi_hot(labels, 2), f) for f in ("paper", "authors")}) == 2

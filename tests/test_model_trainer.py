@@ -1,5 +1,6 @@
 """What a step sees and does: order, shares, seeds, learning rates."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from model.config import Config
 from model.data import Dataset, Split
 from model.distributed import World
 from model.errors import UserError
+from model.evaluation import scores_of
 from model.experiments import EXPERIMENTS
 from model.fit import Fit
 from model.interrupt import Interruption
+from model.losses import Output
 from model.metrics import MetricsLog
 from model.networks import build
 from model.trainer import Trainer, derived_seed
@@ -169,3 +172,62 @@ def test_counters_no_run_can_have(counters: dict[str, object], expected: str) ->
         made.restore(
             Checkpoint(made.config, ("a",), tensors, {"step": step, "epoch": epoch}), Path()
         )
+
+
+def test_a_step_trains_and_its_randomness_follows_from_its_number() -> None:
+    """Dropout is on in steps and off in tests."""
+    made, seen = trainer(), []
+    made.model.eval()
+    made.update = lambda batch: seen.append((made.model.training, float(torch.rand(()))))
+    made.step()
+    made.progress.step = 0
+    torch.rand(7)
+    made.step()
+    assert seen[0] == seen[1]
+    assert seen[0][0]
+    made.test(made.dataset.test)
+    assert not made.model.training
+
+
+def test_compilation_is_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network: ("compiled", network))
+    made = trainer(compile=True)
+    assert made.forward == ("compiled", made.model)
+
+
+def test_an_epoch_sums_its_own_steps(tmp_path: Path) -> None:
+    made, console = trainer(), Console()
+    made.directory = tmp_path
+    fit = Fit(made, MetricsLog(tmp_path), console, Interruption(console), None, 5.0)
+    fit.run()
+    assert made.sums.tolist() == [0, 0, 0]
+
+
+def test_limits_are_minutes_and_earlier_seconds_count() -> None:
+    made, console = trainer(), Console()
+    made.progress.seconds = 1000.0
+    fit = Fit(made, MetricsLog(None), console, Interruption(console), 2.0, 3.0)
+    assert fit.deadline - fit.start == pytest.approx(120)
+    assert fit.checkpoint_seconds == 180
+    assert 1000 <= fit.seconds() < 1100
+
+
+def test_a_second_signal_ends_at_once_and_afterwards_all_is_as_before() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interruption(Console()) as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.number == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_mixed_precision_holds_for_tests() -> None:
+    on = []
+
+    def network(images: torch.Tensor) -> Output:
+        on.append(torch.is_autocast_enabled("cpu"))
+        return Output(torch.zeros(len(images), 10))
+
+    for amp in (True, False):
+        scores_of(network, trainer(amp=amp).config, alike().test)
+    assert on == [True, False]

@@ -6,6 +6,7 @@ import torch
 from model.augment import flip_some, jitter, standardize
 from model.config import Architecture, Config
 from model.data import Split
+from model.experiments import EXPERIMENTS
 from model.views import central_views, evaluation_views, random_views, show, training_batch
 from model.windows import window
 
@@ -137,3 +138,34 @@ def test_only_the_input_is_standardized() -> None:
     batch = show(config, data, evaluation_views(config, data))
     torch.testing.assert_close(batch.originals[:, 0], data.images / 255)
     torch.testing.assert_close(batch.images, standardize(data.images / 255))
+
+
+def test_training_flips_and_jitters() -> None:
+    data, index = split(60), torch.arange(60)
+
+    def images(**changes: object) -> torch.Tensor:
+        config, generator = seen(10, shift_pixels=0, **changes), torch.Generator().manual_seed(0)
+        return training_batch(config, data, index, generator).images
+
+    plain = images()
+    assert not torch.equal(plain, images(flip=True))
+    assert not torch.equal(plain, images(jitter=True))
+
+
+def test_jitter_moves_all_channels_alike() -> None:
+    """Contrast is about the mean of the image, not of a channel, which would take its colour."""
+    x = torch.full((50, 3, 4, 4), 0.5)
+    x[:, 0] += 0.1
+    y = jitter(x, torch.Generator().manual_seed(0))
+    difference = (y[:, 0] - y[:, 1]).mean((1, 2))
+    assert 0.04 < difference.min() < 0.07
+    assert 0.13 < difference.max() < 0.16
+
+
+def test_pairs_are_tested_shifted_and_always_the_same() -> None:
+    config = EXPERIMENTS["multimnist"].config
+    assert set(evaluation_views(config, split(200, 28, 1)).top.flatten().tolist()) == {
+        *range(-8, 1)
+    }
+    pairs = evaluation_views(config, split(6, 28, 1)).index.tolist()
+    assert pairs == [[0, 5], [1, 2], [2, 0], [3, 2], [4, 2], [5, 4]]

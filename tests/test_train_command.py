@@ -16,7 +16,7 @@ from PIL import Image
 from model import evaluation, train
 from model.arguments import new_config, parse, resumed_config
 from model.checkpoint import load
-from model.data import DATASETS, Source
+from model.data import DATASETS, Dataset, Source
 from model.directory import held
 from model.errors import UserError
 from model.experiments import EXPERIMENTS
@@ -240,6 +240,10 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
             "at least 4 for this pooled-cnn, got 3",
         ),
         ("--image-size 1025", "--image-size must be at most 1024, got 1025"),
+        ("--shift-pixels -1", "--shift-pixels must be at least 0, got -1"),
+        ("--lr-decay 0", "--lr-decay must be above 0"),
+        ("--lr-schedule steps --lr-decay-steps 0", "--lr-decay-steps must be at least 1"),
+        ("--warmup-steps -1", "--warmup-steps must be at least 0"),
         ("--shift-pixels 29", "--shift-pixels must be at most the image's 28 pixels, got 29"),
         (f"--shift-pixels {10**20}", "--shift-pixels must be at most the image's 28 pixels, got 1"),
         (f"--routings {10**20}", "--routings must be at most 1000, got 1"),
@@ -451,3 +455,22 @@ def test_list_shows_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_every_data_set_has_an_experiment_of_its_name() -> None:
     assert DATASETS.keys() <= EXPERIMENTS.keys()
+
+
+def test_what_the_metrics_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_tiny(monkeypatch)
+
+    def load(source: Source) -> Dataset:
+        tiny = load_tiny(source)
+        return replace(tiny, test_name="held out", further_tests={"again": tiny.test})
+
+    monkeypatch.setitem(DATASETS, "tiny", load)
+    directory = tmp_path / "run"
+    assert train.main(["--experiment", "tiny", "--save-dir", str(directory)]) == 0
+    run, *epochs, final = read_metrics(directory / "metrics.jsonl")
+    network = build(EXPERIMENTS["tiny"].config.architecture)
+    assert run["processes"] == 1
+    assert run["parameters"] == sum(p.numel() for p in network.parameters())
+    assert [epoch["lr"] for epoch in epochs] == pytest.approx([3e-3, 3e-3 * 0.9])
+    assert final["tests"].keys() == {"held out", "again"}
+    assert final["tests"]["again"] == final["tests"]["held out"]
