@@ -241,7 +241,6 @@ def test_accumulation_is_the_same_step_in_parts(tmp_path: Path) -> None:
         ),
         ("--image-size 1025", "--image-size must be at most 1024, got 1025"),
         ("--shift-pixels -1", "--shift-pixels must be at least 0, got -1"),
-        ("--lr-decay 0", "--lr-decay must be above 0"),
         ("--lr-schedule steps --lr-decay-steps 0", "--lr-decay-steps must be at least 1"),
         ("--warmup-steps -1", "--warmup-steps must be at least 0"),
         ("--shift-pixels 29", "--shift-pixels must be at most the image's 28 pixels, got 29"),
