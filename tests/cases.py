@@ -191,7 +191,7 @@ def check_inputs(
     found = run(fused_routing, case, inputs, return_coupling, backend=backend)
     dtype = reference_dtype(inputs["u"].dtype)
     exact = run(reference_routing, case, copies(inputs, torch.float64), return_coupling)
-    assert found.keys() == exact.keys()
+    assert found.keys() == exact.keys(), f"{case}: {[*found]}, the oracle: {[*exact]}"
     references: list[dict[str, Tensor]] = []
 
     def check(runs: int) -> None:

@@ -120,6 +120,7 @@ def check(case: Conv, dtype: torch.dtype, backend: str, device: str = "cpu") -> 
     inputs = make_inputs(case, dtype, device)
     found = run(case, inputs, backend)
     exact = run(case, {name: x.double() for name, x in inputs.items()}, "reference")
+    assert found.keys() == exact.keys(), f"{case}: {[*found]}, the oracle: {[*exact]}"
     same = {name: x.to(reference_dtype(dtype)) for name, x in inputs.items()}
     references = [oracle(case, same, seed) for seed in range(8)]
     for name in exact:

@@ -59,6 +59,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.skip(f"this processor or build has no {request.param}")
     before = _C.instruction_set()
     _C.set_instruction_set(request.param)
+    assert _C.instruction_set() == request.param
     yield
     _C.set_instruction_set(before)
 

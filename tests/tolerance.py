@@ -9,8 +9,9 @@ The factor 2: another order of summation has an independent error of the same si
 oracle may be lucky, so its error is the largest of some runs that differ in nothing but rounding
 (the order of capsules and of dimensions, a factor moved between u and W: ``cases.reordered``).
 For float64 results there is no wider oracle: the error of the oracle in float64 is estimated as
-that of the oracle in float32, scaled by the ratio of the two roundings. Gradients are also compared
-as vectors (relative L2 and cosine), which a few lucky or unlucky elements can't hide.
+that of the oracle in float32, scaled by the ratio of the two roundings. Results are also compared
+as vectors (L2), which a few lucky or unlucky elements can't hide. The angle between them needs no
+bound of its own: with a relative error of r, 1 - cos is at most 2 r^2.
 """
 
 import torch
@@ -52,7 +53,3 @@ def assert_as_good_as_reference(
     assert (x - x64).norm() <= bound_l2, (
         f"{name}: L2 error {(x - x64).norm():.3e} > {bound_l2:.3e}, norm {norm:.3e}"
     )
-    if norm > 0:
-        cosine = (x * x64).sum() / (x.norm() * norm).clamp_min(torch.finfo(torch.float64).tiny)
-        lost = 2 * (bound_l2 / norm) ** 2 + torch.finfo(torch.float64).eps * x.numel()
-        assert 1 - cosine <= lost, f"{name}: 1 - cosine {1 - cosine:.3e} > {lost:.3e}"
