@@ -1,16 +1,21 @@
 """Malformed calls of the raw operators, in a process of their own: none crashes it."""
 
 import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from capsule_kernels import backends
-from capsule_kernels.backends import cuda, triton
+from capsule_kernels.backends import cuda, extension, triton
 
+from . import operator_fuzz
 from .interpreted import environment
 
 CALLS = int(os.environ.get("CAPSULE_FUZZ_CALLS", "3000"))
@@ -38,6 +43,29 @@ def fuzz(calls: int, *flags: str, environment: dict[str, str] | None = None) -> 
 @pytest.mark.skipif(not backends()["cpu"].usable, reason=backends()["cpu"].reason)
 def test_no_call_crashes(figure):
     figure("fuzz of the raw operators", fuzz(CALLS))
+
+
+@pytest.mark.skipif(not backends()["cpu"].usable, reason=backends()["cpu"].reason)
+@pytest.mark.parametrize("of", ["forward_shapes", "backward_shapes"])
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda x: x.new_empty(*x.shape, 2), lambda x: x.to(torch.int8)],
+    ids=["shape", "dtype"],
+)
+def test_a_broken_promise_is_noticed(
+    of: str, wrong: Callable[[Tensor], Tensor], monkeypatch
+) -> None:
+    now, promised = extension.module.instruction_set(), getattr(operator_fuzz, of)
+    monkeypatch.setattr(operator_fuzz, "instruction_sets", lambda: [now])
+    monkeypatch.setattr(operator_fuzz, "spoil", lambda rng, value: value)
+
+    def calls() -> set[str]:  # some of them forward, some backward
+        return {operator_fuzz.try_call(random.Random(seed), "cpu") for seed in range(8)}
+
+    assert calls() == {"accepted"}
+    monkeypatch.setattr(operator_fuzz, of, lambda *given: [wrong(x) for x in promised(*given)])
+    with pytest.raises(AssertionError, match="promised"):
+        calls()
 
 
 @pytest.mark.interpreter
