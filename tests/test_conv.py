@@ -178,6 +178,27 @@ def test_layer(options: dict[str, Any]) -> None:
     torch.testing.assert_close(*gradient, layer.weight.grad)
 
 
+def test_layer_passes_its_options_on() -> None:
+    torch.manual_seed(0)
+    options = {"leaky": True, "routing_gradient": "last", "backend": "reference"}
+    layer = CapsuleConv2d(2, 3, 4, 5, 2, num_iterations=2, **options)  # type: ignore[arg-type]
+    u = torch.randn(1, 2, 3, 3, 3)
+
+    def gradient(v: Tensor) -> Tensor:
+        return torch.autograd.grad(v.square().sum(), layer.weight)[0]
+
+    def both(**change: Any) -> tuple[Tensor, Tensor]:
+        v = fused_routing_conv(u, layer.weight, 2, **options | change)  # type: ignore[call-overload]
+        return v, gradient(v)
+
+    v = layer(u)
+    expected, expected_gradient = both()
+    assert torch.equal(v, expected)
+    assert torch.equal(gradient(v), expected_gradient)
+    for change in ({"leaky": False}, {"routing_gradient": "full"}):
+        assert not torch.equal(both(**change)[1], expected_gradient), change
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_inductor_compiles_overlapping_windows(backend: str) -> None:
@@ -202,8 +223,24 @@ def test_inductor_compiles_overlapping_windows(backend: str) -> None:
     [
         ({"u": torch.zeros(2, 3, 4, 6)}, ValueError, r"u must have shape \[B, C, K, H, W\]"),
         ({"weight": torch.zeros(2, 3, 2, J, D, K)}, ValueError, r"\[3, kh, kw, J, D, 4\]"),
-        ({"weight": torch.zeros(C, 9, 2, J, D, K)}, ValueError, "window of weight, 9 x 2"),
+        (
+            {"weight": torch.zeros(C, 9, 2, J, D, K)},
+            ValueError,
+            "the window of weight, 9 x 2, must fit into the grid of u, 6 x 7 with padding 0",
+        ),
         ({"weight": torch.zeros(C, 0, 2, J, D, K)}, ValueError, "weight must have kh >= 1"),
+        ({"weight": torch.zeros(C, 3, 2, J, 0, K)}, ValueError, "weight must have D >= 1"),
+        ({"weight": torch.zeros(C, 3, 2, J, D, K).double()}, TypeError, "weight must have the d"),
+        (
+            {"u": torch.zeros(B, 0, K, H, W), "weight": torch.zeros(0, 3, 2, J, D, K)},
+            ValueError,
+            "u must have C >= 1",
+        ),
+        (
+            {"u": torch.zeros(B, C, 0, H, W), "weight": torch.zeros(C, 3, 2, J, D, 0)},
+            ValueError,
+            "u must have K >= 1",
+        ),
         ({"logits": torch.zeros(C, 3, 2, 1)}, ValueError, r"logits must .* = \[3, 3, 2, 5\], got"),
         ({"bias": torch.zeros(J)}, ValueError, r"bias must have shape \[J, D\], got \[5\]"),
         ({"bias": torch.zeros(J, D).double()}, TypeError, "bias must have the dtype of u"),

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -169,6 +170,22 @@ def test_autocast(target: Target, low: torch.dtype) -> None:
     leaves = list(inputs.values())
     gradients = [torch.autograd.grad(v.float().sum(), leaves) for v in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_forward_mode_of_a_backward_inside_autocast(target: Target) -> None:
+    """The oracle beneath it computes as outside: nothing is cast again."""
+    inputs = make_inputs(CASE, torch.float32, target.device)
+    u = inputs["u"]
+    tangents = []
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(u, u.detach().cos())
+        v = route(inputs | {"u": dual}, target.backend).sum()
+        for enabled in (False, True):
+            with torch.autocast(target.device, torch.bfloat16, enabled=enabled):
+                (gradient,) = torch.autograd.grad(v, dual, retain_graph=True)
+            tangents.append(forward_ad.unpack_dual(gradient).tangent)
+    assert tangents[0].any()
+    assert torch.equal(*tangents)
 
 
 TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {

@@ -32,7 +32,9 @@ def test_a_checkpoint_predicts_and_trains_as_before(layout: str, detach: bool) -
     layer = CapsuleLinear(
         I, K, J, D, routing_gradient="last" if detach else "full", dtype=torch.float64
     )
-    layer.load_state_dict({"weight": rearrange_weight(weight, layout)})
+    rearranged = rearrange_weight(weight, layout)
+    assert rearranged.is_contiguous()
+    layer.load_state_dict({"weight": rearranged})
     expected = routed(u, weight, layout, detach)
     torch.testing.assert_close(layer(u), expected)
     expected.square().sum().backward()

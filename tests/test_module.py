@@ -52,6 +52,17 @@ def test_repr_rebuilds_the_layer() -> None:
     )
 
 
+def test_parameters_start_as_the_authors_did() -> None:
+    torch.manual_seed(0)
+    large = CapsuleLinear(100, 8, 10, 16, bias=True, learn_logits=True)
+    assert large.weight.std().item() == pytest.approx(0.1, rel=0.02)
+    assert abs(large.weight.mean().item()) < 0.002
+    assert large.bias is not None
+    assert (large.bias == 0.1).all()
+    assert large.logits is not None
+    assert not large.logits.any()
+
+
 def test_reset_parameters_starts_anew() -> None:
     a, b = layer(bias=True, learn_logits=True), layer(bias=True, learn_logits=True)
     with torch.no_grad():

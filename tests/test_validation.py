@@ -60,7 +60,7 @@ VALUE_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"bias": tensor(3, 1)}, "bias must have shape [J, D] = [3, 5], got [3, 1]"),
     ({"num_iterations": 0}, "num_iterations must be >= 1, got 0"),
     ({"num_iterations": -3}, "num_iterations must be >= 1, got -3"),
-    ({"num_iterations": 2**70}, f"num_iterations must be < 2**63, got {2**70}"),
+    ({"num_iterations": 2**63}, f"num_iterations must be < 2**63, got {2**63}"),
     ({"weight_sharing": 0}, "weight_sharing must be >= 1, got 0"),
     ({"weight_sharing": -1}, "weight_sharing must be >= 1, got -1"),
     ({"weight_sharing": 4}, "weight_sharing must divide I = 6 (u is [2, 6, 4]), got 4"),
@@ -245,6 +245,27 @@ def test_convolutional_layer_refuses_a_wrong_input():
     message = "u must have shape [B, in_types, in_dim, H, W] = [*, 6, 4, *, *], got [2, 6, 5, 7, 7]"
     with pytest.raises(ValueError, match=whole(f"CapsuleConv2d: {message}")):
         layer(tensor(2, 6, 5, 7, 7))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        *(
+            ({name: 0}, ValueError, f"{name} must be >= 1, got 0")
+            for name in ("in_types", "in_dim", "out_types", "out_dim", "kernel_size", "stride")
+        ),
+        ({"kernel_size": (3, 0)}, ValueError, "kernel_size must be >= 1, got 0"),
+        ({"stride": (2, 0)}, ValueError, "stride must be >= 1, got 0"),
+        ({"padding": -1}, ValueError, "padding must be >= 0, got -1"),
+        ({"in_types": 2.0}, TypeError, "in_types must be an int >= 1, got float 2.0"),
+        ({"stride": True}, TypeError, "stride must be an int >= 1, got bool True"),
+    ],
+    ids=str,
+)
+def test_convolutional_layer_refuses_wrong_sizes_when_made(changes, error, message):
+    sizes = {"in_types": 6, "in_dim": 4, "out_types": 3, "out_dim": 5, "kernel_size": 3}
+    with pytest.raises(error, match=whole(f"CapsuleConv2d: {message}")):
+        CapsuleConv2d(**sizes | changes)
 
 
 @pytest.mark.parametrize("value", ["same", 1.5, (1, None)])
