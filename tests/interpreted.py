@@ -4,6 +4,7 @@ Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,11 +70,13 @@ def patch_the_language_once_a_launch() -> None:
 def check_in_the_interpreter(
     files: str,
     chosen: str,
+    least: int,
     figure: Callable[[str, str], None] | None = None,
     *,
     covered: bool = False,
 ) -> None:
-    """The chosen tests of some files pass, none is skipped, and what they print is printed."""
+    """The chosen tests of some files pass, at least so many, so that a choice that no longer finds
+    what it names is noticed; none is skipped, and what they print is printed."""
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(f"tests/{file}" for file in files.split())],
@@ -84,7 +87,9 @@ def check_in_the_interpreter(
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= least, f"-k '{chosen}': {passed[0]}, of at least {least}"
     assert "skipped" not in done.stdout
     printed = ("properties, triton-cpu", "ranges, triton-cpu", "repeats of the interpreted Triton")
     for line in done.stdout.splitlines() if figure is not None else ():

@@ -32,7 +32,7 @@ tried: Counter[str] = Counter()
 
 
 # Interpreted kernels take seconds where compiled ones take microseconds.
-SHARE_OF_EXAMPLES, MOST_CAPSULES = (0.06, 2) if triton.INTERPRETED else (1, 12)
+MOST_CAPSULES = 2 if triton.INTERPRETED else 12
 
 
 class Property(NamedTuple):
@@ -47,19 +47,18 @@ PROPERTIES: list[Property] = []
 """All of this file, for test_properties_emulated.py."""
 
 
-def examples(count: float) -> hypothesis.settings:
+def examples(count: int) -> hypothesis.settings:
     """So many examples, the same ones in every run."""
-    return hypothesis.settings(
-        max_examples=round(count), derandomize=True, deadline=None, database=None
-    )
+    return hypothesis.settings(max_examples=count, derandomize=True, deadline=None, database=None)
 
 
-def tried_on(count: int, **strategies: st.SearchStrategy) -> Callable:
-    """Make a property a test of so many examples."""
+def tried_on(count: int, *, interpreted: int, **strategies: st.SearchStrategy) -> Callable:
+    """Make a property a test of so many examples, and of few where kernels are interpreted."""
 
     def test(check: Callable[..., None]) -> Callable[..., None]:
         PROPERTIES.append(Property(check, count, strategies))
-        return examples(count * SHARE_OF_EXAMPLES)(hypothesis.given(**strategies)(check))
+        here = interpreted if triton.INTERPRETED else count
+        return examples(here)(hypothesis.given(**strategies)(check))
 
     return test
 
@@ -92,7 +91,7 @@ def count(figure: Callable[[str, str], None], what: str) -> None:
 seeds = st.integers(0, 2**16)
 
 
-@tried_on(120, case=cases(), dtype=st.sampled_from(DTYPES), seed=seeds)
+@tried_on(120, interpreted=7, case=cases(), dtype=st.sampled_from(DTYPES), seed=seeds)
 def test_everything_is_as_good_as_the_oracle(target: Target, figure, case, dtype, seed):
     hypothesis.assume(target.can_run(case, dtype))
     check_case(case, dtype, target.backend, target.device, seed)
@@ -118,6 +117,7 @@ def fill(x: Tensor, value: str) -> None:
 
 @tried_on(
     60,
+    interpreted=2,
     case=cases(),
     seed=seeds,
     argument=st.sampled_from(["u", "weight", "logits", "bias"]),
@@ -153,7 +153,7 @@ def test_any_values_in_any_layout(target: Target, figure, case, seed, argument, 
     count(figure, f"properties, {target}: any values in any layout")
 
 
-@tried_on(40, case=cases(), seed=seeds)
+@tried_on(40, interpreted=2, case=cases(), seed=seeds)
 def test_order_of_capsules(target: Target, figure, case, seed):
     """Input capsules in another order change nothing, output capsules follow theirs."""
     hypothesis.assume(target.can_run(case, torch.float32))
@@ -191,6 +191,7 @@ def test_order_of_capsules(target: Target, figure, case, seed):
 
 @tried_on(
     60,
+    interpreted=4,
     case=cases(),
     seed=seeds,
     spoilt=seeds,
@@ -211,7 +212,13 @@ def test_samples_do_not_see_each_other(target: Target, figure, case, seed, spoil
     count(figure, f"properties, {target}: batch independence")
 
 
-@tried_on(40, case=cases(R=1, logits=False, leaky=False), dtype=st.sampled_from(DTYPES), seed=seeds)
+@tried_on(
+    40,
+    interpreted=2,
+    case=cases(R=1, logits=False, leaky=False),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+)
 def test_one_iteration_is_linear_and_squash(target: Target, figure, case, dtype, seed):
     hypothesis.assume(target.can_run(case, dtype))
     inputs = make_inputs(case, dtype, target.device, seed)
@@ -231,7 +238,14 @@ def test_one_iteration_is_linear_and_squash(target: Target, figure, case, dtype,
     count(figure, f"properties, {target}: one iteration is linear and squash")
 
 
-@tried_on(60, case=cases(), dtype=st.sampled_from(DTYPES), seed=seeds, scale=st.floats(0, 1e4))
+@tried_on(
+    60,
+    interpreted=4,
+    case=cases(),
+    dtype=st.sampled_from(DTYPES),
+    seed=seeds,
+    scale=st.floats(0, 1e4),
+)
 def test_lengths_and_couplings(target: Target, figure, case, dtype, seed, scale):
     """|v| < 1; c >= 0 and sums to 1, to less when leaky: whatever the values."""
     hypothesis.assume(target.can_run(case, dtype))

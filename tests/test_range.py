@@ -186,7 +186,7 @@ def test_values_at_the_end_of_the_range(target, B, dtype):
         assert_finite_where_the_oracle_is(target.backend, case, inputs)
 
 
-@pytest.mark.parametrize("exponent", [0, 10, 16])
+@pytest.mark.parametrize("exponent", [10, 16])
 def test_half_precision_gradients_with_a_scaled_loss(target, B, exponent):
     """A loss scale, as GradScaler's: overflows where the oracle overflows, else it divides out."""
     case = replace(EVERYTHING, B=B)
