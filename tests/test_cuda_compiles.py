@@ -1,5 +1,7 @@
 """The CUDA kernels through nvcc, without a GPU: what ``python -m bench aot`` says of them."""
 
+from itertools import product
+
 import pytest
 
 from bench import aot_cuda
@@ -34,9 +36,16 @@ OF_WARPGROUPS = {
 }
 
 
+# float16 differs from bfloat16 only in how values are converted when they are loaded and stored.
+COMPILED = [
+    (precision, target)
+    for precision, target in product(aot_cuda.PRECISIONS, aot_cuda.DEVICES)
+    if precision != "float16" or target == "sm_90"
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("target", aot_cuda.DEVICES)
-@pytest.mark.parametrize("precision", aot_cuda.PRECISIONS)
+@pytest.mark.parametrize(("precision", "target"), COMPILED)
 def test_the_mnist_shape_stays_in_registers(precision: str, target: str) -> None:
     pytest.importorskip("triton", reason="its tools read the machine code")
     rows = {row.kernel: row for row in aot_cuda.rows(MNIST, 128, 3, precision, target)}

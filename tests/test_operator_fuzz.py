@@ -19,7 +19,7 @@ from . import operator_fuzz
 from .interpreted import environment
 
 CALLS = int(os.environ.get("CAPSULE_FUZZ_CALLS", "3000"))
-INTERPRETED_CALLS = 150
+INTERPRETED_CALLS = 60
 
 
 def fuzz(calls: int, *flags: str, environment: dict[str, str] | None = None) -> str:
