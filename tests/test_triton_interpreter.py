@@ -269,8 +269,8 @@ def shared_by_programs(request, monkeypatch):
 
     split = split_of(ONE_ROW)
     if request.param is TWO_ROWS:
-        # Of the rows only the last, a short one, is cut. By itself a call of nine rows and 56 samples
-        # is cut so, which takes five times as long.
+        # Of the rows only the last, a short one, is cut. By itself a call of nine rows and 56
+        # samples is cut so, which takes five times as long.
         split = config.Split(
             whole=1, cut=1, parts=1, capsules=4, pieces=3, batch_tiles=1, counts=True
         )
