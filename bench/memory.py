@@ -73,7 +73,12 @@ def in_fresh_process(function: Callable[..., Result], *arguments: object) -> Res
     try:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as executor:
-            return executor.submit(function, *arguments).result()
+            try:
+                return executor.submit(function, *arguments).result()
+            except KeyboardInterrupt:
+                for process in multiprocessing.active_children():
+                    process.kill()  # the executor waits for what it is at: minutes of compilation
+                raise
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
 

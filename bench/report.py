@@ -111,7 +111,7 @@ def steps(
             bench("routing", 10, "--shape", "MNIST", *plots),
             bench("routing-shared", 2, "--shape", SHARED.name, command="routing"),
             windows,
-            bench("memory", 5, *plots),
+            bench("memory", 8, *plots),
             bench("scaling", 4),
             bench("accuracy", 2),
             bench("training", 4),

@@ -10,6 +10,8 @@ import torch
 
 from .errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def choose_device(name: str | None) -> torch.device:
     """A device by name, or the first GPU where there is one; UserError if it can't be used."""
@@ -39,15 +41,21 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The commit of this source, where it is a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit of this source, where it is a git checkout, "-dirty" after it if tracked files
+    differ from it: reports aside, which are written while they are measured."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
+        head = git("rev-parse", "--short=12", "HEAD")
+        if head.returncode:
+            return None
+        changed = git("diff", "--quiet", "HEAD", "--", ".", ":(exclude)bench/results").returncode
+    except OSError:
         return None
-    return done.stdout.strip()
+    return head.stdout.strip() + "-dirty" * bool(changed)
 
 
 def description(device: torch.device) -> dict[str, Any]:

@@ -276,6 +276,21 @@ def test_an_interrupted_group_gets_the_time_to_write_what_it_has(tmp_path, monke
     assert (tmp_path / "waits.log").read_text() == "kept\n"
 
 
+def test_an_interrupt_does_not_wait_for_a_process_that_measures():
+    """It may be compiling for a minute, and a report grants less before it kills."""
+    code = (
+        "import time; from bench.memory import in_fresh_process; print(flush=True); "
+        "in_fresh_process(time.sleep, 600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert b"KeyboardInterrupt" in process.communicate(timeout=60)[1]
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_report_in_the_background_stops_with_its_steps(tmp_path, how):
     """Shells start a job in the background with SIGINT ignored."""

@@ -209,3 +209,31 @@ def test_a_machine_that_does_not_say_what_it_is(monkeypatch: pytest.MonkeyPatch)
     assert environment.commit() is None
     with pytest.raises(UserError, match="--device nonsense can't be used"):
         environment.choose_device("nonsense")
+
+
+def test_a_commit_is_dirty_with_its_sources_and_not_with_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report that is gone on with changes files of its own."""
+
+    def git(*arguments: str) -> str:
+        names = ["-c", "user.name=n", "-c", "user.email=e"]
+        command = ["git", *names, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    source, report = tmp_path / "source.py", tmp_path / "bench" / "results" / "report.json"
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.commit() is None
+    git("init", "--quiet")
+    report.parent.mkdir(parents=True)
+    for file in (source, report):
+        file.write_text("first")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    clean = git("rev-parse", "--short=12", "HEAD")
+    assert environment.commit() == clean
+    report.write_text("second")
+    assert environment.commit() == clean
+    source.write_text("second")
+    assert environment.commit() == f"{clean}-dirty"
