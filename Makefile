@@ -4,7 +4,7 @@
 # Both redo only what is out of date. Needs Python 3.11 or newer, a C++ compiler and make.
 
 PYTHON ?= python3
-TRITON ?= triton==3.6.0
+TRITON ?= triton==3.6.0; sys_platform == 'linux'
 JOBS ?= 2
 
 VENV := .venv

@@ -56,6 +56,9 @@ KERNEL_FLAGS = [
 ]
 
 
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+"""For torch's threads. Apple's compiler refuses it; csrc/cpu/threads.h does without there."""
+
 GENERATIONS = ("80", "90", "100")
 """Of devices that the CUDA kernels are for, without the dot; the first is the least."""
 
@@ -183,7 +186,7 @@ def extensions() -> list[Extension]:
         return []
     sources = ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/operators.cpp"]
     macros: list[tuple[str, str | None]] = [("CAPSULE_X86", None)] if IS_X86 else []
-    flags = {"cxx": ["-O2", "-fopenmp", "-fvisibility=hidden"]}
+    flags = {"cxx": ["-O2", *OPENMP, "-fvisibility=hidden"]}
     make = cpp_extension.CppExtension
     targets = wanted_cuda_targets()
     if targets:
@@ -200,7 +203,7 @@ def extensions() -> list[Extension]:
             sources,
             define_macros=macros,
             extra_compile_args=flags,
-            extra_link_args=["-fopenmp"],
+            extra_link_args=OPENMP,
         )
     ]
 

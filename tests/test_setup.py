@@ -1,6 +1,7 @@
 """Which devices the CUDA kernels are built for, and on which such a build runs: without a GPU."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -154,3 +155,17 @@ def test_a_build_runs_where_it_has_code_for(
             f"the compiled extension was built for {targets} and this device is sm_{major}{minor}: "
             f"build it anew on this machine, or with TORCH_CUDA_ARCH_LIST={major}.{minor}"
         )
+
+
+def test_apples_compiler_gets_no_option_that_it_refuses(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPSULE_KERNELS_CUDA", "0")
+    for system, wanted in (("linux", True), ("darwin", False)):
+        monkeypatch.setattr(sys, "platform", system)
+        assert setup.__spec__ is not None
+        assert setup.__spec__.loader is not None
+        setup.__spec__.loader.exec_module(setup)
+        (extension,) = setup.extensions()
+        assert ("-fopenmp" in extension.extra_compile_args["cxx"]) is wanted
+        assert ("-fopenmp" in extension.extra_link_args) is wanted

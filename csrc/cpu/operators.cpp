@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "driver.h"
 #include "tasks.h"
+#include "threads.h"
 #include "windows.h"
 
 namespace capsule {
@@ -120,9 +121,7 @@ class Call {
 
   auto driver() {
     auto parallel = [](index tasks, index threads, auto body) {
-      run_tasks(tasks, threads, body, [](index n, auto work) {
-        at::parallel_for(0, n, 1, [&](index, index) { work(at::get_thread_num()); });
-      });
+      run_tasks(tasks, threads, body, [](index n, auto work) { on_threads(n, work); });
     };
     auto allocate = [this](index count) {
       workspaces_.push_back(at::empty({count}, u_.options()));

@@ -172,9 +172,10 @@ CAPSULE_INLINE Vec<T> exp_nonpositive(Vec<T> x) {
   constexpr T lowest = is_float ? T(-87.3) : T(-708.3);
   constexpr T log2_e = T(1 / kLn2);
   // ln 2 in two parts. The first, of 12 or 32 bits, times n + l / roots, of 11 or 13, is exact even
-  // where the product is rounded before it is subtracted.
+  // where the product is rounded before it is subtracted. The second is written down: where
+  // long double is double, as Apple has it, kLn2 has no digits for it.
   constexpr T ln2_high = is_float ? T(0x1.62ep-1) : T(0x1.62e42feep-1);
-  constexpr T ln2_low = T(kLn2 - ln2_high);
+  constexpr T ln2_low = is_float ? T(kLn2 - 0x1.62ep-1) : T(0x1.a39ef35793c76p-33);
   // Adding 1.5 * 2^(mantissa bits) / roots rounds to a multiple of 1 / roots, n + l / roots, and
   // leaves n roots + l in the low mantissa bits.
   constexpr T rounder = T(3 * (Int(1) << (mantissa_bits - 1))) / roots;
