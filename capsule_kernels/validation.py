@@ -97,7 +97,8 @@ def check_int(name: str, value: object, caller: str, least: int = 1) -> None:
 
 def check_pair(name: str, value: Any, caller: str, least: int = 1) -> tuple[int, int]:
     """The pair that ``value`` stands for: itself, or a whole number twice."""
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    # A tuple of types: torch 2.9 does not compile their union.
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
         wrong = TypeError if len(pair) == 2 else ValueError
         raise wrong(f"{caller}: {name} must be an int >= {least} or two of them, got {value!r}")
