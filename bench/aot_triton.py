@@ -65,7 +65,7 @@ def rows(
     With a ``window`` B grids (H, W, C), and I = C kh kw (``capsule_kernels.ops.FORWARD_SCHEMA``).
     """
     from capsule_kernels.backends.triton import launch
-    from capsule_kernels.backends.triton.device import Gpu
+    from capsule_kernels.backends.triton.config import Gpu
 
     shared = TARGETS[target].shared_bytes - TARGETS[target].reserved_bytes
     gpu = Gpu(PROCESSORS[target], target.startswith("gfx"), shared)

@@ -88,10 +88,8 @@ def test_the_choice_of_a_backend_can_be_traced(dtype, monkeypatch):
 
 @needs_triton
 def test_what_does_not_fit_is_refused_past_the_checks_before_any_launch():
-    from capsule_kernels.backends.triton.device import Gpu
-
     launched = []
-    gpu = Gpu(processors=58, hip=False, shared_bytes=99 << 10)
+    gpu = config.Gpu(processors=58, hip=False, shared_bytes=99 << 10)
     with pytest.raises(RuntimeError, match=r"routing_forward: J = 4, .* this device has 101376"):
         launches(2, *TOO_LARGE, 3, gpu=gpu, dtype=torch.float64, launched=launched)
     assert not launched
@@ -102,10 +100,10 @@ def test_what_does_not_fit_is_refused_past_the_checks_before_any_launch():
 @pytest.mark.parametrize("shape", [(64, 10, 8, 16), (64, 33, 16, 16), (64, 10, 64, 64)], ids=str)
 def test_hip_programs_fit_into_64_KiB(shape, dtype):
     """A step of W and u, which is what their compiler keeps there (``bench aot``)."""
-    from capsule_kernels.backends.triton.device import Gpu
-
     launched = []
-    launches(64, *shape, 3, gpu=Gpu(processors=304, hip=True), dtype=dtype, launched=launched)
+    launches(
+        64, *shape, 3, gpu=config.Gpu(processors=304, hip=True), dtype=dtype, launched=launched
+    )
     names = [field.name for field in fields(config.Warps)]
     held = [
         (kernel, config.Warps(*(arguments.get(name, 1) for name in names)))

@@ -53,14 +53,15 @@ def test_warps_hold_what_fits(J, K, D, columns):
 def test_sweeps_fit_into_shared_memory(sizes, shared_bytes):
     """99 KiB are what a block may have with compute capability 8.6 and 8.9."""
     _, J, K, D = sizes
+    gpu = config.Gpu(1, hip=False, shared_bytes=shared_bytes)
     for backward, precision in ((False, "tf32"), (True, "tf32"), (False, "tf32x3")):
         states = config.states_of(backward, precision)
         columns = config.state_columns(backward, precision)
         wanted = config.warps_of(J, K, D, columns)
-        warps, stages = config.fitting(wanted, 4, states, shared_bytes)
-        assert config.fitting(warps, 4, states, shared_bytes) == (warps, stages)
+        warps, stages = config.fitting(wanted, 4, states, gpu)
+        assert config.fitting(warps, 4, states, gpu) == (warps, stages)
         assert warps.STEP_I * warps.BLOCK_K >= config.MATRIX_ROWS
-        assert config.sweep_bytes(warps, stages, 4, states) <= shared_bytes
+        assert config.sweep_bytes(warps, stages, 4, states, gpu) <= shared_bytes
         if shared_bytes > 64 << 10 and D <= 16:  # steps may be shorter, no more
             assert replace(warps, STEP_I=wanted.STEP_I) == wanted
         if shared_bytes == 227 << 10:
@@ -72,25 +73,28 @@ def test_sweeps_fit_into_shared_memory(sizes, shared_bytes):
 def test_no_shape_is_cut_to_nothing(shared_bytes, element_bytes, precision):
     """Where one step of all output capsules does not fit, they are cut into tiles; only float64
     has shapes of which nothing fits into 99 KiB, and in 64 KiB the largest D in split float32."""
+    gpu = config.Gpu(1, hip=False, shared_bytes=shared_bytes)
     refused = set()
     for J, K, D in product((1, 2, 5, 10, 33, 196), (1, 8, 16, 32, 64, 128, 256), (1, 16, 64, 256)):
         if config.is_wide(K, D):
             continue
-        fits = config.least_bytes(J, K, D, element_bytes, precision) <= shared_bytes
+        fits = config.least_bytes(J, K, D, element_bytes, precision, gpu) <= shared_bytes
         for backward in (False, True):
             states = config.states_of(backward, precision)
             wanted = config.warps_of(J, K, D, config.state_columns(backward, precision))
-            fitting = config.fitting(wanted, element_bytes, states, shared_bytes)
+            fitting = config.fitting(wanted, element_bytes, states, gpu)
             assert not fits or fitting is not None
             if fitting is not None:
                 warps, stages = fitting
                 assert min(vars(warps).values()) >= 1
                 assert warps.STEP_I * warps.BLOCK_K >= config.MATRIX_ROWS
                 assert {warps.number, warps.STEP_I} <= {1, 2, 4, 8}
-                assert config.sweep_bytes(warps, stages, element_bytes, states) <= shared_bytes
+                assert config.sweep_bytes(warps, stages, element_bytes, states, gpu) <= shared_bytes
         last = config.warps_of_gradients(J, K, D)
-        last = config.fitting_gradients(last, element_bytes, precision, shared_bytes)
-        assert not fits or config.gradient_bytes(last, element_bytes, precision) <= shared_bytes
+        last = config.fitting_gradients(last, element_bytes, precision, gpu)
+        assert (
+            not fits or config.gradient_bytes(last, element_bytes, precision, gpu) <= shared_bytes
+        )
         if not fits:
             refused.add((K, D))
     if shared_bytes == 227 << 10 or (element_bytes < 8 and shared_bytes == 99 << 10):
@@ -104,7 +108,7 @@ def test_no_shape_is_cut_to_nothing(shared_bytes, element_bytes, precision):
 def test_split_float32_of_mnist_takes_shorter_steps_where_shared_memory_is_small():
     _, J, K, D = MNIST
     wanted = config.warps_of(J, K, D, config.state_columns(True, "tf32x3"))
-    warps, stages = config.fitting(wanted, 4, 4, 99 << 10)
+    warps, stages = config.fitting(wanted, 4, 4, config.Gpu(82, hip=False, shared_bytes=99 << 10))
     assert (wanted.STEP_I, warps.STEP_I, stages) == (4, 2, 2)
 
 

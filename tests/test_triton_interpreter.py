@@ -204,7 +204,7 @@ def test_shorter_steps_where_shared_memory_is_small(monkeypatch):
 
     fitting = config.fitting
     monkeypatch.setattr(config, "fitting", spy)
-    monkeypatch.setattr(routing, "gpu_of", lambda device: routing.Gpu(4, False, 99 << 10))
+    monkeypatch.setattr(routing, "gpu_of", lambda device: config.Gpu(4, False, 99 << 10))
     check_case(Case(B=17, I=5, J=10, R=2, logits=True), torch.float32, "triton")
     assert (2, 2) in steps
 
@@ -481,9 +481,9 @@ def test_a_sample_of_more_than_2_to_31_elements_is_counted_with_64_bits():
 def test_tiles_that_shared_memory_cuts_match(dtype, monkeypatch):
     """J = 10 in tiles in the backward's sweeps, and in float64 the forward's, but whole in the last
     sweep, as on a GPU with 99 KiB."""
-    from capsule_kernels.backends.triton import routing
+    from capsule_kernels.backends.triton import config, routing
 
-    small = routing.Gpu(processors=4, hip=False, shared_bytes=99 << 10)
+    small = config.Gpu(processors=4, hip=False, shared_bytes=99 << 10)
     monkeypatch.setattr(routing, "gpu_of", lambda device: small)
     tabulated = []
     tabulate = routing.Routing.tabulate

@@ -77,10 +77,8 @@ def test_statistics_are_tabled_in_the_tiles_of_the_sweep_that_reads_them(
     shape, dtype, shared_bytes
 ):
     """So the logits that both compute have the same last bits."""
-    from capsule_kernels.backends.triton.device import Gpu
-
     launched = []
-    gpu = Gpu(processors=82, hip=False, shared_bytes=shared_bytes)
+    gpu = config.Gpu(processors=82, hip=False, shared_bytes=shared_bytes)
     launches(64, *shape, 3, gpu=gpu, dtype=dtype, launched=launched)
     names = [field.name for field in fields(config.Warps)] + ["PRECISION", "ACC", "t"]
     tabled = None
@@ -109,9 +107,9 @@ def test_blocks_of_large_weights_need_three_launches_an_iteration():
 @pytest.mark.parametrize("shape", [MNIST, (64, 10, 32, 16), (64, 196, 8, 16)], ids=str)
 def test_every_sweep_that_is_launched_fits_into_99_KiB(shape, B, dtype):
     """Also the first one, whose tiles are its own."""
-    from capsule_kernels.backends.triton.device import Gpu, precision_of
+    from capsule_kernels.backends.triton.device import precision_of
 
-    gpu = Gpu(processors=82, hip=False, shared_bytes=99 << 10)
+    gpu = config.Gpu(processors=82, hip=False, shared_bytes=99 << 10)
     precision = precision_of(dtype, gpu)
     launched = []
     launches(B, *shape, 3, gpu=gpu, dtype=dtype, launched=launched)
@@ -122,16 +120,16 @@ def test_every_sweep_that_is_launched_fits_into_99_KiB(shape, B, dtype):
             warps = config.Warps(**held)
             uniform = arguments.get("FIRST", False)  # no state is an operand
             states = 0 if uniform else config.states_of("backward" in name, precision)
-            swept.append(config.sweep_bytes(warps, stages, dtype.itemsize, states))
+            swept.append(config.sweep_bytes(warps, stages, dtype.itemsize, states, gpu))
     assert len(swept) == 5
     assert max(swept) <= gpu.shared_bytes
 
 
 @needs_triton
 def test_float32_follows_the_matmul_precision_at_run_time():
-    from capsule_kernels.backends.triton.device import Gpu, precision_of
+    from capsule_kernels.backends.triton.device import precision_of
 
-    cuda, hip = Gpu(132, hip=False), Gpu(304, hip=True)
+    cuda, hip = config.Gpu(132, hip=False), config.Gpu(304, hip=True)
     before = torch.get_float32_matmul_precision()
     matmul = torch.backends.cuda.matmul
     try:

@@ -32,7 +32,6 @@ def launches(
     import triton.language as tl
 
     from capsule_kernels.backends.triton import launch
-    from capsule_kernels.backends.triton.device import Gpu
 
     names = []
 
@@ -56,7 +55,7 @@ def launches(
                 if isinstance(x, torch.Tensor):
                     sizes[name] = max(sizes.get(name, 0), x.numel())
 
-    gpu = gpu or Gpu(processors=132, hip=False, shared_bytes=227 << 10)
+    gpu = gpu or config.Gpu(processors=132, hip=False, shared_bytes=227 << 10)
     u = torch.empty((B, *grid, K) if grid else (B, I, K), device="meta", dtype=dtype)
     weight = torch.empty(I // weight_sharing, J, D, K, device="meta", dtype=dtype)
     v, s, _ = launch.routing_forward(

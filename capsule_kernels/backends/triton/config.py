@@ -74,6 +74,15 @@ GRID_BLOCK = 1024
 """Elements of a grid of a program that sums the gradients of windows."""
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What the configurations depend on of a device."""
+
+    processors: int  # multiprocessors
+    hip: bool
+    shared_bytes: int = 64 << 10  # of a program, at most; every GPU has so many
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
@@ -202,9 +211,7 @@ def warps_of_large(B: int, J: int, K: int, D: int, uniform: bool) -> Warps | Non
     return warps if fits and warps.output_capsules >= J else None
 
 
-def sweep_bytes(
-    warps: Warps, stages: int, element_bytes: int, states: int, hip: bool = False
-) -> int:
+def sweep_bytes(warps: Warps, stages: int, element_bytes: int, states: int, gpu: Gpu) -> int:
     """Shared memory that a program of a sweep takes, at most.
 
     On HIP it holds one step of W and u, and registers what is on its way. On CUDA steps are on
@@ -216,7 +223,7 @@ def sweep_bytes(
     columns = warps.STEP_I * warps.BLOCK_K
     W = warps.number * warps.UNROLL_J * warps.BLOCK_D * columns
     u = warps.WARPS_I * warps.BLOCK_B * columns
-    if hip:
+    if gpu.hip:
         return element_bytes * (W + u)
     state = warps.output_capsules * warps.BLOCK_B * warps.BLOCK_D
     exchanged = warps.number * MATRIX_ROWS * columns
@@ -245,13 +252,11 @@ def halves(n: int) -> list[int]:
     return [n] if n == 1 else [n, *halves(ceil_div(n, 2))]
 
 
-def fitting(
-    warps: Warps, element_bytes: int, states: int, shared_bytes: int, hip: bool = False
-) -> tuple[Warps, int] | None:
+def fitting(warps: Warps, element_bytes: int, states: int, gpu: Gpu) -> tuple[Warps, int] | None:
     """The warps, or what fits of them into shared memory, and for how many stages; or None."""
     for fewer in smaller(warps):
-        for stages in (2,) if hip else (3, 2):
-            if sweep_bytes(fewer, stages, element_bytes, states, hip) <= shared_bytes:
+        for stages in (2,) if gpu.hip else (3, 2):
+            if sweep_bytes(fewer, stages, element_bytes, states, gpu) <= gpu.shared_bytes:
                 return fewer, stages
     return None
 
@@ -265,11 +270,11 @@ def warps_of_gradients(J: int, K: int, D: int) -> Warps:
     return replace(warps, WARPS_I=1, BLOCK_B=GRADIENT_ROWS)
 
 
-def gradient_bytes(warps: Warps, element_bytes: int, precision: str, hip: bool = False) -> int:
+def gradient_bytes(warps: Warps, element_bytes: int, precision: str, gpu: Gpu) -> int:
     """Shared memory that a program of the last sweep takes, at most: W, and in float64 states."""
     columns = warps.STEP_I * warps.BLOCK_K
     W = warps.output_capsules * columns * warps.BLOCK_D
-    if hip:
+    if gpu.hip:
         return element_bytes * W
     exchanged = warps.number * GRADIENT_ROWS * columns
     if element_bytes == 8:
@@ -278,32 +283,28 @@ def gradient_bytes(warps: Warps, element_bytes: int, precision: str, hip: bool =
     return 4 * (W * (2 if precision == "tf32x3" else 1) + exchanged) + SCRATCH
 
 
-def fitting_gradients(
-    warps: Warps, element_bytes: int, precision: str, shared_bytes: int, hip: bool = False
-) -> Warps | None:
+def fitting_gradients(warps: Warps, element_bytes: int, precision: str, gpu: Gpu) -> Warps | None:
     """The warps of the last sweep, or what fits of them into shared memory, or None."""
     for fewer in smaller(warps):
-        if gradient_bytes(fewer, element_bytes, precision, hip) <= shared_bytes:
+        if gradient_bytes(fewer, element_bytes, precision, gpu) <= gpu.shared_bytes:
             return fewer
     return None
 
 
 @lru_cache(maxsize=1024)
-def least_bytes(
-    J: int, K: int, D: int, element_bytes: int, precision: str, hip: bool = False
-) -> int:
+def least_bytes(J: int, K: int, D: int, element_bytes: int, precision: str, gpu: Gpu) -> int:
     """Shared memory that the smallest programs take for a shape, forward or backward."""
     if is_wide(K, D):
         return 0
     sweeps = (
         min(
-            sweep_bytes(warps, 2, element_bytes, states_of(backward, precision), hip)
+            sweep_bytes(warps, 2, element_bytes, states_of(backward, precision), gpu)
             for warps in smaller(warps_of(J, K, D, state_columns(backward, precision)))
         )
         for backward in (False, True)
     )
     gradients = (
-        gradient_bytes(warps, element_bytes, precision, hip)
+        gradient_bytes(warps, element_bytes, precision, gpu)
         for warps in smaller(warps_of_gradients(J, K, D))
     )
     return max(*sweeps, min(gradients))

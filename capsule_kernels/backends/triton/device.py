@@ -1,19 +1,8 @@
 """What a call's configuration depends on of its device: read without importing Triton."""
 
-from dataclasses import dataclass
-
 import torch
 
-from . import config
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the configurations depend on of a device."""
-
-    processors: int
-    hip: bool
-    shared_bytes: int = 64 << 10  # of a program, at most; every GPU has so many
+from .config import Gpu, least_bytes
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -44,12 +33,11 @@ def precision_of(dtype: torch.dtype, gpu: Gpu) -> str:
 
 def does_not_fit(gpu: Gpu, dtype: torch.dtype, J: int, D: int, K: int) -> str | None:
     """Why not even the smallest programs of a shape fit into shared memory, or None."""
-    there = gpu.shared_bytes
-    needed = config.least_bytes(J, K, D, dtype.itemsize, precision_of(dtype, gpu), gpu.hip)
-    if needed <= there:
+    needed = least_bytes(J, K, D, dtype.itemsize, precision_of(dtype, gpu), gpu)
+    if needed <= gpu.shared_bytes:
         return None
     return (
         f"J = {J}, K = {K}, D = {D} in {dtype} needs {needed} bytes of shared memory for a step of "
-        f"the smallest program, and this device has {there}; use another dtype or "
+        f"the smallest program, and this device has {gpu.shared_bytes}; use another dtype or "
         "backend='reference'"
     )

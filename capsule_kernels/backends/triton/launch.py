@@ -11,7 +11,6 @@ from ...ops import backward_shapes, forward_shapes
 from . import config, launch_wide
 from .backward import routing_backward_kernel, routing_state_kernel
 from .checks import check_backward, check_forward
-from .device import Gpu
 from .forward import routing_forward_kernel, routing_output_kernel
 from .gradients import routing_gradients_kernel
 from .routing import Routing, device_guard, laid_out, run
@@ -33,7 +32,7 @@ def routing_forward(
     window: Sequence[int] | None = None,
     *,
     launch: Callable[..., None] = run,
-    gpu: Gpu | None = None,
+    gpu: config.Gpu | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """v, s and coupling: R sweeps and the output, R + 1 launches where J fits into one tile."""
     check_forward(u, weight, logits, bias, num_iterations, weight_sharing, window)
@@ -91,7 +90,7 @@ def routing_backward(
     window: Sequence[int] | None = None,
     *,
     launch: Callable[..., None] = run,
-    gpu: Gpu | None = None,
+    gpu: config.Gpu | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients asked for: R - 1 sweeps, the state, the gradients; R + 1 launches.
 

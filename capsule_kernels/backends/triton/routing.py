@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import windows
 from . import INTERPRETED, config
-from .device import Gpu, does_not_fit, gpu_of, precision_of
+from .device import does_not_fit, gpu_of, precision_of
 from .row_sum import row_sum_kernel
 from .statistics import routing_statistics_kernel
 from .windows import grid_gradient_kernel
@@ -80,7 +80,7 @@ class Routing:
     """One call of an operator: its inputs, how its sweeps are cut, and where they are launched."""
 
     launch: Callable[..., None]
-    gpu: Gpu
+    gpu: config.Gpu
     backward: bool
     u: Tensor
     weight: Tensor
@@ -94,7 +94,7 @@ class Routing:
     def of(
         cls,
         launch: Callable[..., None],
-        gpu: Gpu | None,
+        gpu: config.Gpu | None,
         backward: bool,
         u: Tensor,
         weight: Tensor,
@@ -161,8 +161,7 @@ class Routing:
         A ``uniform`` sweep, a first one without priors, has no state as an operand.
         """
         states = 0 if uniform else config.states_of(self.backward, self.precision)
-        gpu = self.gpu
-        return config.fitting(warps, self.u.element_size(), states, gpu.shared_bytes, gpu.hip)
+        return config.fitting(warps, self.u.element_size(), states, self.gpu)
 
     def fit(self, warps: config.Warps, uniform: bool = False) -> tuple[config.Warps, int]:
         """The same of warps of which something fits (``of``)."""
@@ -175,10 +174,7 @@ class Routing:
         """What programs hold in the last sweep of the backward."""
         _, _, J, K, D, _ = self.sizes
         warps = config.warps_of_gradients(J, K, D)
-        gpu = self.gpu
-        fitting = config.fitting_gradients(
-            warps, self.u.element_size(), self.precision, gpu.shared_bytes, gpu.hip
-        )
+        fitting = config.fitting_gradients(warps, self.u.element_size(), self.precision, self.gpu)
         assert fitting is not None, "a shape that does not fit was refused"
         return fitting
 
