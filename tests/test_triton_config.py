@@ -20,7 +20,7 @@ PRECISIONS = [(8, "ieee"), (4, "tf32x3"), (4, "tf32"), (2, "tf32")]
 def test_sweeps_cover_every_sample_and_capsule_once(B, sizes, processors, columns):
     I, J, K, D = sizes
     warps = config.warps_of(J, K, D, columns) if columns else config.warps_of_uniform(J, K, D)
-    sweep = config.sweep(B, I, J, K, warps, processors)
+    sweep = config.sweep(B, I, J, K, warps, 2, processors)
     assert (sweep.tiles_B - 1) * warps.BLOCK_B < B <= sweep.tiles_B * warps.BLOCK_B
     assert (sweep.tiles_J - 1) * warps.output_capsules < J <= sweep.tiles_J * warps.output_capsules
     assert (sweep.groups - 1) * sweep.capsules < I <= sweep.groups * sweep.capsules
@@ -161,8 +161,8 @@ def test_only_the_rows_that_do_not_fill_the_machine_are_cut():
 def test_large_batches_are_cut_by_samples_and_small_ones_by_capsules():
     I, J, K, D = MNIST
     warps = config.warps_of(J, K, D, 80)
-    assert config.sweep(4096, I, J, K, warps, 132).groups <= 4
-    assert config.sweep(1, I, J, K, warps, 132).groups >= 64
+    assert config.sweep(4096, I, J, K, warps, 2, 132).groups <= 4
+    assert config.sweep(1, I, J, K, warps, 2, 132).groups >= 64
 
 
 def test_tiles_share_the_first_axis_of_a_grid_where_the_third_is_too_short():

@@ -333,6 +333,7 @@ class Sweep:
     """How one sweep over (b, i) is cut into programs."""
 
     warps: Warps
+    stages: int  # of its load pipeline
     tiles_B: int
     tiles_J: int
     groups: int
@@ -345,7 +346,7 @@ class Sweep:
 
 
 @lru_cache(maxsize=1024)
-def sweep(B: int, I: int, J: int, K: int, warps: Warps, processors: int) -> Sweep:
+def sweep(B: int, I: int, J: int, K: int, warps: Warps, stages: int, processors: int) -> Sweep:
     """The cut of a sweep for a machine with ``processors`` multiprocessors.
 
     Too few groups leave multiprocessors idle; but each is one more partial sum that every program
@@ -370,6 +371,7 @@ def sweep(B: int, I: int, J: int, K: int, warps: Warps, processors: int) -> Swee
     capsules = cut(min(range(1, min(I, 2 * processors) + 1), key=cost))
     return Sweep(
         warps=warps,
+        stages=stages,
         tiles_B=tiles_B,
         tiles_J=tiles_J,
         groups=ceil_div(I, capsules),

@@ -122,36 +122,30 @@ class Routing:
 
     @cached_property
     def sweep(self) -> config.Sweep:
-        B, I, J, K, D, _ = self.sizes
-        columns = config.state_columns(self.backward, self.precision)
-        warps, _ = self.fit(config.warps_of(J, K, D, columns))
+        _, _, J, K, D, _ = self.sizes
         # 16-bit weights are half as much to read, and split float32 has no registers for more.
-        if not self.backward and self.precision == "tf32" and not self.paired:
-            warps = self.large(uniform=False) or warps
-        return config.sweep(B, I, J, K, warps, self.gpu.processors)
+        shares = not self.backward and self.precision == "tf32" and not self.paired
+        fitted = self.fitting_large(uniform=False) if shares else None
+        if fitted is None:
+            columns = config.state_columns(self.backward, self.precision)
+            fitted = self.fitting(config.warps_of(J, K, D, columns))
+        assert fitted is not None, "a shape that does not fit was refused"
+        return self.cut(*fitted)
 
     @cached_property
     def first_sweep(self) -> config.Sweep:
         """The sweep of iteration 1 of the forward."""
-        B, I, J, K, D, _ = self.sizes
+        B, _, J, K, D, _ = self.sizes
         if self.logits is not None or config.UNIFORM_ROWS > B:
             return self.sweep
-        warps = self.large(uniform=True)
-        if warps is None:
-            fitting = self.fitting(config.warps_of_uniform(J, K, D), uniform=True)
-            if fitting is None:
-                return self.sweep
-            warps, _ = fitting
-        return config.sweep(B, I, J, K, warps, self.gpu.processors)
+        fitted = self.fitting_large(uniform=True)
+        if fitted is None:
+            fitted = self.fitting(config.warps_of_uniform(J, K, D), uniform=True)
+        return self.sweep if fitted is None else self.cut(*fitted)
 
-    def large(self, uniform: bool) -> config.Warps | None:
-        """What programs hold in a sweep of the forward over a large batch, if it is one."""
-        if self.gpu.shared_bytes < config.LARGE_SHARED:
-            return None
-        B, _, J, K, D, _ = self.sizes
-        warps = config.warps_of_large(B, J, K, D, uniform)
-        fitting = None if warps is None else self.fitting(warps, uniform)
-        return warps if fitting is not None and fitting[0] == warps else None
+    def cut(self, warps: config.Warps, stages: int) -> config.Sweep:
+        B, I, J, K, *_ = self.sizes
+        return config.sweep(B, I, J, K, warps, stages, self.gpu.processors)
 
     def fitting(
         self, warps: config.Warps, uniform: bool = False
@@ -163,11 +157,14 @@ class Routing:
         states = 0 if uniform else config.states_of(self.backward, self.precision)
         return config.fitting(warps, self.u.element_size(), states, self.gpu)
 
-    def fit(self, warps: config.Warps, uniform: bool = False) -> tuple[config.Warps, int]:
-        """The same of warps of which something fits (``of``)."""
-        fitting = self.fitting(warps, uniform)
-        assert fitting is not None, "a shape that does not fit was refused"
-        return fitting
+    def fitting_large(self, uniform: bool) -> tuple[config.Warps, int] | None:
+        """The same of a sweep of the forward over a large batch; None if not all of it fits."""
+        B, _, J, K, D, _ = self.sizes
+        warps = config.warps_of_large(B, J, K, D, uniform)
+        if warps is None or self.gpu.shared_bytes < config.LARGE_SHARED:
+            return None
+        fitted = self.fitting(warps, uniform)
+        return fitted if fitted is not None and fitted[0] == warps else None
 
     @cached_property
     def last_sweep(self) -> config.Warps:
@@ -248,7 +245,7 @@ class Routing:
         grid, flat = config.grid(sweep.tiles_B, sweep.groups, sweep.tiles_J)
         self.over_capsules(
             kernel, grid,
-            sweep.warps.number, self.fit(sweep.warps, sweep is not self.sweep)[1], sweep.warps,
+            sweep.warps.number, sweep.stages, sweep.warps,
             capsules=sweep.capsules, FLAT=flat, **arguments,
         )  # fmt: skip
 
@@ -272,7 +269,7 @@ class Routing:
         grid, flat = config.grid(sweep.tiles_B, 1, groups)
         self.over_capsules(
             routing_statistics_kernel, grid,
-            sweep.warps.number, self.fit(sweep.warps)[1], sweep.warps,
+            sweep.warps.number, sweep.stages, sweep.warps,
             s_ptr=self.s, ds_ptr=ds, statistics_ptr=statistics, t=t, FIRST=t == 1, STEPS=steps,
             FLAT=flat,
         )  # fmt: skip
