@@ -159,11 +159,10 @@ def routing_backward(
                     routing_state_kernel,
                     tiles_B * last_sweep.BLOCK_B, tiles_J * last_sweep.output_capsules,
                     groups=sweep.groups, **state(t),
-                    table_ptr=table if last else None, iterations=R,
+                    table_ptr=table if last else None,
                     finished_ptr=finished if last else None,
                     finished_rows=0 if finished is None else len(finished),
-                    LEAKY=routing.leaky, UNIFORM=uniform, PAIRED=routing.paired,
-                    WARPS_J=last_sweep.WARPS_J, UNROLL_J=last_sweep.UNROLL_J,
+                    UNIFORM=uniform, WARPS_J=last_sweep.WARPS_J, UNROLL_J=last_sweep.UNROLL_J,
                 )  # fmt: skip
             if statistics is not None and (tiles_J > 1 or not last):
                 routing.tabulate(statistics[t - 1], t, ds[t - 1])
@@ -185,24 +184,20 @@ def routing_backward(
         first = 2 if uniform else earliest
         unrolled = UNROLLS and R - first == 1 and routing.precision == "tf32"
         if not (grad_u is None and grad_weight is None and grad_logits is None):
-            routing.over_capsules(
-                routing_gradients_kernel, (split.programs,),
-                last_sweep.number, 1, last_sweep,
+            routing.launch(
+                routing_gradients_kernel, (split.programs,), last_sweep.number, 1,
                 table_ptr=table, statistics_ptr=statistics if tiles_J > 1 else None,
                 grad_u_ptr=grad_capsules, du_ptr=du,
                 grad_weight_ptr=grad_weight, grad_logits_ptr=grad_logits,
                 weight_parts_ptr=weight_parts, logits_parts_ptr=logits_parts,
                 finished_ptr=finished,
-                first=first, iterations=R, **split.share,
+                first=first, **split.share, **vars(last_sweep),
                 UNROLL_T=2 if unrolled else 1, FIRST_T=first if unrolled else 0,
-                UNIFORM=uniform, FULL=full_gradient, PAIRED=routing.paired,
+                UNIFORM=uniform, FULL=full_gradient,
             )  # fmt: skip
         routing.sum_windows(grad_capsules, grad_u)
-        sums: list[tuple[Tensor | None, Tensor | None]]
-        sums = [(ds[earliest - 1 :].flatten(0, 1), grad_bias)]
+        routing.sum_rows(ds[earliest - 1 :].flatten(0, 1), grad_bias)
         if finished is None:
-            sums += [(weight_parts, grad_weight), (logits_parts, grad_logits)]
-        for parts, gradient in sums:
-            if gradient is not None and parts is not None:
-                routing.sum_rows(parts, gradient)
+            routing.sum_rows(weight_parts, grad_weight)
+            routing.sum_rows(logits_parts, grad_logits)
     return gradients

@@ -16,16 +16,9 @@ from .wide import (
 
 
 def over_blocks(routing: Routing, kernel: Any, programs: int, **arguments: Any) -> None:
-    """Launch a kernel with those of the arguments that it takes."""
-    B, I, J, K, D, _ = routing.sizes
-    known = {
-        "u_ptr": routing.u, "weight_ptr": routing.weight, "logits_ptr": routing.logits,
-        "B": B, "I": I, "J": J, "K": K, "D": D, "WEIGHT_SHARING": routing.weight_sharing,
-        "WINDOW": routing.window_constants, "LEAKY": routing.leaky, "PRECISION": routing.precision,
-        **vars(config.blocks_of(K, D)), **routing.types, **arguments,
-    }  # fmt: skip
-    taken = {name: known[name] for name in kernel.arg_names}
-    routing.launch(kernel, (programs,), 4, 2, **taken)
+    """Launch a kernel that goes through blocks of d and of k."""
+    _, _, _, K, D, _ = routing.sizes
+    routing.launch(kernel, (programs,), 4, 2, **vars(config.blocks_of(K, D)), **arguments)
 
 
 def coupling_of(routing: Routing, **arguments: Any) -> None:
@@ -47,7 +40,7 @@ def state(routing: Routing, **arguments: Any) -> None:
     """v and V of s, and ds of G."""
     B, _, J, _, D, _ = routing.sizes
     BLOCK_D = config.power_of_two(D)
-    over_blocks(routing, wide_state_kernel, B * J, BLOCK_D=BLOCK_D, **arguments)
+    routing.launch(wide_state_kernel, (B * J,), 4, 2, BLOCK_D=BLOCK_D, **arguments)
 
 
 def forward(routing: Routing, bias: Tensor | None, v: Tensor, coupling: Tensor | None) -> None:
@@ -113,7 +106,7 @@ def backward(
                 )  # fmt: skip
         tables = {
             "c_ptr": c, "dl_ptr": dl if full_gradient else None, "V_ptr": V, "ds_ptr": ds,
-            "first": first, "iterations": R,
+            "first": first,
         }  # fmt: skip
         blocks = config.blocks_of(K, D)
         tiles_K = config.ceil_div(K, blocks.BLOCK_K)
@@ -126,14 +119,9 @@ def backward(
             rows = I // routing.weight_sharing
             programs = rows * J * config.ceil_div(D, blocks.BLOCK_D) * tiles_K
             over_blocks(
-                routing,
-                wide_weight_gradient_kernel,
-                programs,
-                grad_weight_ptr=grad_weight,
-                **tables,
-            )
-        if grad_logits is not None:
-            assert dl is not None
+                routing, wide_weight_gradient_kernel, programs,
+                grad_weight_ptr=grad_weight, **tables,
+            )  # fmt: skip
+        if dl is not None:
             routing.sum_rows(dl[first - 1 :].flatten(0, 1), grad_logits)
-        if grad_bias is not None:
-            routing.sum_rows(ds[first - 1 :].flatten(0, 1), grad_bias)
+        routing.sum_rows(ds[first - 1 :].flatten(0, 1), grad_bias)

@@ -79,7 +79,7 @@ def laid_out(x: Tensor) -> Tensor:
 class Routing:
     """One call of an operator: its inputs, how its sweeps are cut, and where they are launched."""
 
-    launch: Callable[..., None]
+    launcher: Callable[..., None]
     gpu: config.Gpu
     backward: bool
     u: Tensor
@@ -93,7 +93,7 @@ class Routing:
     @classmethod
     def of(
         cls,
-        launch: Callable[..., None],
+        launcher: Callable[..., None],
         gpu: config.Gpu | None,
         backward: bool,
         u: Tensor,
@@ -106,7 +106,7 @@ class Routing:
         reason = does_not_fit(gpu, u.dtype, *weight.shape[1:])
         if reason is not None:
             raise RuntimeError(f"routing_{'backward' if backward else 'forward'}: {reason}")
-        return cls(launch, gpu, backward, laid_out(u), laid_out(weight), logits, *rest)
+        return cls(launcher, gpu, backward, laid_out(u), laid_out(weight), logits, *rest)
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -196,7 +196,7 @@ class Routing:
         B, _, J, *_ = self.sizes
         return config.table_size(B, J, self.last_sweep)
 
-    @cached_property
+    @property
     def types(self) -> dict[str, Any]:
         """The kernels' arithmetic and the width of their offsets."""
         B, I, J, K, D, R = self.sizes
@@ -221,43 +221,40 @@ class Routing:
     def precision(self) -> str:
         return precision_of(self.u.dtype, self.gpu)
 
-    def over_capsules(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        num_warps: int,
-        num_stages: int,
-        blocks: Any,
-        **arguments: Any,
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """Arguments that are the same for every kernel that takes them."""
+        B, I, J, K, D, R = self.sizes
+        return {
+            "u_ptr": self.u, "weight_ptr": self.weight, "logits_ptr": self.logits,
+            "B": B, "I": I, "J": J, "K": K, "D": D, "iterations": R,
+            "WEIGHT_SHARING": self.weight_sharing, "WINDOW": self.window_constants,
+            "LEAKY": self.leaky, "PAIRED": self.paired, "PRECISION": self.precision, **self.types,
+        }  # fmt: skip
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any
     ) -> None:
-        """Launch a kernel that visits the input capsules."""
-        B, I, J, K, D, _ = self.sizes
-        self.launch(
-            kernel, grid, num_warps, num_stages,
-            u_ptr=self.u, weight_ptr=self.weight, logits_ptr=self.logits, B=B, I=I, J=J, K=K, D=D,
-            WEIGHT_SHARING=self.weight_sharing, WINDOW=self.window_constants, LEAKY=self.leaky,
-            PRECISION=self.precision,
-            **vars(blocks), **self.types, **arguments,
-        )  # fmt: skip
+        """Launch a kernel with these arguments, and with those of the common ones that it takes."""
+        common = {name: x for name, x in self.common.items() if name in kernel.arg_names}
+        self.launcher(kernel, grid, num_warps, num_stages, **common, **arguments)
 
     def over_sweep(self, kernel: Any, sweep: config.Sweep, **arguments: Any) -> None:
         """Launch a sweep of the forward or backward."""
         grid, flat = config.grid(sweep.tiles_B, sweep.groups, sweep.tiles_J)
-        self.over_capsules(
-            kernel, grid,
-            sweep.warps.number, sweep.stages, sweep.warps,
-            capsules=sweep.capsules, FLAT=flat, **arguments,
+        self.launch(
+            kernel, grid, sweep.warps.number, sweep.stages,
+            capsules=sweep.capsules, FLAT=flat, **vars(sweep.warps), **arguments,
         )  # fmt: skip
 
-    def over_state(self, kernel: Any, B: int, J: int, **arguments: Any) -> None:
-        """Launch a kernel that visits [B, J, D] only."""
+    def over_state(self, kernel: Any, samples: int, capsules: int, **arguments: Any) -> None:
+        """Launch a kernel that visits so many samples and output capsules of [B, J, D] only."""
         BLOCK_D = self.last_sweep.BLOCK_D
-        BLOCK_J = min(config.power_of_two(J), max(1, config.MAX_TILE // BLOCK_D))
-        grid, flat = config.grid(B, 1, config.ceil_div(J, BLOCK_J))
+        BLOCK_J = min(config.power_of_two(capsules), max(1, config.MAX_TILE // BLOCK_D))
+        grid, flat = config.grid(samples, 1, config.ceil_div(capsules, BLOCK_J))
         self.launch(
             kernel, grid, 2, 1,
-            B=self.sizes[0], J=self.sizes[2], D=self.sizes[4],
-            FLAT=flat, BLOCK_B=1, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, **self.types, **arguments,
+            FLAT=flat, BLOCK_B=1, BLOCK_J=BLOCK_J, BLOCK_D=BLOCK_D, **arguments,
         )  # fmt: skip
 
     def tabulate(self, statistics: Tensor, t: int, ds: Tensor | None = None) -> None:
@@ -267,21 +264,21 @@ class Routing:
         sweep, steps = self.sweep, config.STATISTICS_STEPS
         groups = config.ceil_div(self.sizes[1], steps * sweep.warps.capsules)
         grid, flat = config.grid(sweep.tiles_B, 1, groups)
-        self.over_capsules(
-            routing_statistics_kernel, grid,
-            sweep.warps.number, sweep.stages, sweep.warps,
+        self.launch(
+            routing_statistics_kernel, grid, sweep.warps.number, sweep.stages,
             s_ptr=self.s, ds_ptr=ds, statistics_ptr=statistics, t=t, FIRST=t == 1, STEPS=steps,
-            FLAT=flat,
+            FLAT=flat, **vars(sweep.warps),
         )  # fmt: skip
 
-    def sum_rows(self, x: Tensor, total: Tensor) -> None:
-        """total = x summed over its first axis."""
+    def sum_rows(self, x: Tensor | None, total: Tensor | None) -> None:
+        """total = x summed over its first axis, where both are there."""
+        if x is None or total is None:
+            return
         columns = total.numel()
         self.launch(
             row_sum_kernel, (config.ceil_div(columns, 64),), 4, 1,
             x_ptr=x, sum_ptr=total, rows=x.shape[0], columns=columns,
             BLOCK_ROWS=config.power_of_two(min(x.shape[0], 32)), BLOCK_COLUMNS=64,
-            **self.types,
         )  # fmt: skip
 
     def capsule_gradients(self, grad_u: Tensor | None) -> Tensor | None:
@@ -302,6 +299,5 @@ class Routing:
         size = grad_u.numel()
         self.launch(
             grid_gradient_kernel, (config.ceil_div(size, config.GRID_BLOCK),), 4, 1,
-            du_ptr=du, grad_u_ptr=grad_u, size=size, K=self.sizes[3],
-            WINDOW=self.window_constants, BLOCK=config.GRID_BLOCK, **self.types,
+            du_ptr=du, grad_u_ptr=grad_u, size=size, BLOCK=config.GRID_BLOCK,
         )  # fmt: skip
