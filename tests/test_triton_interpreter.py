@@ -143,9 +143,9 @@ def test_highest_precision_is_float32_on_tf32_hardware(case, matrix_unit):
 
 def test_two_iterations_at_once_in_the_last_sweep(monkeypatch):
     """What TF32 takes where R = 3; the interpreter multiplies exactly, so the tolerance holds."""
-    from capsule_kernels.backends.triton import launch
+    from capsule_kernels.backends.triton import launch, launch_sweeps
 
-    monkeypatch.setattr(launch, "UNROLLS", True)
+    monkeypatch.setattr(launch_sweeps, "UNROLLS", True)
     unrolled = []
 
     def spy(kernel, *rest, **arguments):

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from . import config
-from .routing import Routing, device_guard
+from .routing import Routing
 from .wide import (
     wide_coupling_kernel,
     wide_input_gradient_kernel,
@@ -49,19 +49,18 @@ def forward(routing: Routing, bias: Tensor | None, v: Tensor, coupling: Tensor |
     s = routing.s
     c = s.new_empty(B, I, J)
     V = s.new_empty(2, B, J, D)
-    with device_guard(v.device):
-        for t in range(1, R + 1):
-            before = V[t % 2] if t > 1 else None
-            coupling_of(
-                routing, V_ptr=before, ds_ptr=None, c_ptr=c, dl_ptr=None,
-                coupling_ptr=coupling if t == R else None,
-            )  # fmt: skip
-            sum_of_predictions(routing, y_ptr=c, bias_ptr=bias, before_ptr=None, sum_ptr=s[t - 1])
-            state(
-                routing, s_ptr=s[t - 1], V_before_ptr=before,
-                V_ptr=V[(t + 1) % 2] if t < R else None, v_ptr=v if t == R else None,
-                G_ptr=None, ds_ptr=None,
-            )  # fmt: skip
+    for t in range(1, R + 1):
+        before = V[t % 2] if t > 1 else None
+        coupling_of(
+            routing, V_ptr=before, ds_ptr=None, c_ptr=c, dl_ptr=None,
+            coupling_ptr=coupling if t == R else None,
+        )  # fmt: skip
+        sum_of_predictions(routing, y_ptr=c, bias_ptr=bias, before_ptr=None, sum_ptr=s[t - 1])
+        state(
+            routing, s_ptr=s[t - 1], V_before_ptr=before,
+            V_ptr=V[(t + 1) % 2] if t < R else None, v_ptr=v if t == R else None,
+            G_ptr=None, ds_ptr=None,
+        )  # fmt: skip
 
 
 def backward(
@@ -82,46 +81,45 @@ def backward(
     c = s.new_empty(R, B, I, J)
     dl = s.new_empty(R, B, I, J) if full_gradient or grad_logits is not None else None
     G = s.new_empty(2, B, J, D)
-    with device_guard(grad_v.device):
-        for t in range(1, R):
-            state(
-                routing, s_ptr=s[t - 1], V_before_ptr=V[t - 1] if t > 1 else None, V_ptr=V[t],
-                v_ptr=None, G_ptr=None, ds_ptr=None,
+    for t in range(1, R):
+        state(
+            routing, s_ptr=s[t - 1], V_before_ptr=V[t - 1] if t > 1 else None, V_ptr=V[t],
+            v_ptr=None, G_ptr=None, ds_ptr=None,
+        )  # fmt: skip
+    for t in range(R, first - 1, -1):
+        state(
+            routing, s_ptr=s[t - 1], V_before_ptr=None, V_ptr=None, v_ptr=None,
+            G_ptr=grad_v if t == R else G[t % 2], ds_ptr=ds[t - 1],
+        )  # fmt: skip
+        dl_of_t = None if dl is None else dl[t - 1]
+        coupling_of(
+            routing, V_ptr=V[t - 1] if t > 1 else None,
+            ds_ptr=None if dl is None else ds[t - 1],
+            c_ptr=c[t - 1], dl_ptr=dl_of_t, coupling_ptr=None,
+        )  # fmt: skip
+        if t > first:
+            sum_of_predictions(
+                routing, y_ptr=dl_of_t, bias_ptr=None,
+                before_ptr=G[t % 2] if t < R else None, sum_ptr=G[(t + 1) % 2],
             )  # fmt: skip
-        for t in range(R, first - 1, -1):
-            state(
-                routing, s_ptr=s[t - 1], V_before_ptr=None, V_ptr=None, v_ptr=None,
-                G_ptr=grad_v if t == R else G[t % 2], ds_ptr=ds[t - 1],
-            )  # fmt: skip
-            dl_of_t = None if dl is None else dl[t - 1]
-            coupling_of(
-                routing, V_ptr=V[t - 1] if t > 1 else None,
-                ds_ptr=None if dl is None else ds[t - 1],
-                c_ptr=c[t - 1], dl_ptr=dl_of_t, coupling_ptr=None,
-            )  # fmt: skip
-            if t > first:
-                sum_of_predictions(
-                    routing, y_ptr=dl_of_t, bias_ptr=None,
-                    before_ptr=G[t % 2] if t < R else None, sum_ptr=G[(t + 1) % 2],
-                )  # fmt: skip
-        tables = {
-            "c_ptr": c, "dl_ptr": dl if full_gradient else None, "V_ptr": V, "ds_ptr": ds,
-            "first": first,
-        }  # fmt: skip
-        blocks = config.blocks_of(K, D)
-        tiles_K = config.ceil_div(K, blocks.BLOCK_K)
-        if grad_u is not None:
-            programs = I * tiles_K * config.ceil_div(B, blocks.BLOCK_B)
-            du = routing.capsule_gradients(grad_u)
-            over_blocks(routing, wide_input_gradient_kernel, programs, grad_u_ptr=du, **tables)
-            routing.sum_windows(du, grad_u)
-        if grad_weight is not None:
-            rows = I // routing.weight_sharing
-            programs = rows * J * config.ceil_div(D, blocks.BLOCK_D) * tiles_K
-            over_blocks(
-                routing, wide_weight_gradient_kernel, programs,
-                grad_weight_ptr=grad_weight, **tables,
-            )  # fmt: skip
-        if dl is not None:
-            routing.sum_rows(dl[first - 1 :].flatten(0, 1), grad_logits)
-        routing.sum_rows(ds[first - 1 :].flatten(0, 1), grad_bias)
+    tables = {
+        "c_ptr": c, "dl_ptr": dl if full_gradient else None, "V_ptr": V, "ds_ptr": ds,
+        "first": first,
+    }  # fmt: skip
+    blocks = config.blocks_of(K, D)
+    tiles_K = config.ceil_div(K, blocks.BLOCK_K)
+    if grad_u is not None:
+        programs = I * tiles_K * config.ceil_div(B, blocks.BLOCK_B)
+        du = routing.capsule_gradients(grad_u)
+        over_blocks(routing, wide_input_gradient_kernel, programs, grad_u_ptr=du, **tables)
+        routing.sum_windows(du, grad_u)
+    if grad_weight is not None:
+        rows = I // routing.weight_sharing
+        programs = rows * J * config.ceil_div(D, blocks.BLOCK_D) * tiles_K
+        over_blocks(
+            routing, wide_weight_gradient_kernel, programs,
+            grad_weight_ptr=grad_weight, **tables,
+        )  # fmt: skip
+    if dl is not None:
+        routing.sum_rows(dl[first - 1 :].flatten(0, 1), grad_logits)
+    routing.sum_rows(ds[first - 1 :].flatten(0, 1), grad_bias)

@@ -116,6 +116,12 @@ class Routing:
         return B, I, J, self.u.shape[-1], D, self.s.shape[0]
 
     @property
+    def wide(self) -> bool:
+        """Whether W_ij takes several blocks (``wide.py``)."""
+        _, _, _, K, D, _ = self.sizes
+        return config.is_wide(K, D)
+
+    @property
     def window_constants(self) -> tuple[int, ...] | None:
         """What kernels know of a window and its grid (``windows.py``)."""
         return (*self.u.shape[1:4], *self.window) if self.window else None
@@ -203,7 +209,7 @@ class Routing:
         counts = [self.u.numel(), self.weight.numel(), B * I * J, self.s.numel()]
         if self.backward:
             counts.append(B * I * K)  # du of windows
-        if config.is_wide(K, D):
+        if self.wide:
             counts.append(R * B * I * J)
         else:
             groups = max(self.first_sweep.groups, self.sweep.groups)
