@@ -41,7 +41,7 @@ def split_float32(x):
 
 @triton.jit
 def product(a, b, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """The matrix product a b, in the precision that ``launch.precision_of`` chose.
+    """The matrix product a b, in the precision that ``device.precision_of`` chose.
 
     "tf32x3" is float32 as three TF32 products, the smallest first; what is left out, low by low,
     is below 2^-22 |a| |b|. (Triton's own "tf32x3" spends twice the instructions, on telling

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from ...ops import accumulation_dtype
+from ...validation import DTYPES
 from ...windows import sizes
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_forward(

@@ -235,7 +235,7 @@ def routing_gradients_kernel(
     u_ptr,  # [B, I, K], or a grid (windows.py)
     weight_ptr,  # [I // WEIGHT_SHARING, J, D, K]
     logits_ptr,  # [I, J] or None
-    table_ptr,  # [tiles of 8 samples, R, 2, J padded to whole tiles, 16 BLOCK_D] (table_offsets)
+    table_ptr,  # [tiles of 8 samples, R, 2, J padded to whole tiles, 16 BLOCK_D] (table.py)
     statistics_ptr,  # [R, 3, B, I]: of the softmax where J takes several tiles, else None
     grad_u_ptr,  # [B, I, K] or None, written
     du_ptr,  # [B, I, K]: sums over the tiles of J, where there are several; may be grad_u

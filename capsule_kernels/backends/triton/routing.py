@@ -194,7 +194,7 @@ class Routing:
 
     @property
     def paired(self) -> bool:
-        """The order of the last sweep's table (``gradients.table_offsets``)."""
+        """The order of the last sweep's table (``table.table_offsets``)."""
         return self.u.element_size() == 2
 
     @property
