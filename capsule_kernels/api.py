@@ -1,6 +1,5 @@
 """The public function: :func:`fused_routing`."""
 
-from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -135,22 +134,9 @@ def fused_routing(
         ValueError, TypeError: an argument does not fit; the message names it.
         RuntimeError: the backend asked for can't be used; the message says why.
     """
-    if under_autocast(u):
-        cast = cast_of(u.device.type)
-        with torch.autocast(u.device.type, enabled=False):
-            return fused_routing(
-                cast(u),
-                cast(weight),
-                num_iterations,
-                logits=cast(logits),
-                bias=cast(bias),
-                leaky=leaky,
-                weight_sharing=weight_sharing,
-                routing_gradient=routing_gradient,
-                return_coupling=return_coupling,
-                backend=backend,
-            )
     caller = "fused_routing"
+    if autocast := under_autocast(u):
+        u, weight, logits, bias = cast_as_products(u, weight, logits, bias)
     check_arguments(
         u,
         weight,
@@ -167,7 +153,7 @@ def fused_routing(
     options = Options(
         backend, num_iterations, leaky, weight_sharing, routing_gradient, return_coupling
     )
-    v, coupling = route(caller, u, weight, logits, bias, options)
+    v, coupling = route(caller, u, weight, logits, bias, options, autocast)
     return (v, coupling) if return_coupling else v
 
 
@@ -178,8 +164,12 @@ def route(
     logits: Tensor | None,
     bias: Tensor | None,
     options: Options,
+    autocast: bool,
 ) -> tuple[Tensor, Tensor]:
     """Checked arguments on their way to a backend: v and, where asked for, the coupling."""
+    if autocast:  # it has cast the arguments, and shall not cast in between
+        with torch.autocast(u.device.type, enabled=False):
+            return route(caller, u, weight, logits, bias, options, autocast=False)
     inputs = (u, weight, logits, bias, options)
     if options.backend == "reference":
         return by_oracle(*inputs)
@@ -204,12 +194,12 @@ def under_autocast(u: Any) -> bool:
     )
 
 
-def cast_of(device_type: str) -> Callable[[Any], Any]:
+def cast_as_products(u: Tensor, *others: Any) -> list[Any]:
     """Autocast's cast of what enters a matrix product: to its dtype, but for float64."""
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(u.device.type)
 
     def cast(x: Any) -> Any:
         eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
         return x.to(dtype) if eligible else x
 
-    return cast
+    return [cast(x) for x in (u, *others)]

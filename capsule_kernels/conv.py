@@ -2,11 +2,10 @@
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .api import cast_of, route, under_autocast
+from .api import cast_as_products, route, under_autocast
 from .autograd import Options
 from .dispatch import select_backend
 from .validation import (
@@ -128,23 +127,9 @@ def fused_routing_conv(
         weight = 0.1 * torch.randn(8, 3, 3, 6, 5, 4)
         v = fused_routing_conv(u, weight, stride=2)  # [16, 6, 5, 5, 5]
     """
-    if under_autocast(u):
-        cast = cast_of(u.device.type)
-        with torch.autocast(u.device.type, enabled=False):
-            return fused_routing_conv(
-                cast(u),
-                cast(weight),
-                num_iterations,
-                stride=stride,
-                padding=padding,
-                logits=cast(logits),
-                bias=cast(bias),
-                leaky=leaky,
-                routing_gradient=routing_gradient,
-                return_coupling=return_coupling,
-                backend=backend,
-            )
     caller = "fused_routing_conv"
+    if autocast := under_autocast(u):
+        u, weight, logits, bias = cast_as_products(u, weight, logits, bias)
     check_options(num_iterations, leaky, routing_gradient, caller, return_coupling=return_coupling)
     down, right = check_pair("stride", stride, caller)
     pad_rows, pad_columns = check_pair("padding", padding, caller, least=0)
@@ -177,7 +162,7 @@ def fused_routing_conv(
         grid = F.pad(grid, (0, 0, 0, 0, pad_columns, pad_columns, pad_rows, pad_rows))
     window = (kh, kw, down, right)
     options = Options(backend, num_iterations, leaky, 1, routing_gradient, return_coupling, window)
-    v, coupling = route(caller, grid, weight, logits, bias, options)
+    v, coupling = route(caller, grid, weight, logits, bias, options, autocast)
     rows, columns = places(grid, window)
     v = v.unflatten(0, (B, rows, columns)).permute(0, 3, 4, 1, 2)
     if not return_coupling:
