@@ -30,17 +30,15 @@ def unavailable() -> str | None:
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-    D = shape[3]
+    _, J, K, D, *_ = shape
     if D > MAX_DIMENSION:
         return f"a tile of Triton has at most {MAX_DIMENSION} elements, and D = {D} is more"
     if device.type == "cpu":
+        if INTERPRETED:
+            return None
         return (
-            None
-            if INTERPRETED
-            else (
-                "it takes CUDA or HIP tensors, got tensors on cpu; move them to the GPU, or set "
-                "TRITON_INTERPRET=1 before Python starts to interpret the kernels"
-            )
+            "it takes CUDA or HIP tensors, got tensors on cpu; move them to the GPU, or set "
+            "TRITON_INTERPRET=1 before Python starts to interpret the kernels"
         )
     if device.type != "cuda":
         return f"it takes CUDA or HIP tensors, got tensors on {device}"
@@ -53,7 +51,6 @@ def unsupported(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
             )
     # In other types something always fits. A traced call is not asked: the operator says it then.
     if dtype == torch.float64 and not torch.compiler.is_compiling():
-        _, J, K, D = shape[:4]
         return does_not_fit(gpu_of(device), dtype, J, D, K)
     return None
 
