@@ -88,14 +88,18 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def padded(size: int, least: int = MATRIX_ROWS) -> int:
+    """What a tile holds for an axis of this size: a power of two, which is at least ``least``."""
+    return max(least, power_of_two(size))
+
+
 def ceil_div(n: int, divisor: int) -> int:
     return -(-n // divisor)
 
 
 def is_wide(K: int, D: int) -> bool:
     """Whether one output capsule's weights take several blocks of d and k (``wide.py``)."""
-    BLOCK_D, BLOCK_K = max(MATRIX_ROWS, power_of_two(D)), max(MATRIX_ROWS, power_of_two(K))
-    return BLOCK_D > MAX_TILE or BLOCK_D * BLOCK_K > MAX_WEIGHTS
+    return padded(D) > MAX_TILE or padded(D) * padded(K) > MAX_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,7 @@ class Blocks:
 
 
 def blocks_of(K: int, D: int) -> Blocks:
-    def block(size: int) -> int:
-        return min(max(MATRIX_ROWS, power_of_two(size)), WIDE_BLOCK)
-
-    return Blocks(MATRIX_ROWS, block(D), block(K))
+    return Blocks(MATRIX_ROWS, min(padded(D), WIDE_BLOCK), min(padded(K), WIDE_BLOCK))
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,7 @@ def warps_of(J: int, K: int, D: int, columns: int) -> Warps:
 
     Where no number of warps has, J is cut into tiles.
     """
-    BLOCK_D = max(MATRIX_ROWS, power_of_two(D))
-    BLOCK_K = max(MATRIX_ROWS // 4, power_of_two(K))
+    BLOCK_D, BLOCK_K = padded(D), padded(K, MATRIX_ROWS // 4)
     STEP_I = max(1, min(4, INPUT_COLUMNS // BLOCK_K))
     most_weights = MAX_STEP // (STEP_I * BLOCK_K * BLOCK_D)  # of so many output capsules
     number = min(4, power_of_two(most_weights + 1) // 2)
@@ -369,14 +369,7 @@ def sweep(B: int, I: int, J: int, K: int, warps: Warps, stages: int, processors:
         return programs * (step * cut(groups) + groups * partial_sum)
 
     capsules = cut(min(range(1, min(I, 2 * processors) + 1), key=cost))
-    return Sweep(
-        warps=warps,
-        stages=stages,
-        tiles_B=tiles_B,
-        tiles_J=tiles_J,
-        groups=ceil_div(I, capsules),
-        capsules=capsules,
-    )
+    return Sweep(warps, stages, tiles_B, tiles_J, ceil_div(I, capsules), capsules)
 
 
 @dataclass(frozen=True)
