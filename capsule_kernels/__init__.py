@@ -1,4 +1,10 @@
-"""Fused dynamic routing between capsules (Sabour, Frosst, Hinton 2017) for PyTorch."""
+"""Fused dynamic routing between capsules (Sabour, Frosst, Hinton 2017) for PyTorch.
+
+Functions: :func:`fused_routing`, and :func:`fused_routing_conv` in windows of a grid. The same as
+layers: :class:`CapsuleLinear`, :class:`CapsuleConv2d`. :func:`backends` says what can run here,
+:func:`rearrange_weight` takes weights of other implementations, and :func:`reference_routing` and
+:func:`squash` are the mathematics in plain PyTorch.
+"""
 
 from .api import fused_routing
 from .autograd import FusedRouting

@@ -80,49 +80,47 @@ def fused_routing(
     return_coupling: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Dynamic routing between capsules, fused: the predictions ``u_hat`` are never stored.
+    """Dynamic routing between capsules, fused: the predictions ``u_hat`` are never stored.
 
-    Procedure 1 of Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules" (2017)::
+    Procedure 1 of Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules" (2017, arXiv
+    1710.09829)::
 
         u_hat_ij = W_ij u_i                              (equation 2)
         b = logits (0 unless given)
         repeat num_iterations times:
             c_i = softmax over j of b_i                  (equation 3)
             s_j = sum_i c_ij u_hat_ij + bias_j           (equation 2)
-            v_j = |s_j|^2 / (1 + |s_j|^2) * s_j / |s_j|  (equation 1)
+            v_j = |s_j|^2 / (1 + |s_j|^2) * s_j / |s_j|  (equation 1; 0 where s_j is 0)
             b_ij += u_hat_ij . v_j
 
     for every one of B samples; I input capsules of dimension K, J output capsules of dimension D.
+    B may be 0, the other sizes are 1 or more.
 
     Args:
-        u: input capsules, [B, I, K]; float64, float32, bfloat16 or float16, any strides.
-            B may be 0.
-        weight: transformation matrices W, [I // weight_sharing, J, D, K], dtype and device of u.
+        u: input capsules, [B, I, K]; float64, float32, bfloat16 or float16. All tensors may have
+            any strides.
+        weight: transformation matrices W, [I // weight_sharing, J, D, K]. Like logits and bias it
+            has the dtype and the device of u.
         num_iterations: routing iterations R >= 1; the paper uses 3.
         logits: log priors that capsule i couples to capsule j, [I, J]; zeros if None.
-        bias: added to s in every iteration, [J, D] (the authors' code learns one).
+        bias: added to s in every iteration, [J, D] (the authors' code learns one); zeros if None.
         leaky: put one more logit, fixed at 0, into the softmax: "none of the above". The coupling
             coefficients of a capsule then sum to less than 1.
-        weight_sharing: how many consecutive input capsules share one weight (capsules of one type).
+        weight_sharing: how many consecutive input capsules share one weight (capsules of one type);
+            it divides I.
         routing_gradient: "full" differentiates through every iteration; "last" treats the
             agreements as constants, so that only the last iteration is differentiated.
-        return_coupling: also return c of the last iteration, [B, I, J], not differentiable.
+        return_coupling: also return c of the last iteration, [B, I, J], in the dtype of u and not
+            differentiable.
         backend: "auto" chooses by device, dtype and sizes; "reference" | "cpu" | "triton" | "cuda"
             is used or raises the reason why it can't be; see :func:`capsule_kernels.backends`.
 
     Returns:
         Output capsules v, [B, J, D], in the dtype of u; with ``return_coupling`` the pair (v, c).
-        Accumulation is in float32, or float64 for float64 inputs. Products of float32 on a GPU
-        follow ``torch.backends.cuda.matmul.fp32_precision``, which
-        ``torch.set_float32_matmul_precision()`` sets.
 
-    Under ``torch.autocast`` the inputs are cast as for a matrix product.
-
-    v is differentiable in u, weight, logits and bias. First derivatives are fused. Second and
-    higher ones and forward mode (``torch.func.jvp``) are exact too, but store u_hat.
-    ``torch.func.vmap`` takes mapped u as one larger batch; where other arguments are mapped it
-    makes one call for each index. Inside ``torch.compile`` plain gradients work, transforms of
-    ``torch.func`` do not.
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        RuntimeError: the backend asked for can't be used; the message says why.
 
     Example::
 
@@ -130,9 +128,16 @@ def fused_routing(
         weight = 0.1 * torch.randn(1152, 10, 16, 8)
         v = fused_routing(u, weight)  # [128, 10, 16]
 
-    Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
-        RuntimeError: the backend asked for can't be used; the message says why.
+    Precision: accumulation is in float32, or float64 for float64 inputs. Products of float32 on a
+    GPU are true float32 unless ``torch.backends.cuda.matmul.fp32_precision``, which
+    ``torch.set_float32_matmul_precision()`` sets, allows TF32. Under ``torch.autocast`` the inputs
+    are cast as for a matrix product. The fused backends give the same bits for the same input.
+
+    Derivatives: v is differentiable in u, weight, logits and bias. First derivatives are fused.
+    Second and higher ones and forward mode (``torch.func.jvp``) are exact too, but store u_hat.
+    ``torch.func.vmap`` takes mapped u as one larger batch; where other arguments are mapped it
+    makes one call for each index. Inside ``torch.compile`` plain gradients work, transforms of
+    ``torch.func`` do not.
     """
     caller = "fused_routing"
     if autocast := under_autocast(u):

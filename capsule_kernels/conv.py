@@ -88,34 +88,28 @@ def fused_routing_conv(
 
     The output capsules of a position are routed from the capsules in its window, each of which
     votes through the matrix of its type and its place in the window: :func:`fused_routing` with
-    I = C kh kw, for each of the B H' W' positions. Beyond the edges capsules are zero: they vote
-    for nothing.
-
-    Neither the predictions nor the windows are kept for the backward. The backends "cpu" and
-    "triton" do not even make them: they read capsules where they lie in the grid. What is copied is
-    u, where its capsules do not lie last in memory or are padded; the output of one layer is the
-    input of the next as it lies. The backward of "triton" has the gradients of the windows,
-    [B H' W', C kh kw, K], in float32 or wider while it runs, and then adds those of a cell. While
-    "cuda" and "reference" run, they copy the windows: kh kw / stride^2 times u.
+    I = C kh kw input capsules, at each of the H' W' positions of each sample. Beyond the edges
+    capsules are zero: they vote for nothing.
 
     Args:
         u: capsules of C types on a grid, [B, C, K, H, W]; float64, float32, bfloat16 or float16,
             any strides. B may be 0.
-        weight: transformation matrices, [C, kh, kw, J, D, K], dtype and device of u.
+        weight: transformation matrices, [C, kh, kw, J, D, K]. Like logits and bias it has the dtype
+            and the device of u.
         num_iterations: routing iterations R >= 1.
         stride: of the window; one number for both directions, or (rows, columns).
         padding: capsules of zeros around the grid, on either side; one number or two likewise.
         logits: log priors that a capsule of type c, at its place in the window, couples to j,
             [C, kh, kw, J]; zeros if None.
-        bias: added to s in every iteration, [J, D].
+        bias: added to s in every iteration, [J, D]; zeros if None.
         leaky, routing_gradient, backend: as in :func:`fused_routing`.
-        return_coupling: also return c of the last iteration, [B, C, kh, kw, J, H', W'], not
-            differentiable.
+        return_coupling: also return c of the last iteration, [B, C, kh, kw, J, H', W'], in the
+            dtype of u and not differentiable.
 
     Returns:
-        Output capsules v, [B, J, D, H', W'], H' = (H + 2 padding - kh) // stride + 1, in the
-        dtype of u; with ``return_coupling`` the pair (v, c). The order in memory is the one in
-        which v is made, [B, H', W', J, D].
+        Output capsules v, [B, J, D, H', W'], in the dtype of u, with H' = (H + 2 padding - kh) //
+        stride + 1 and W' likewise; with ``return_coupling`` the pair (v, c). In memory v lies as it
+        is made, [B, H', W', J, D].
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -126,6 +120,15 @@ def fused_routing_conv(
         u = torch.randn(16, 8, 4, 12, 12)  # 8 types of capsules of dimension 4, on 12 x 12
         weight = 0.1 * torch.randn(8, 3, 3, 6, 5, 4)
         v = fused_routing_conv(u, weight, stride=2)  # [16, 6, 5, 5, 5]
+
+    Precision and derivatives: as :func:`fused_routing` has them.
+
+    Memory: neither predictions nor windows are kept for the backward. "cpu" and "triton" do not
+    even make the windows, but read capsules where they lie in the grid. They copy u first if it is
+    padded or if its capsules, [C, K], do not lie last in memory; those of another layer's output
+    do. The backward of "triton" holds the gradients of all windows, [B H' W', C kh kw, K], in
+    float32 or wider until they are added up. "cuda" and "reference" copy the windows while they
+    run: kh kw / stride^2 times u.
     """
     caller = "fused_routing_conv"
     if autocast := under_autocast(u):

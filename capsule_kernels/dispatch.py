@@ -47,7 +47,13 @@ class RoutingShape(NamedTuple):
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend by name: usable here or not, and what it serves or why it is not."""
+    """Every backend by name: whether it can be used on this machine, and what it serves or why not.
+
+    Example::
+
+        for name, (usable, reason) in backends().items():
+            print(name, usable, reason)
+    """
     statuses = {"reference": BackendStatus(True, "plain PyTorch on any device; stores u_hat")}
     for name, module in KERNELS.items():
         reason = module.unavailable()

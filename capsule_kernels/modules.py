@@ -99,13 +99,14 @@ class CapsuleLinear(CapsuleLayer):
     """A fully connected layer of capsules with dynamic routing (Sabour et al. 2017, DigitCaps).
 
     Maps u [B, in_capsules, in_dim] to v [B, out_capsules, out_dim]; see :func:`fused_routing`.
+    u has the device of the layer and, unless ``torch.autocast`` casts it, the dtype.
 
     Args:
-        in_capsules: input capsules I.
+        in_capsules: number of input capsules, I.
         in_dim: their dimension K.
-        out_capsules: output capsules J.
+        out_capsules: number of output capsules, J.
         out_dim: their dimension D.
-        num_iterations: routing iterations R.
+        num_iterations: routing iterations R >= 1.
         bias: learn a bias [J, D], added to s in every iteration, initially 0.1 as in the authors'
             code; the paper has none.
         learn_logits: learn the log priors [I, J], initially 0 (the paper mentions it, section 2).
@@ -116,6 +117,11 @@ class CapsuleLinear(CapsuleLayer):
     [I, J] or None. Weights start normal with a standard deviation of 0.1, the authors' choice.
 
     Raises ``ValueError`` or ``TypeError`` where an argument does not fit; the message names it.
+
+    Example::
+
+        digit_caps = CapsuleLinear(1152, 8, 10, 16)
+        v = digit_caps(torch.randn(128, 1152, 8))  # [128, 10, 16]
     """
 
     SIZES = ("in_capsules", "in_dim", "out_capsules", "out_dim", "num_iterations")
@@ -190,17 +196,18 @@ class CapsuleLinear(CapsuleLayer):
 class CapsuleConv2d(CapsuleLayer):
     """A convolutional layer of capsules with dynamic routing in every window.
 
-    Maps u [B, in_types, in_dim, H, W] to v [B, out_types, out_dim, H', W']; see
-    :func:`fused_routing_conv`.
+    Maps u [B, in_types, in_dim, H, W] to v [B, out_types, out_dim, H', W'], with H' = (H +
+    2 padding - kernel_size) // stride + 1 and W' likewise; see :func:`fused_routing_conv`. u has
+    the device of the layer and, unless ``torch.autocast`` casts it, the dtype.
 
     Args:
-        in_types: types of input capsules C, each on the whole grid.
+        in_types: number of types of input capsules, C; each is on the whole grid.
         in_dim: their dimension K.
-        out_types: types of output capsules J.
+        out_types: number of types of output capsules, J.
         out_dim: their dimension D.
         kernel_size: sides of the window; one number for both, or (rows, columns).
         stride, padding: of the window, one number or two likewise.
-        num_iterations: routing iterations R.
+        num_iterations: routing iterations R >= 1.
         bias: learn a bias [J, D], added to s in every iteration, initially 0.1.
         learn_logits: learn the log priors [C, kh, kw, J], initially 0.
         leaky, routing_gradient, backend: as in :func:`fused_routing`.
@@ -210,6 +217,11 @@ class CapsuleConv2d(CapsuleLayer):
     ``bias`` [J, D] or None, and ``logits`` [C, kh, kw, J] or None.
 
     Raises ``ValueError`` or ``TypeError`` where an argument does not fit; the message names it.
+
+    Example::
+
+        caps = CapsuleConv2d(8, 4, 6, 5, kernel_size=3, stride=2)
+        v = caps(torch.randn(16, 8, 4, 12, 12))  # [16, 6, 5, 5, 5]
     """
 
     SIZES = (

@@ -13,8 +13,9 @@ from .validation import check_arguments
 def squash(s: Tensor) -> Tensor:
     """Shrink ``s`` [..., D] to a length below 1, direction kept (Sabour et al. 2017, equation 1).
 
-    ``v = |s|^2 / (1 + |s|^2) * s / |s|``, computed in float32 or wider, in the dtype of ``s``.
-    ``squash(0) = 0``, and the gradient there is exactly 0.
+    Returns ``v = |s|^2 / (1 + |s|^2) * s / |s|``, with lengths over the last axis, in the shape and
+    dtype of ``s``; computed in float32 or wider. ``squash(0) = 0``, and the gradient there is
+    exactly 0.
     """
     dtype, s = s.dtype, s.to(torch.promote_types(s.dtype, torch.float32))
     # Lengths are taken of s / max|s|: squares of large or tiny components stay in range.
@@ -41,11 +42,12 @@ def reference_routing(
     routing_gradient: str = "full",
     return_coupling: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Dynamic routing (Sabour et al. 2017, procedure 1), as :func:`capsule_kernels.fused_routing`.
+    """The oracle: :func:`capsule_kernels.fused_routing` in plain PyTorch, which stores ``u_hat``.
 
-    Its arguments are the same, but for ``backend``, and so are its errors. Computes in float32 or
-    wider, but under ``torch.autocast``, which casts its products as any others, and returns ``v``
-    [B, J, D] in the dtype of ``u``.
+    Procedure 1 of Sabour et al. 2017, line by line. Arguments, results and errors are those of
+    ``fused_routing``, but there is no ``backend``: v [B, J, D] in the dtype of u, or with
+    ``return_coupling`` the pair (v, c), c [B, I, J]. Computes in float32 or wider; under
+    ``torch.autocast`` its products are cast as any others.
     """
     check_arguments(
         u,
