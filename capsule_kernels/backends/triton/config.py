@@ -76,11 +76,11 @@ GRID_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the configurations depend on of a device."""
+    """A device, as far as configurations depend on it."""
 
     processors: int  # multiprocessors
-    hip: bool
-    shared_bytes: int = 64 << 10  # of a program, at most; every GPU has so many
+    hip: bool  # an AMD device
+    shared_bytes: int = 64 << 10  # most that a program may take; any GPU grants 64 KiB
 
 
 def power_of_two(n: int) -> int:

@@ -1,4 +1,4 @@
-"""What a call's configuration depends on of its device: read without importing Triton."""
+"""A call's device, as far as its configuration depends on it: read without importing Triton."""
 
 import torch
 

@@ -128,6 +128,7 @@ class Routing:
 
     @cached_property
     def sweep(self) -> config.Sweep:
+        """Every sweep of the forward, the first without priors excepted, or of the backward."""
         _, _, J, K, D, _ = self.sizes
         # 16-bit weights are half as much to read, and split float32 has no registers for more.
         shares = not self.backward and self.precision == "tf32" and not self.paired
@@ -140,7 +141,7 @@ class Routing:
 
     @cached_property
     def first_sweep(self) -> config.Sweep:
-        """The sweep of iteration 1 of the forward."""
+        """The sweep of iteration 1 of the forward, whose coupling is uniform without priors."""
         B, _, J, K, D, _ = self.sizes
         if self.logits is not None or config.UNIFORM_ROWS > B:
             return self.sweep
@@ -183,7 +184,7 @@ class Routing:
 
     @cached_property
     def split(self) -> config.Split:
-        """How it is cut."""
+        """How the last sweep is cut."""
         B, I, *_ = self.sizes
         warps, shared = self.last_sweep, self.weight_sharing
         rows = config.ceil_div(I, warps.STEP_I) if shared == 1 else I // shared
@@ -194,7 +195,8 @@ class Routing:
 
     @property
     def paired(self) -> bool:
-        """The order of the last sweep's table (``table.table_offsets``)."""
+        """Whether elements have 16 bits: their operands and the last sweep's table are in another
+        order (``table.table_offsets``)."""
         return self.u.element_size() == 2
 
     @property
