@@ -124,7 +124,7 @@ def code_flag(target: str) -> str:
 
 
 def wanted_cuda_targets() -> list[str]:
-    """None where the CUDA kernels are left out, which is said."""
+    """Empty where the CUDA kernels are left out, which is said."""
     wish = os.environ.get("CAPSULE_KERNELS_CUDA", "")
     if wish not in ("", "0", "1"):
         sys.exit(f"capsule_kernels: CAPSULE_KERNELS_CUDA must be 0 or 1, got {wish!r}")
