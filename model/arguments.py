@@ -2,29 +2,18 @@
 
 import argparse
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 from .commands import add_data_flags, add_device_flags
-from .config import Config, Schedule, flag
+from .config import ARCHITECTURE_FLAGS, Config, Schedule, flag
 from .data import DATASETS
 from .errors import UserError
 from .experiments import EXPERIMENTS
 
-RUN_OPTIONS = {
-    "experiment": None,
-    "list": False,
-    "data_dir": Path("data"),
-    "download": False,
-    "save_dir": None,
-    "weights": None,
-    "resume": None,
-    "device": None,
-    "max_minutes": None,
-    "checkpoint_minutes": 5.0,
-    "cuda_graph": False,
-}
-"""What does not decide the weights, with its defaults; all other flags are fields of Config."""
+FIELDS = {field.name for field in fields(Config)} | set(ARCHITECTURE_FLAGS)
+"""Of Config and Architecture, some with flags; all other flags say where and how a run goes on."""
 
 CHANGEABLE = ("epochs", "backend")
 """Fields of Config that a resumed run may change."""
@@ -43,22 +32,24 @@ OF_THE_DATA = ("classes", "in_channels")
 
 
 def parser() -> argparse.ArgumentParser:
-    """Flags that are not given are absent from the result, so that resuming can tell."""
+    """Of FIELDS those that are not given are absent from the result, so that resuming can tell."""
     p = argparse.ArgumentParser(
         prog="python -m model.train",
         description="Train a capsule network (Sabour, Frosst, Hinton 2017).",
         argument_default=argparse.SUPPRESS,
     )
     flag_pair = argparse.BooleanOptionalAction
-    run = p.add_argument_group("run")
+    run = p.add_argument_group("run", argument_default=None)
     run.add_argument("--experiment", choices=EXPERIMENTS, metavar="NAME", help="see --list")
     run.add_argument("--list", action="store_true", help="show the experiments and leave")
     run.add_argument("--save-dir", type=Path, metavar="DIR", help="default: runs/NAME-DATE-TIME")
     run.add_argument("--weights", type=Path, metavar="FILE", help="start from these weights")
     run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run saved in DIR")
     run.add_argument("--max-minutes", type=float, help="save and stop after this time")
-    run.add_argument("--checkpoint-minutes", type=float, help="save this often (default 5)")
-    add_device_flags(run)
+    run.add_argument(
+        "--checkpoint-minutes", type=float, default=5.0, help="save this often (default 5)"
+    )
+    add_device_flags(run, backend=argparse.SUPPRESS)
     run.add_argument("--cuda-graph", action="store_true", help="capture the step in a CUDA graph")
 
     data = p.add_argument_group("data")
@@ -90,25 +81,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Arguments(argparse.Namespace):
-    """A parsed command line: the options of RUN_OPTIONS as attributes, and ``changes``."""
+    """A parsed command line: what is none of FIELDS as attributes, and ``changes``."""
 
     changes: dict[str, Any]
-    """The fields of Config that were given."""
+    """Those of FIELDS that were given."""
 
 
 def parse(argv: list[str] | None = None) -> Arguments:
     """A command line; SystemExit (2) for unknown flags, UserError for a time that can't be one and
     for what a resumed run has already."""
     given = vars(parser().parse_args(argv))
-    options = {name: given.pop(name, default) for name, default in RUN_OPTIONS.items()}
+    changes = {name: given.pop(name) for name in list(given) if name in FIELDS}
     for name in ("max_minutes", "checkpoint_minutes"):
-        value = options[name]
+        value = given[name]
         if value is not None and not value >= 0:
             raise UserError(f"{flag(name)} must be at least 0, got {value}")
     for name in ("save_dir", "weights"):
-        if options["resume"] is not None and options[name] is not None:
+        if given["resume"] is not None and given[name] is not None:
             raise UserError(f"{flag(name)} can't be given with --resume: the run has its own")
-    return Arguments(**options, changes=given)
+    return Arguments(**given, changes=changes)
 
 
 def new_config(arguments: Arguments) -> Config:

@@ -15,25 +15,28 @@ from .data import Dataset, Source, load_dataset
 from .errors import UserError
 
 Flags = argparse.ArgumentParser | argparse._ArgumentGroup
-"""Where flags are added. If it has an ``argument_default``, that goes before the default here."""
 
 
 def add_data_flags(flags: Flags) -> None:
     """``--data-dir`` and ``--download``: see :func:`open_dataset`."""
     flags.add_argument(
-        "--data-dir", type=Path, default=flags.argument_default or Path("data"), metavar="DIR",
+        "--data-dir", type=Path, default=Path("data"), metavar="DIR",
         help="folder of the data's files (default: data)",
     )  # fmt: skip
-    flags.add_argument("--download", action="store_true", help="fetch files that are missing")
+    flags.add_argument(
+        "--download", action="store_true", default=False, help="fetch files that are missing"
+    )
 
 
-def add_device_flags(flags: Flags) -> None:
-    """``--device`` and ``--backend``: where a network runs, and what its routing is done by."""
+def add_device_flags(flags: Flags, backend: str = "auto") -> None:
+    """``--device`` and ``--backend``: where a network runs, and what its routing is done by.
+
+    ``backend`` is the default of the latter.
+    """
     flags.add_argument("--device", help='"cpu", "cuda", "cuda:1" (default: cuda if there is one)')
     flags.add_argument(
-        "--backend", choices=("auto", *backends()), default=flags.argument_default or "auto",
-        help="of the routing",
-    )  # fmt: skip
+        "--backend", choices=("auto", *backends()), default=backend, help="of the routing"
+    )
 
 
 def usable_backend(
