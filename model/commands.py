@@ -5,12 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from capsule_kernels import backends, fused_routing
+from capsule_kernels import backends
 
-from .config import Architecture, Config
+from .config import Config
 from .data import Dataset, Source, load_dataset
 from .errors import UserError
 
@@ -37,27 +36,6 @@ def add_device_flags(flags: Flags, backend: str = "auto") -> None:
     flags.add_argument(
         "--backend", choices=("auto", *backends()), default=backend, help="of the routing"
     )
-
-
-def usable_backend(
-    name: str, device: torch.device, architecture: Architecture | None = None
-) -> str:
-    """``name``, unless the routing can't run by it on this device: UserError with its own reason.
-
-    With an ``architecture`` its sizes are asked about too; without one the paper's are.
-    """
-    a = architecture or Architecture()
-    I, J, D, K = a.capsule_types * a.capsule_grid**2, a.classes, a.class_dim, a.capsule_dim
-    # Of no sample, so that it is chosen and checked but has nothing to do.
-    u = torch.empty(0, I, K, device=device)
-    weight = torch.empty(1, device=device).expand(I, J, D, K)
-    try:
-        with torch.no_grad():
-            fused_routing(u, weight, a.routings, backend=name)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0].rpartition("can't be used: ")[2]
-        raise UserError(f"--backend {name} can't be used on {device}: {reason}") from None
-    return name
 
 
 def open_dataset(config: Config, arguments: argparse.Namespace) -> Dataset:

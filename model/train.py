@@ -18,7 +18,7 @@ from . import arguments as command_line
 from . import checkpoint as checkpoints
 from .arguments import Arguments
 from .capsnet import CapsNet
-from .commands import open_dataset, plain_console, table_console, usable_backend
+from .commands import open_dataset, plain_console, table_console
 from .config import Config
 from .data import Dataset
 from .directory import PICTURE, held, make_new
@@ -30,7 +30,7 @@ from .experiments import EXPERIMENTS
 from .fit import Fit
 from .interrupt import Interrupted, Interruption
 from .metrics import MetricsLog
-from .networks import build
+from .networks import build, check_backend
 from .trainer import Trainer
 
 SHOWN = 20
@@ -84,8 +84,7 @@ def prepare(arguments: Arguments, world: World, device: torch.device) -> Trainer
         checkpoints.check_data(state, dataset, arguments.resume)
         checkpoints.check_same_data(state, dataset, arguments.resume)
     config = fitted(config, dataset)
-    if config.architecture.network == "capsnet":
-        usable_backend(config.backend, device, config.architecture)
+    check_backend(config.backend, device, config.architecture)
     torch.backends.cudnn.benchmark = True  # a step's shapes are those of all steps
     if config.tf32:
         torch.set_float32_matmul_precision("high")

@@ -11,7 +11,7 @@ import torch
 
 from model import arguments as command_line
 from model import checkpoint as checkpoints
-from model import commands, environment, errors, evaluate, predict, train
+from model import commands, environment, errors, evaluate, networks, predict, train
 from model.checkpoint import Checkpoint
 from model.config import Config
 from model.data import DATASETS, Dataset, Source, Split, digits, files
@@ -20,7 +20,7 @@ from model.figures.__main__ import main as draw_figures
 from model.metrics import MetricsLog, read_metrics
 from model.networks import build
 
-from .tiny import CONFIG, add_tiny, load_tiny
+from .tiny import ARCHITECTURE, CONFIG, add_tiny, load_tiny
 
 CLASSES = tuple("0123456789")
 
@@ -151,20 +151,21 @@ def test_a_backend_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the routing's own words, which is asked about the network's sizes."""
     cpu = torch.device("cpu")
     for name in ("auto", "reference"):
-        assert commands.usable_backend(name, cpu) == name
+        networks.check_backend(name, cpu, ARCHITECTURE)
     with pytest.raises(UserError, match=r"^--backend cuda can't be used on cpu: [^:]") as caught:
-        commands.usable_backend("cuda", cpu)
+        networks.check_backend("cuda", cpu, ARCHITECTURE)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"--backend magic can't be used on cpu: .* got 'magic'"):
-        commands.usable_backend("magic", cpu)
+        networks.check_backend("magic", cpu, ARCHITECTURE)
 
     def too_large(u: torch.Tensor, weight: torch.Tensor, R: int, backend: str) -> None:
         assert (u.shape, weight.shape, R) == ((0, 72, 4), (72, 10, 6, 4), 3)
         raise RuntimeError("fused_routing: backend 'auto' can't be used: 72 is too many")
 
-    monkeypatch.setattr(commands, "fused_routing", too_large)
+    monkeypatch.setattr(networks, "fused_routing", too_large)
     with pytest.raises(UserError, match=r"^--backend auto can't be used on cpu: 72 is too many$"):
-        commands.usable_backend("auto", cpu, CONFIG.architecture)
+        networks.restored(Checkpoint(CONFIG, CLASSES, {}), Path(), cpu, "auto")
+    networks.check_backend("auto", cpu, replace(ARCHITECTURE, network="cnn"))  # it has no routing
 
 
 def test_a_split_without_images() -> None:
