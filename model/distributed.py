@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from .environment import choose_device
 from .errors import UserError, tell
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class World:
-    """This process's number among how many."""
+    """This process: its number, among how many, and where it computes."""
 
     rank: int = 0
     size: int = 1
+    device: torch.device = CPU
 
     @property
     def is_main(self) -> bool:
@@ -33,23 +36,23 @@ class World:
         dist.all_reduce(summed)
         return summed
 
-    def largest(self, value: int, device: torch.device) -> int:
+    def largest(self, value: int) -> int:
         """The largest of the processes' values; they must all call it."""
         if self.size == 1:
             return value
-        shared = torch.tensor(value, device=device)
+        shared = torch.tensor(value, device=self.device)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared)
 
-    def parallel(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def parallel(self, model: nn.Module) -> nn.Module:
         """A module whose gradients are averaged over the processes."""
         if self.size == 1:
             return model
-        ids = [device] if device.type == "cuda" else None
+        ids = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
     @contextmanager
-    def together(self, device: torch.device) -> Iterator[None]:
+    def together(self) -> Iterator[None]:
         """What each process does by itself, and goes on from only if all of them could.
 
         Alone, a UserError passes. Of several processes the first that has one tells it, then all
@@ -63,7 +66,7 @@ class World:
                 raise
             mine = error
         place = 0 if mine is None else self.size - self.rank
-        first = self.largest(place, device)
+        first = self.largest(place)
         if first > 0:
             if mine is not None and place == first:
                 tell(mine)
@@ -88,14 +91,14 @@ class World:
 ALONE = World()
 
 
-def join(device_name: str | None) -> tuple[World, torch.device]:
+def join(device_name: str | None) -> World:
     """Join the processes torchrun started, if it did, each on a GPU of its own or on the CPU."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name)
     if size == 1:
-        return ALONE, device
+        return World(device=device)
     if device.type == "cuda":  # needs a GPU
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(dist.get_rank(), size), device
+    return World(dist.get_rank(), size, device)

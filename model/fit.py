@@ -96,7 +96,7 @@ class Fit:
             wish = OUT_OF_TIME
         elif now - self.saved > self.checkpoint_seconds:
             wish = SAVE
-        return world.largest(wish, self.trainer.device)
+        return world.largest(wish)
 
     def show(self, bar: Progress, task: TaskID) -> None:
         """Bring the progress bar up to date."""
@@ -153,7 +153,7 @@ class Fit:
         )
         over = progress.accuracy_reached or progress.step >= trainer.total_steps
         late = time.monotonic() - self.saved > LEAST_SECONDS
-        if trainer.world.largest(over or late, trainer.device):
+        if trainer.world.largest(over or late):
             self.save()
         self.first_step, self.epoch_start = progress.step, time.monotonic()
 

@@ -42,12 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list:
         list_experiments()
         return 0
-    world, device = join(arguments.device)
+    world = join(arguments.device)
     with ExitStack() as stack:
         stack.callback(world.leave)
-        with world.together(device):
-            trainer = prepare(arguments, world, device)
-        with world.together(device):
+        with world.together():
+            trainer = prepare(arguments, world)
+        with world.together():
             if world.is_main:
                 if arguments.resume is None and arguments.save_dir is None:
                     trainer.directory = make_new(trainer.directory)
@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 
-def prepare(arguments: Arguments, world: World, device: torch.device) -> Trainer:
+def prepare(arguments: Arguments, world: World) -> Trainer:
     """Everything that can go wrong before anything is written."""
-    state = None
+    device, state = world.device, None
     if arguments.resume is not None:
         state = checkpoints.load(arguments.resume)
         if "progress.sums" not in state.tensors:
@@ -92,7 +92,7 @@ def prepare(arguments: Arguments, world: World, device: torch.device) -> Trainer
     model = build(config.architecture, config.backend)
     if arguments.weights is not None:
         checkpoints.restore_model(model, checkpoints.load(arguments.weights), arguments.weights)
-    trainer = Trainer(config, model, dataset, directory, device, world, arguments.cuda_graph)
+    trainer = Trainer(config, model, dataset, directory, world, arguments.cuda_graph)
     if state is not None:
         trainer.restore(state, arguments.resume)
     return trainer
@@ -113,7 +113,7 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     config, directory, progress = trainer.config, trainer.directory, trainer.progress
     dataset = trainer.dataset
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    with trainer.world.together(trainer.device):
+    with trainer.world.together():
         writes = trainer.world.is_main
         # An epoch that was written down carries the step at its end, and stays.
         purge_step = progress.step + (progress.step == progress.epoch * trainer.steps_per_epoch)
@@ -127,7 +127,7 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
             "processes": trainer.world.size,
             "weights": weights_name(arguments.weights),
         }
-        log.write("run", 0, about | description(trainer.device))
+        log.write("run", 0, about | description(trainer.world.device))
     console.print(
         f"{config.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to "
         f"test; {parameters:,} parameters; in {directory}"

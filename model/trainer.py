@@ -54,8 +54,8 @@ class Trainer:
 
     Args:
         config: what is trained.
-        model: freshly built; moved to ``device``.
-        dataset: already on ``device``.
+        model: freshly built; moved to the world's device.
+        dataset: already there.
         directory: where checkpoints and metrics go.
         world: the processes that train together, each on its share of every batch.
         cuda_graph: replay a captured step instead of launching its kernels one by one.
@@ -67,12 +67,11 @@ class Trainer:
         model: Network,
         dataset: Dataset,
         directory: Path,
-        device: torch.device,
         world: World = ALONE,
         cuda_graph: bool = False,
     ) -> None:
-        self.config, self.dataset, self.directory, self.device = config, dataset, directory, device
-        self.world = world
+        self.config, self.dataset, self.directory, self.world = config, dataset, directory, world
+        device = world.device
         self.model = model.to(device)
         self.lr = torch.tensor(config.lr, device=device)
         self.optimizer = torch.optim.Adam(
@@ -100,7 +99,7 @@ class Trainer:
     @cached_property
     def forward(self) -> Callable[..., Any]:
         """The network as steps use it. Made by the first one: all processes have to make it."""
-        parallel = self.world.parallel(self.model, self.device)
+        parallel = self.world.parallel(self.model)
         return torch.compile(parallel) if self.config.compile else parallel
 
     def learning_rate(self, step: int) -> float:
@@ -119,7 +118,7 @@ class Trainer:
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss of a training batch, a scalar, and which of its samples are right, bool [B]."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.amp):
             output = self.forward(batch.images, batch.labels)
         return total_loss(output, batch, self.config), correct(output.scores, batch.labels)
 
@@ -129,7 +128,7 @@ class Trainer:
         if epoch != self.order_epoch:
             self.generator.manual_seed(derived_seed(self.config.seed, ORDER, epoch))
             self.order = torch.randperm(
-                len(self.dataset.train), generator=self.generator, device=self.device
+                len(self.dataset.train), generator=self.generator, device=self.world.device
             )
             self.order_epoch = epoch
         batch = self.order[place * self.batch_size : (place + 1) * self.batch_size]

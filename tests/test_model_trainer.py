@@ -11,7 +11,7 @@ from rich.console import Console
 from model.checkpoint import Checkpoint, model_tensors
 from model.config import Config
 from model.data import Dataset, Split
-from model.distributed import World
+from model.distributed import ALONE, World
 from model.errors import UserError
 from model.evaluation import scores_of
 from model.experiments import EXPERIMENTS
@@ -34,12 +34,9 @@ def alike(count: int = 22) -> Dataset:
     return Dataset(split, split, tuple("0123456789"))
 
 
-def trainer(world: World | None = None, **changes: object) -> Trainer:
+def trainer(world: World = ALONE, **changes: object) -> Trainer:
     config = Config("x", ARCHITECTURE, **{"epochs": 3, "batch_size": 8, **changes})  # type: ignore[arg-type]
-    made = Trainer(config, tiny_capsnet(), alike(), Path(), torch.device("cpu"))
-    if world is not None:
-        made.world = world
-    return made
+    return Trainer(config, tiny_capsnet(), alike(), Path(), world)
 
 
 def batches(made: Trainer, steps: int) -> list[Batch]:
@@ -113,7 +110,7 @@ def test_the_first_steps_leave_capsules_something_to_learn(name: str) -> None:
     strokes = 255 * (torch.rand(40, 1, 28, 28) < 0.15)
     split = Split(strokes.to(torch.uint8), torch.arange(40) % 10)
     dataset = Dataset(split, split, tuple("0123456789"))
-    made = Trainer(config, build(config.architecture), dataset, Path(), torch.device("cpu"))
+    made = Trainer(config, build(config.architecture), dataset, Path())
     for _ in range(2):
         made.step()
     with torch.no_grad():
@@ -144,8 +141,8 @@ def test_a_data_set_smaller_than_a_batch() -> None:
 
 def test_at_least_an_image_for_each_process() -> None:
     def of_four(images: int) -> Trainer:
-        config, device = Config("x", ARCHITECTURE), torch.device("cpu")
-        return Trainer(config, tiny_capsnet(), alike(images), Path(), device, World(0, 4))
+        config = Config("x", ARCHITECTURE)
+        return Trainer(config, tiny_capsnet(), alike(images), Path(), World(0, 4))
 
     assert (of_four(4).batch_size, of_four(4).steps_per_epoch) == (4, 1)
     with pytest.raises(UserError, match=r"^torchrun must start at most 3 processes, .*, got 4$"):

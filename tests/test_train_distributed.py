@@ -52,7 +52,7 @@ def test_a_batch_that_cannot_be_shared_out() -> None:
     flags = parse(["--batch-size", "64", "--accumulate", "2"])
     expected = "--batch-size must be a multiple of 3 processes times --accumulate 2, got 64"
     with pytest.raises(UserError, match=expected):
-        train.prepare(flags, World(0, 3), torch.device("cpu"))
+        train.prepare(flags, World(0, 3))
 
 
 @pytest.mark.parametrize("refusing", [0, 1])
