@@ -131,7 +131,9 @@ class Fit:
         wanted = trainer.config.stop_accuracy
         # Of counts: 100 * (1 - 0.8), say, is a little less than the 20 % wrong that are meant.
         accuracy_now = (result.count - result.wrong) / result.count
-        progress.accuracy_reached = wanted is not None and accuracy_now >= wanted
+        reached = wanted is not None and accuracy_now >= wanted
+        # Tests of one network on several GPUs may differ by roundings; all must end alike.
+        progress.accuracy_reached = bool(trainer.world.largest(reached))
         self.log.write(
             "epoch",
             progress.step,

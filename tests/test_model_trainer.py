@@ -131,6 +131,18 @@ def test_a_loss_that_diverged_in_another_process_ends_them_all(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+def test_an_accuracy_that_another_process_reached_ends_them_all(tmp_path: Path) -> None:
+    class BesideOneThatReachedIt(World):
+        def largest(self, value: int) -> int:
+            return True if value is False else value  # between steps it is a number
+
+    made, console = trainer(BesideOneThatReachedIt(), stop_accuracy=1.0), Console()
+    made.directory = tmp_path
+    fit = Fit(made, MetricsLog(None), console, Interruption(console), None, 5.0)
+    assert fit.run() == "accuracy reached"
+    assert (made.progress.epoch, made.total_steps) == (1, 6)
+
+
 def test_a_data_set_smaller_than_a_batch() -> None:
     made = trainer(batch_size=100)
     assert (made.batch_size, made.steps_per_epoch) == (22, 1)
