@@ -21,7 +21,7 @@ from .errors import UserError, run_command
 from .evaluation import TestResult, confusion, scores_of
 from .networks import restored
 from .outputs import check_writable, write_atomically
-from .views import random_in_tests
+from .views import evaluation_views, random_in_tests
 
 States = list[tuple[Path, Checkpoint]]
 """Where each run is, and what was read there."""
@@ -123,7 +123,8 @@ def scores_of_runs(
     scores = []
     for run, state in states:
         network = restored(state, run, device, arguments.backend)
-        own, labels = scores_of(network, state.config, split, arguments.repeats)
+        views = evaluation_views(state.config, split, arguments.repeats)
+        own, labels = scores_of(network, state.config, split, views)
         scores.append(own)
     return torch.stack(scores), labels
 

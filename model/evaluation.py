@@ -16,38 +16,27 @@ BATCH = 250
 """Images at once: no result depends on it."""
 
 
+@torch.no_grad()
 def scores_of(
     network: Callable[[Tensor], Output],
     config: Config,
     split: Split,
-    repeats: int = 1,
+    views: Views | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores [M, J] and labels [M, T] of all test views of a split.
+    """Scores [M, J] and labels [M, T] of M views of a split, by default those of a test.
 
-    ``repeats``: how often an image is shown where views are random (see ``evaluation_views``).
     ``between`` is called after each batch.
     """
-    views = evaluation_views(config, split, repeats)
-    return scores_of_views(network, config, split, views, between), split.labels[views.index]
-
-
-@torch.no_grad()
-def scores_of_views(
-    network: Callable[[Tensor], Output],
-    config: Config,
-    split: Split,
-    views: Views,
-    between: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Scores [M, J] of M views of a split; ``between`` is called after each batch."""
+    if views is None:
+        views = evaluation_views(config, split)
     scores = []
     for start in range(0, len(views), BATCH):
         batch = show(config, split, views[start : start + BATCH])
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.amp):
             scores.append(network(batch.images).scores.float())
         between()
-    return torch.cat(scores)
+    return torch.cat(scores), split.labels[views.index]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from .data.pictures import NATIVE_SIZES, read_picture
 from .drawing import reconstruction_rows, save_png
 from .environment import choose_device
 from .errors import UserError, run_command
-from .evaluation import scores_of_views
+from .evaluation import scores_of
 from .networks import restored
 from .outputs import check_writable
 from .views import central_views, show
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     split = Split(pixels, torch.zeros(len(pixels), dtype=torch.long)).to(device)
     # Central on a canvas, too: what is seen in a picture doesn't depend on the others beside it.
     views = central_views(config, split)
-    scores = scores_of_views(network, config, split, views)
+    scores, _ = scores_of(network, config, split, views)
     objects = 2 if config.pairs else 1
     if a.network != "capsnet":
         scores = scores.sigmoid() if config.pairs else scores.softmax(-1)
