@@ -63,17 +63,16 @@ def main(argv: list[str] | None = None) -> int:
     if a.network != "capsnet":
         scores = scores.sigmoid() if config.pairs else scores.softmax(-1)
     values, order = scores.topk(min(BEST, a.classes))
-    names = [[state.classes[j] for j in row] for row in order.tolist()]
-    if arguments.json:
-        for path, found, value in zip(arguments.images, names, values.tolist(), strict=True):
-            best = dict(zip(found, value, strict=True))
-            print(json.dumps({"image": str(path), "classes": found[:objects], "scores": best}))
-    else:
-        title = "capsule lengths" if a.network == "capsnet" else "probabilities"
-        table = Table("image", "classes" if objects == 2 else "class", title, box=None)
-        for path, found, value in zip(arguments.images, names, values.tolist(), strict=True):
-            best_three = ", ".join(f"{n} {x:.2f}" for n, x in zip(found, value, strict=True))
-            table.add_row(str(path), " and ".join(found[:objects]), best_three)
+    title = "capsule lengths" if a.network == "capsnet" else "probabilities"
+    table = Table("image", "classes" if objects == 2 else "class", title, box=None)
+    for path, found, value in zip(arguments.images, order.tolist(), values.tolist(), strict=True):
+        names = [state.classes[j] for j in found]
+        best = dict(zip(names, value, strict=True))
+        if arguments.json:
+            print(json.dumps({"image": str(path), "classes": names[:objects], "scores": best}))
+        shown = ", ".join(f"{name} {x:.2f}" for name, x in best.items())
+        table.add_row(str(path), " and ".join(names[:objects]), shown)
+    if not arguments.json:
         table_console().print(table)
     if isinstance(network, CapsNet) and arguments.reconstructions:
         batch = show(config, split, views)._replace(labels=order[:, :objects])
