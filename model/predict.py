@@ -10,8 +10,8 @@ from rich.table import Table
 from . import checkpoint as checkpoints
 from .capsnet import CapsNet
 from .commands import add_device_flags, table_console
-from .data import Split
-from .data.pictures import NATIVE_SIZES, read_picture
+from .data import NATIVE_SIZES, Split
+from .data.pictures import read_picture
 from .drawing import reconstruction_rows, save_png
 from .environment import choose_device
 from .errors import UserError, run_command

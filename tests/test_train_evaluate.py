@@ -11,8 +11,7 @@ from PIL import Image
 
 from model import evaluate, predict, train
 from model.checkpoint import CHECKPOINT, WEIGHTS, Checkpoint, load, model_tensors, save
-from model.data import DATASETS, Source, digits
-from model.data.pictures import NATIVE_SIZES
+from model.data import DATASETS, NATIVE_SIZES, Source, digits
 from model.errors import UserError
 from model.evaluation import confusion
 from model.figures.__main__ import main as draw_figures

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from ..errors import UserError
 from ..windows import window
 from . import idx
-from .files import find, read_mat
-from .source import Source
+from .files import Source, find, read_mat
 from .splits import Dataset, Split
 
 SIZE = 40

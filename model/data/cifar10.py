@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .files import Remote, find, read_bytes, require
-from .source import Source
+from .files import Remote, Source, find, read_bytes, require
 from .splits import Dataset, Split
 
 CLASSES = (

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .source import Source
+from .files import Source
 from .splits import Dataset, Split
 
 HELD_OUT = 0.2

@@ -1,4 +1,4 @@
-"""Finding a publisher's file, or downloading it with its checksum, and unpacking it."""
+"""Where a data set's files are: found, or downloaded with their checksums, and unpacked."""
 
 import bz2
 import gzip
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .source import Source
 
 UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.decompress,
@@ -26,6 +25,19 @@ class Remote:
 
     url: str
     checksum: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a loader is told: where files are, and what images are wanted.
+
+    ``image_size`` and ``channels`` matter only to pictures that come in any size and mode.
+    """
+
+    data_dir: Path
+    download: bool = False
+    image_size: int = 28
+    channels: int = 1
 
 
 def find(source: Source, dataset: str, name: str) -> Path | None:

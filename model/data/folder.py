@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
+from .files import Source
 from .pictures import SUFFIXES, read_picture
-from .source import Source
 from .splits import Dataset, Split, class_name
 
 HELD_OUT = 0.2

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .files import Remote, read_bytes, require
-from .source import Source
+from .files import Remote, Source, read_bytes, require
 from .splits import Dataset, Split
 
 DIGITS = tuple("0123456789")

@@ -8,23 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import digits, smallnorb
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
-NATIVE_SIZES = {
-    "digits": digits.IMAGE_SIZE,
-    "mnist": 28,
-    "fashion-mnist": 28,
-    "affnist": 28,  # what is trained on: MNIST
-    "cifar10": 32,
-    "smallnorb": smallnorb.SIZE,
-    "svhn": 32,
-}
-"""Side of the images of a data set, before a network's window is cut or its canvas placed under
-them. Pictures of the data set "folder" come in the size the network sees."""
 
 
 def read_picture(path: Path, channels: int, size: int, invert: bool = False) -> Tensor:

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from .files import Remote, read_mat, require
-from .source import Source
+from .files import Remote, Source, read_mat, require
 from .splits import Dataset, Split
 
 FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
