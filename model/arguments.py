@@ -9,7 +9,7 @@ from typing import Any, get_args
 from .commands import add_data_flags, add_device_flags
 from .config import ARCHITECTURE_FLAGS, Config, Schedule, flag
 from .data import DATASETS
-from .errors import UserError
+from .errors import UserError, require
 from .experiments import EXPERIMENTS
 
 FIELDS = {field.name for field in fields(Config)} | set(ARCHITECTURE_FLAGS)
@@ -93,9 +93,8 @@ def parse(argv: list[str] | None = None) -> Arguments:
     given = vars(parser().parse_args(argv))
     changes = {name: given.pop(name) for name in list(given) if name in FIELDS}
     for name in ("max_minutes", "checkpoint_minutes"):
-        value = given[name]
-        if value is not None and not value >= 0:
-            raise UserError(f"{flag(name)} must be at least 0, got {value}")
+        minutes = given[name]
+        require(minutes is None or minutes >= 0, flag(name), "be at least 0", minutes)
     for name in ("save_dir", "weights"):
         if given["resume"] is not None and given[name] is not None:
             raise UserError(f"{flag(name)} can't be given with --resume: the run has its own")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from .errors import UserError
+from .errors import require
 
 Network = Literal["capsnet", "cnn", "pooled-cnn"]
 Schedule = Literal["epoch", "steps", "linear"]
@@ -66,21 +66,15 @@ class Architecture:
             "in_channels", "classes", "conv_channels", "capsule_types", "capsule_dim",
             "class_dim", "hidden",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.image_size < self.smallest_image:
-            raise UserError(
-                f"--image-size must be at least {self.smallest_image} for this {self.network}, "
-                f"got {self.image_size}"
-            )
-        if self.image_size > LARGEST_IMAGE:
-            raise UserError(f"--image-size must be at most {LARGEST_IMAGE}, got {self.image_size}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
-        if self.routings < 1:
-            raise UserError(f"--routings must be at least 1, got {self.routings}")
-        if self.routings > MOST_ROUTINGS:
-            raise UserError(f"--routings must be at most {MOST_ROUTINGS}, got {self.routings}")
+            require(getattr(self, name) >= 1, name, "be at least 1", getattr(self, name))
+        size, smallest = self.image_size, self.smallest_image
+        must = f"be at least {smallest} for this {self.network}"
+        require(size >= smallest, "--image-size", must, size)
+        require(size <= LARGEST_IMAGE, "--image-size", f"be at most {LARGEST_IMAGE}", size)
+        require(0 <= self.dropout < 1, "dropout", "be at least 0 and less than 1", self.dropout)
+        R = self.routings
+        require(R >= 1, "--routings", "be at least 1", R)
+        require(R <= MOST_ROUTINGS, "--routings", f"be at most {MOST_ROUTINGS}", R)
 
 
 @dataclass(frozen=True)
@@ -126,35 +120,28 @@ class Config:
     """End the run once the test accuracy reaches this."""
 
     def check(self) -> None:
-        """Raise UserError for values no run can have."""
+        """Raise UserError for values no run can have. Comparisons are such that NaN has none."""
         for name, smallest in {
             "epochs": 0, "batch_size": 1, "accumulate": 1, "lr_decay_steps": 1, "warmup_steps": 0,
             "shift_pixels": 0, "seed": 0,
         }.items():  # fmt: skip
-            if getattr(self, name) < smallest:
-                raise UserError(
-                    f"{flag(name)} must be at least {smallest}, got {getattr(self, name)}"
-                )
-        if self.seed >= 2**63:
-            raise UserError(f"--seed must be below 2**63, got {self.seed}")
-        if not 0 <= self.lam_recon < math.inf:  # NaN is refused too
-            raise UserError(f"--lam-recon must be at least 0 and finite, got {self.lam_recon}")
-        if not 0 < self.lr < 1e38:  # it is a float32
-            raise UserError(f"--lr must be above 0 and below 1e38, got {self.lr}")
-        if not 0 < self.lr_decay <= 1:  # a rate that rises leaves float32, sooner or later
-            raise UserError(f"--lr-decay must be above 0, at most 1, got {self.lr_decay}")
-        if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
-            raise UserError(f"--stop-accuracy must be above 0, at most 1, got {self.stop_accuracy}")
-        if self.batch_size % self.accumulate:
-            raise UserError(
-                f"--accumulate must divide --batch-size = {self.batch_size}, got {self.accumulate}"
-            )
+            value = getattr(self, name)
+            require(value >= smallest, flag(name), f"be at least {smallest}", value)
+        require(self.seed < 2**63, "--seed", "be below 2**63", self.seed)
+        finite = 0 <= self.lam_recon < math.inf
+        require(finite, "--lam-recon", "be at least 0 and finite", self.lam_recon)
+        # It is a float32.
+        require(0 < self.lr < 1e38, "--lr", "be above 0 and below 1e38", self.lr)
+        # A rate that rises leaves float32, sooner or later.
+        require(0 < self.lr_decay <= 1, "--lr-decay", "be above 0, at most 1", self.lr_decay)
+        accuracy = self.stop_accuracy
+        is_share = accuracy is None or 0 < accuracy <= 1
+        require(is_share, "--stop-accuracy", "be above 0, at most 1", accuracy)
+        must = f"divide --batch-size = {self.batch_size}"
+        require(self.batch_size % self.accumulate == 0, "--accumulate", must, self.accumulate)
         self.architecture.check()
-        if self.shift_pixels > self.architecture.image_size:
-            raise UserError(
-                f"--shift-pixels must be at most the image's {self.architecture.image_size} "
-                f"pixels, got {self.shift_pixels}"
-            )
+        size, shift = self.architecture.image_size, self.shift_pixels
+        require(shift <= size, "--shift-pixels", f"be at most the image's {size} pixels", shift)
 
     def replaced(self, changes: dict[str, Any]) -> Self:
         """A copy with other values; those of ARCHITECTURE_FLAGS and a ``lam_recon`` of 0 reach the

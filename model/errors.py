@@ -8,6 +8,12 @@ class UserError(Exception):
     """Its message names the argument or file, what came and what was expected, in one line."""
 
 
+def require(holds: bool, name: str, must: str, got: object) -> None:
+    """UserError unless the argument ``name`` is as it must be."""
+    if not holds:
+        raise UserError(f"{name} must {must}, got {got}")
+
+
 def tell(error: UserError) -> None:
     print(f"error: {error}", file=sys.stderr)
 

@@ -17,7 +17,7 @@ from .commands import add_data_flags, add_device_flags, open_dataset, table_cons
 from .config import Config
 from .data import Dataset, Split
 from .environment import choose_device
-from .errors import UserError, run_command
+from .errors import UserError, require, run_command
 from .evaluation import TestResult, confusion, scores_of
 from .networks import restored
 from .outputs import check_writable, write_atomically
@@ -43,8 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    if arguments.repeats < 1:
-        raise UserError(f"--repeats must be at least 1, got {arguments.repeats}")
+    require(arguments.repeats >= 1, "--repeats", "be at least 1", arguments.repeats)
     check_writable("--json", arguments.json)
     device = choose_device(arguments.device)
     states = [(run, checkpoints.load(run)) for run in each_once(arguments.runs)]
