@@ -10,7 +10,7 @@ from torch import Tensor
 from .capsnet import CapsNet
 from .losses import lengths
 from .outputs import write_atomically
-from .views import Batch
+from .views import Batch, overlaid
 
 GAP = 2
 """Pixels between the images of a grid."""
@@ -39,8 +39,8 @@ def reconstruction_rows(model: CapsNet, batch: Batch, columns: int = 10) -> np.n
     model.eval()
     capsules = model.capsules(batch.images)
     found = lengths(capsules).topk(batch.labels.shape[1]).indices
-    drawn = model.reconstruct(capsules, found).sum(1).clamp(max=1)
-    originals = batch.originals.sum(1).clamp(max=1)
+    drawn = overlaid(model.reconstruct(capsules, found))
+    originals = overlaid(batch.originals)
     pairs = zip(originals.split(columns), drawn.split(columns), strict=True)
     return grid(torch.cat([images for pair in pairs for images in pair]), columns)
 

@@ -114,6 +114,11 @@ def central_views(config: Config, split: Split) -> Views:
     return Views(index, start, start)
 
 
+def overlaid(objects: Tensor) -> Tensor:
+    """Images [B, C, S, S] of objects [B, T, C, S, S] in 0..1 laid over each other, clipped at 1."""
+    return objects.sum(1).clamp(max=1)
+
+
 def show(config: Config, split: Split, views: Views, generator: Generator | None = None) -> Batch:
     """The images of views; with a generator, flipped and jittered where ``config`` says so."""
     size = config.architecture.image_size
@@ -124,7 +129,7 @@ def show(config: Config, split: Split, views: Views, generator: Generator | None
     if generator is not None and config.jitter:
         objects = jitter(objects, generator)
     originals = objects.unflatten(0, tuple(views.index.shape))
-    images = originals.sum(1).clamp(max=1)
+    images = overlaid(originals)
     if config.standardize:
         images = standardize(images)
     return Batch(images, split.labels[views.index], originals)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from .. import checkpoint as checkpoints
 from ..capsnet import CapsNet
 from ..commands import add_data_flags, add_device_flags, open_dataset
+from ..directory import writing
 from ..environment import choose_device
 from ..errors import UserError, run_command
 from ..networks import restored
@@ -56,18 +57,15 @@ def load_trained(run: Path, arguments: argparse.Namespace, device: torch.device)
 
 def wanted(trained: Trained, only: list[str] | None) -> list[str]:
     """Which figures to draw; UserError for one that was asked for and can't be drawn."""
-    possible = [*ANY_CAPSNET, "iterations"]
-    if trained.network.decoder is not None:
-        possible += [n for n in NEEDS_DECODER if n != "segmentations" or trained.config.pairs]
+    reasons = {}
+    if trained.network.decoder is None:
+        reasons = dict.fromkeys(NEEDS_DECODER, "its network has no decoder")
+    elif not trained.config.pairs:
+        reasons = {"segmentations": "it shows overlapping pairs"}
     for name in only or ():
-        if name not in possible:
-            reason = (
-                "it shows overlapping pairs"
-                if trained.network.decoder is not None
-                else "its network has no decoder"
-            )
-            raise UserError(f"--only {name} can't be drawn of {trained.name}: {reason}")
-    return [name for name in NAMES if name in (only or possible)]
+        if name in reasons:
+            raise UserError(f"--only {name} can't be drawn of {trained.name}: {reasons[name]}")
+    return [name for name in NAMES if (name in only if only else name not in reasons)]
 
 
 @torch.no_grad()
@@ -78,10 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     first = arguments.runs[0]
     directory = arguments.save_dir or (first if first.is_dir() else first.parent)
     names = wanted(runs[0], arguments.only)
-    try:
+    with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--save-dir {directory} can't be written: {error.strerror}") from None
     for name in names:
         buffer = io.BytesIO()
         with matplotlib.rc_context({"text.parse_math": False}):  # "$" in a name is no formula

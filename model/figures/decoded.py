@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..losses import correct, lengths
+from ..views import overlaid
 from .trained import Trained
 
 PERTURBATIONS = [round(-0.25 + 0.05 * n, 2) for n in range(11)]
@@ -47,7 +48,7 @@ def reconstructions(trained: Trained, columns: int = 10) -> Figure:
         trained.network.reconstruct(capsules[chosen], which)[:, 0] for which in (true, found)
     )
     names = trained.classes
-    rows = [list(batch.originals[chosen].sum(1).clamp(max=1)), list(by_label), list(by_prediction)]
+    rows = [list(overlaid(batch.originals)[chosen]), list(by_label), list(by_prediction)]
     titles = [
         [f"label {names[j]}" for j in true[:, 0].tolist()],
         [f"drawn as {names[j]}" for j in true[:, 0].tolist()],
@@ -95,7 +96,7 @@ def segmentations(trained: Trained, columns: int = 8) -> Figure:
     batch = trained.batch(columns)
     capsules = trained.network.capsules(batch.images)
     found = lengths(capsules).topk(2).indices
-    rows = [list(batch.originals.sum(1).clamp(max=1))]
+    rows = [list(overlaid(batch.originals))]
     titles = [[" and ".join(trained.classes[j] for j in pair) for pair in batch.labels.tolist()]]
     for which, word in ((batch.labels, "true"), (found, "found")):
         drawn = trained.network.reconstruct(capsules, which)[:, :, 0]  # [n, 2, H, W]

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from capsule_kernels import fused_routing
 
+from ..views import overlaid
 from .decoded import picture
 from .trained import Trained
 
@@ -49,8 +50,8 @@ def coupling_maps(trained: Trained, images: int = 6) -> Figure:
     spread = max(float((maps - even).abs().max()), 1e-6)
     figure = Figure(figsize=(0.95 * (a.classes + 1) + 0.8, 1.15 * rows), layout="constrained")
     axes = figure.subplots(rows, a.classes + 1, squeeze=False)
-    for row in range(rows):
-        image = picture(batch.originals[row].sum(0).clamp(max=1))
+    for row, shown_image in enumerate(overlaid(batch.originals)):
+        image = picture(shown_image)
         labels = batch.labels[row].tolist()
         axes[row, 0].imshow(image, cmap="gray", vmin=0, vmax=1)
         axes[row, 0].set_title(", ".join(trained.classes[j] for j in labels), fontsize=7, pad=2)
