@@ -1,5 +1,6 @@
 """The machine a command runs on, and what has to be said about it beside a figure."""
 
+import argparse
 import platform
 import subprocess
 import sys
@@ -71,12 +72,7 @@ def description(device: torch.device) -> dict[str, Any]:
 
 def without_paths(arguments: list[str]) -> list[str]:
     """A command line without the flags that only say where files lie."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument.split("=")[0] in ("--data-dir", "--save-dir"):
-            skip = "=" not in argument
-        else:
-            kept.append(argument)
-    return kept
+    p = argparse.ArgumentParser(add_help=False)
+    p.add_argument("--data-dir")
+    p.add_argument("--save-dir")
+    return p.parse_known_args(arguments)[1]
