@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,9 +21,8 @@ from model.checkpoint import CHECKPOINT, load
 from model.errors import UserError
 from model.metrics import METRICS, read_metrics
 
-from .tiny import STEPS_PER_EPOCH, add_tiny
+from .tiny import ROOT, STEPS_PER_EPOCH, processes_together, train_tiny
 
-ROOT = Path(__file__).resolve().parents[1]
 KILLS = 8
 EPOCHS = 7
 SECONDS_TO_END = 60  # that a process has after the other one died
@@ -32,14 +30,13 @@ SECONDS_TO_END = 60  # that a process has after the other one died
 Figure = Callable[[str, str], None]
 
 
-def tiny_run(directory: Path, *flags: str) -> None:
+def tiny_run(directory: Path) -> None:
     """Train, or go on; in a process of its own."""
-    add_tiny(pytest.MonkeyPatch())
     torch.set_num_threads(1)
     begun = (directory / CHECKPOINT).exists()
     new = ["--experiment", "tiny", "--epochs", str(EPOCHS), "--save-dir", str(directory)]
     start = ["--resume", str(directory)] if begun else new
-    sys.exit(train.main([*start, "--checkpoint-minutes", "0", *flags]))
+    sys.exit(train.main([*start, "--checkpoint-minutes", "0"]))
 
 
 def without_times(directory: Path) -> list[dict[str, object]]:
@@ -127,10 +124,7 @@ def test_killed_at_random_moments(tmp_path: Path, figure: Figure) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run with an optimizer's state in its checkpoint."""
     directory = tmp_path_factory.mktemp("saved") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        add_tiny(patch)
-        flags = ["--experiment", "tiny", "--epochs", "1", "--save-dir", str(directory)]
-        assert train.main(flags) == 0
+    assert train_tiny(directory, "--epochs", "1") == 0
     return directory
 
 
@@ -216,32 +210,18 @@ def children(parent: int) -> list[int]:
     return sorted(found)
 
 
-def assert_one_process_goes_on(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_one_process_goes_on(directory: Path) -> None:
     """The checkpoint is whole, and a run can begin with it."""
     assert load(directory).counters["step"] >= 0
-    add_tiny(monkeypatch)
     assert train.main(["--resume", str(directory), "--max-minutes", "0"]) == 0
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_of_two_processes_dies(
-    victim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
-) -> None:
+def test_one_of_two_processes_dies(victim: int, tmp_path: Path, figure: Figure) -> None:
     """Without torchrun's agent, which would end the other one: as on two machines."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     directory = tmp_path / "run"
-    flags = ["--experiment", "tiny", "--epochs", "10000", "--save-dir", str(directory)]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.tiny", *flags, "--checkpoint-minutes", "0"],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    flags = ["--epochs", "10000", "--save-dir", str(directory), "--checkpoint-minutes", "0"]
+    processes = processes_together(flags, flags)
     try:
         wait_for_the_first_step(directory, processes)
         processes[victim].kill()
@@ -254,16 +234,14 @@ def test_one_of_two_processes_dies(
             process.communicate()
     assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
     assert "gloo/transport" in message, message  # torch's own error, of a peer that is gone
-    assert_one_process_goes_on(directory, monkeypatch)
+    assert_one_process_goes_on(directory)
     figure(
         f"process {victim} of two dies",
         f"the other ends with an error after {seconds:.1f} s, the checkpoint is whole",
     )
 
 
-def test_torchrun_ends_when_one_of_two_dies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
-) -> None:
+def test_torchrun_ends_when_one_of_two_dies(tmp_path: Path, figure: Figure) -> None:
     directory = tmp_path / "run"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = ["--experiment", "tiny", "--epochs", "10000", "--save-dir", str(directory)]
@@ -287,7 +265,7 @@ def test_torchrun_ends_when_one_of_two_dies(
     assert torchrun.returncode not in (0, -signal.SIGKILL)
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     assert "SIGKILL" in message, message
-    assert_one_process_goes_on(directory, monkeypatch)
+    assert_one_process_goes_on(directory)
     figure(
         "one of two processes under torchrun dies",
         f"all end with an error after {seconds:.1f} s, the checkpoint is whole",

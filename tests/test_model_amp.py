@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from capsule_kernels import fused_routing
-from model import train
 from model.metrics import read_metrics
 
 from .cases import Case, make_inputs
-from .tiny import add_tiny
+from .tiny import train_tiny
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -41,9 +40,7 @@ def test_autocast_leaves_float64_alone() -> None:
         assert fused_routing(inputs["u"], inputs["weight"]).dtype == torch.float64
 
 
-def test_a_network_trains_with_amp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_tiny(monkeypatch)
-    flags = ["--experiment", "tiny", "--amp", "--lr", "0.01", "--save-dir", str(tmp_path)]
-    assert train.main(flags) == 0
+def test_a_network_trains_with_amp(tmp_path: Path) -> None:
+    assert train_tiny(tmp_path, "--amp", "--lr", "0.01") == 0
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["kind"] == "epoch"]
     assert lines[1]["train_loss"] < lines[0]["train_loss"]

@@ -20,14 +20,9 @@ from model.figures.__main__ import main as draw_figures
 from model.metrics import MetricsLog, read_metrics
 from model.networks import build
 
-from .tiny import ARCHITECTURE, CONFIG, add_tiny, load_tiny
+from .tiny import ARCHITECTURE, CONFIG, load_tiny
 
 CLASSES = tuple("0123456789")
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_tiny(monkeypatch)
 
 
 def saved(path: Path, config: Config = CONFIG, classes: tuple[str, ...] = CLASSES) -> Path:
@@ -177,7 +172,7 @@ def test_a_split_without_images() -> None:
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_pairs_need_two_classes(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_fours(source: Source) -> Dataset:
-        dataset = load_tiny(source)
+        dataset = load_tiny()
         split = getattr(dataset, part)
         fours = split.labels == 4
         return replace(dataset, **{part: Split(split.images[fours], split.labels[fours])})

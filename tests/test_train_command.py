@@ -24,19 +24,13 @@ from model.metrics import read_metrics
 from model.networks import build
 from model.trainer import Trainer
 
-from .tiny import STEPS_PER_EPOCH, add_tiny, load_tiny
+from .tiny import STEPS_PER_EPOCH, load_tiny, train_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_tiny(monkeypatch)
-
-
 def run(directory: Path, *flags: str) -> int:
-    always = ["--experiment", "tiny", "--epochs", "1", "--save-dir", str(directory)]
-    return train.main([*always, *flags])
+    return train_tiny(directory, "--epochs", "1", *flags)
 
 
 def test_flags_reach_the_configuration() -> None:
@@ -181,7 +175,7 @@ def test_weights_are_tested_once(
 def test_weights_are_where_a_run_starts(tmp_path: Path) -> None:
     run(tmp_path / "a")
     weights = tmp_path / "a" / "weights.safetensors"
-    assert load(weights).data == load_tiny(Source(tmp_path)).fingerprint()
+    assert load(weights).data == load_tiny().fingerprint()
     with pytest.raises(UserError, match="nowhere is not there"):
         train.main(["--resume", "nowhere"])
     with pytest.raises(UserError, match="weights alone; --weights starts a new run"):
@@ -457,15 +451,13 @@ def test_every_data_set_has_an_experiment_of_its_name() -> None:
 
 
 def test_what_the_metrics_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_tiny(monkeypatch)
-
     def load(source: Source) -> Dataset:
         tiny = load_tiny(source)
         return replace(tiny, test_name="held out", further_tests={"again": tiny.test})
 
     monkeypatch.setitem(DATASETS, "tiny", load)
     directory = tmp_path / "run"
-    assert train.main(["--experiment", "tiny", "--save-dir", str(directory)]) == 0
+    assert train_tiny(directory) == 0
     run, *epochs, final = read_metrics(directory / "metrics.jsonl")
     network = build(EXPERIMENTS["tiny"].config.architecture)
     assert run["processes"] == 1

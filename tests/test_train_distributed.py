@@ -1,7 +1,6 @@
 """Two processes under torchrun train the network that one process trains on the whole batch."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,17 +15,14 @@ from model.distributed import World
 from model.errors import UserError
 from model.metrics import read_metrics
 
-from .tiny import add_tiny
+from .tiny import ROOT, processes_together, train_tiny
 
-ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["--experiment", "tiny", "--shift-pixels", "0"]  # every process draws shifts of its own
+FLAGS = ["--shift-pixels", "0"]  # every process draws shifts of its own
 
 
-def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add_tiny(monkeypatch)
-    for name in ("together", "alone"):
-        stop = ["--max-minutes", "0"] if name == "together" else []
-        assert train.main([*FLAGS, "--save-dir", str(tmp_path / name), *stop]) == 0
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    assert train_tiny(tmp_path / "together", *FLAGS, "--max-minutes", "0") == 0
+    assert train_tiny(tmp_path / "alone", *FLAGS) == 0
     assert load(tmp_path / "together").counters["step"] == 0
     # Begun by one process, which had no time, and gone on with by two.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -57,7 +53,7 @@ def test_a_batch_that_cannot_be_shared_out() -> None:
 
 @pytest.mark.parametrize("refusing", [0, 1])
 def test_what_one_process_cannot_do_ends_both(refusing: int, tmp_path: Path) -> None:
-    """It says so in a line, the other one nothing. Without torchrun's agent, which ends others."""
+    """It says so in a line, the other one nothing."""
     (tmp_path / "file").touch()
     if refusing == 0:  # the one that writes
         directory, weights = tmp_path / "file" / "run", []
@@ -65,18 +61,8 @@ def test_what_one_process_cannot_do_ends_both(refusing: int, tmp_path: Path) -> 
     else:
         directory, weights = tmp_path / "run", ["--weights", "nowhere"]
         expected = "nowhere is not there; expected a checkpoint or a run's directory"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.tiny", *FLAGS, "--save-dir", str(directory), *flags],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, flags in enumerate([[], weights])
-    ]  # fmt: skip
+    common = [*FLAGS, "--save-dir", str(directory)]
+    processes = processes_together(common, [*common, *weights])
     try:
         lines = [process.communicate(timeout=120)[1] for process in processes]
     finally:

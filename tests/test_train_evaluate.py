@@ -9,32 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-from model import evaluate, predict, train
+from model import evaluate, predict
 from model.checkpoint import CHECKPOINT, WEIGHTS, Checkpoint, load, model_tensors, save
-from model.data import DATASETS, NATIVE_SIZES, Source, digits
+from model.data import DATASETS, NATIVE_SIZES, digits
 from model.errors import UserError
 from model.evaluation import confusion
 from model.figures.__main__ import main as draw_figures
 from model.metrics import read_metrics
 from model.networks import build
 
-from .tiny import CONFIG, add_tiny, load_tiny
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_tiny(monkeypatch)
+from .tiny import CONFIG, load_tiny, train_tiny
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two short runs of different seeds."""
     directory = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        add_tiny(patch)
-        for seed in ("0", "1"):
-            flags = ["--epochs", "2", "--lr", "0.01", "--seed", seed]
-            train.main(["--experiment", "tiny", "--save-dir", str(directory / seed), *flags])
+    for seed in ("0", "1"):
+        assert train_tiny(directory / seed, "--epochs", "2", "--lr", "0.01", "--seed", seed) == 0
     return [directory / "0", directory / "1"]
 
 
@@ -116,7 +108,7 @@ def test_other_classes_are_refused(runs: list[Path], tmp_path: Path) -> None:
 
 def pictures(folder: Path) -> list[str]:
     """Some test images as picture files: as they are, inverted in colour, larger."""
-    images = load_tiny(Source(folder)).test.images[:3, 0].numpy()
+    images = load_tiny().test.images[:3, 0].numpy()
     Image.fromarray(images[0]).save(folder / "0.png")
     Image.fromarray(images[1]).convert("RGB").resize((84, 84), 0).save(folder / "1.png")
     Image.fromarray(255 - images[0]).save(folder / "inverted.png")
@@ -149,7 +141,7 @@ def saved_scores(output: str) -> list[dict[str, float]]:
 def of_size(size: int, folder: Path) -> Path:
     """A network for scikit-learn's digits seen through windows of another size, hardly trained."""
     flags = ["--image-size", str(size), "--epochs", "1", "--lr", "0.01"]
-    train.main(["--experiment", "tiny", "--save-dir", str(folder / "run"), *flags])
+    assert train_tiny(folder / "run", *flags) == 0
     state = load(folder / "run")
     state.config = replace(state.config, dataset="digits")
     save(folder / "run" / CHECKPOINT, state)
@@ -193,7 +185,7 @@ def test_every_data_set_says_the_size_of_its_images() -> None:
 def test_what_is_inverted_is_the_picture_not_its_margins(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dark = load_tiny(Source(tmp_path)).test.images[0, 0, :, 8:20].numpy()
+    dark = load_tiny().test.images[0, 0, :, 8:20].numpy()
     Image.fromarray(dark).save(tmp_path / "dark.png")
     Image.fromarray(255 - dark).save(tmp_path / "bright.png")
     weights = ["--weights", str(runs[0]), "--json"]
@@ -282,7 +274,7 @@ def test_names_are_shown_as_they_are(
 ) -> None:
     """To rich ``[a]`` would be a style, ``[/a]`` the end of one, ``:star:`` a picture."""
     classes = (*(f"[{c}]:star:" for c in "abcdefghi"), "[/j]")
-    odd = replace(load_tiny(None), classes=classes, test_name="held [out]")
+    odd = replace(load_tiny(), classes=classes, test_name="held [out]")
     monkeypatch.setitem(DATASETS, "tiny", lambda source: odd)
     folder = tmp_path / "x["
     folder.mkdir()

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from model import train
 from model.checkpoint import CHECKPOINT, Checkpoint, load, model_tensors, save
 from model.config import Config
 from model.data import DATASETS
@@ -18,20 +17,13 @@ from model.figures.routing import couplings
 from model.figures.trained import Trained
 from model.networks import build
 
-from .tiny import ARCHITECTURE, CONFIG, add_tiny, load_tiny, tiny_capsnet
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_tiny(monkeypatch)
+from .tiny import ARCHITECTURE, CONFIG, load_tiny, tiny_capsnet, train_tiny
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("figures") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        add_tiny(patch)
-        train.main(["--experiment", "tiny", "--epochs", "1", "--save-dir", str(directory)])
+    assert train_tiny(directory, "--epochs", "1") == 0
     return directory
 
 
@@ -80,7 +72,7 @@ def test_names_are_shown_as_they_are(
 ) -> None:
     """To matplotlib ``$a_$`` would be a formula, and a wrong one."""
     classes = tuple(f"${c}_$b" for c in "abcdefghij")
-    monkeypatch.setitem(DATASETS, "tiny", lambda _: replace(load_tiny(None), classes=classes))
+    monkeypatch.setitem(DATASETS, "tiny", lambda _: replace(load_tiny(), classes=classes))
     state = load(run)
     state.classes = classes
     folder = tmp_path / "$x_$"
@@ -99,7 +91,7 @@ def test_what_figures_refuse(run: Path, tmp_path: Path) -> None:
 
 def trained(config: Config = CONFIG) -> Trained:
     torch.manual_seed(0)
-    data = load_tiny(None)
+    data = load_tiny()
     return Trained("x", config, tiny_capsnet().eval(), data.test, data.classes)
 
 

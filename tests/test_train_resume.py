@@ -20,23 +20,16 @@ from model.interrupt import Interrupted, Interruption
 from model.metrics import METRICS, MetricsLog, read_metrics
 from model.trainer import Trainer
 
-from .tiny import CONFIG, STEPS_PER_EPOCH, add_tiny, load_tiny
+from .tiny import CONFIG, STEPS_PER_EPOCH, load_tiny, train_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_tiny(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of two epochs."""
     directory = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        add_tiny(patch)
-        assert train.main(["--experiment", "tiny", "--save-dir", str(directory)]) == 0
+    assert train_tiny(directory) == 0
     return directory
 
 
@@ -47,7 +40,7 @@ def test_epochs_that_take_no_time_share_a_checkpoint(
     epochs: list[int] = []
     monkeypatch.setattr(Trainer, "save", lambda trainer: epochs.append(trainer.progress.epoch))
     monkeypatch.setattr(fit, "LEAST_SECONDS", least_seconds)
-    assert train.main(["--experiment", "tiny", "--save-dir", str(tmp_path / "run")]) == 0
+    assert train_tiny(tmp_path / "run") == 0
     assert epochs == saves
 
 
@@ -87,7 +80,7 @@ def test_interrupted_between_any_two_steps(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted_step)
-        code = train.main(["--experiment", "tiny", "--save-dir", str(tmp_path / "run")])
+        code = train_tiny(tmp_path / "run")
     assert code == 130
     # At 4 the epoch is over, but its test was interrupted: it is done after resuming.
     assert load(tmp_path / "run").counters["epoch"] == (1 if at > STEPS_PER_EPOCH else 0)
@@ -97,8 +90,7 @@ def test_interrupted_between_any_two_steps(
 
 def test_out_of_time_and_resumed(tmp_path: Path, uninterrupted: Path) -> None:
     directory = tmp_path / "run"
-    arguments = ["--experiment", "tiny", "--save-dir", str(directory), "--max-minutes", "0"]
-    assert train.main(arguments) == 0
+    assert train_tiny(directory, "--max-minutes", "0") == 0
     assert read_metrics(directory / "metrics.jsonl")[-1]["outcome"] == "out of time"
     assert train.main(["--resume", str(directory)]) == 0
     assert_same_run(directory, uninterrupted)
@@ -124,7 +116,7 @@ def test_tensorboard_has_every_epoch_once(
     with monkeypatch.context() as patch:
         if not written:
             patch.setattr(Interruption, "check", terminated)
-        train.main(["--experiment", "tiny", "--epochs", "1", "--save-dir", str(directory)])
+        train_tiny(directory, "--epochs", "1")
     keep_events(1)
     if not written:
         lost = MetricsLog(directory, load(directory).counters["metrics_size"])
@@ -164,7 +156,7 @@ def test_a_signal_during_the_test_of_an_epoch(
 
     with monkeypatch.context() as patch:
         patch.setattr(Interruption, "check", terminated)
-        assert train.main(["--experiment", "tiny", "--save-dir", str(tmp_path / "run")]) == 143
+        assert train_tiny(tmp_path / "run") == 143
     state = load(tmp_path / "run")
     assert (state.counters["step"], state.counters["epoch"]) == (STEPS_PER_EPOCH, 0)
     capsys.readouterr()
@@ -195,14 +187,14 @@ def test_other_data_than_the_run_began_with_is_refused(
 ) -> None:
     """Its epochs would not end where the data's do. Files of older versions only tell by that."""
     directory = tmp_path / "run"
-    assert train.main(["--experiment", "tiny", "--epochs", "1", "--save-dir", str(directory)]) == 0
+    assert train_tiny(directory, "--epochs", "1") == 0
     if older:
         state = load(directory)
         state.data = None
         save(directory / CHECKPOINT, state)
 
     def load_less(source: Source) -> Dataset:
-        dataset = load_tiny(source)
+        dataset = load_tiny()
         split = getattr(dataset, part)
         return replace(dataset, **{part: Split(split.images[:left], split.labels[:left])})
 
@@ -221,7 +213,7 @@ def test_other_data_than_the_run_began_with_is_refused(
 
 
 def test_other_labels_of_as_many_images_are_other_data() -> None:
-    dataset = load_tiny(Source(Path()))
+    dataset = load_tiny()
     assert dataset.fingerprint() == json.loads(json.dumps(dataset.fingerprint()))
     other = replace(dataset, train=Split(dataset.train.images, dataset.train.labels.flip(0)))
     assert other.fingerprint()["train"] != dataset.fingerprint()["train"]

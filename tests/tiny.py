@@ -1,9 +1,13 @@
-"""An experiment small enough for tests of everything around it.
+"""An experiment small enough for tests of everything around it: "tiny", which importing this adds.
 
-``python -m tests.tiny FLAGS`` is ``python -m model.train`` with the experiment "tiny" added.
+``python -m tests.tiny FLAGS`` is ``python -m model.train`` with it.
 """
 
-import pytest
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 from model.capsnet import CapsNet
 from model.config import Architecture, Config
@@ -13,6 +17,7 @@ from model.errors import run_command
 from model.experiments import EXPERIMENTS, Experiment
 from model.train import main
 
+ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = Architecture(
     image_size=28, conv_channels=4, capsule_types=2, capsule_dim=4, class_dim=6
 )
@@ -20,7 +25,7 @@ CONFIG = Config("tiny", ARCHITECTURE, epochs=2, batch_size=64, lr=3e-3)
 STEPS_PER_EPOCH = 4
 
 
-def load_tiny(source: Source) -> Dataset:
+def load_tiny(_source: Source | None = None) -> Dataset:
     """Some of scikit-learn's digits."""
     digits = load()
     train, test = (
@@ -30,10 +35,30 @@ def load_tiny(source: Source) -> Dataset:
     return Dataset(train, test, digits.classes)
 
 
-def add_tiny(patch: pytest.MonkeyPatch) -> None:
-    """Put "tiny" among the data sets and experiments."""
-    patch.setitem(DATASETS, "tiny", load_tiny)
-    patch.setitem(EXPERIMENTS, "tiny", Experiment(CONFIG, "for tests"))
+DATASETS["tiny"] = load_tiny
+EXPERIMENTS["tiny"] = Experiment(CONFIG, "for tests")
+
+
+def train_tiny(directory: Path, *flags: str) -> int:
+    """The exit code of a run in a directory."""
+    return main(["--experiment", "tiny", "--save-dir", str(directory), *flags])
+
+
+def processes_together(*flags: list[str]) -> list[subprocess.Popen[str]]:
+    """One for each list of flags. Without torchrun's agent, which ends the others if one dies."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    size = len(flags)
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.tiny", "--experiment", "tiny", *own],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, own in enumerate(flags)
+    ]  # fmt: skip
 
 
 def tiny_capsnet(**changes: object) -> CapsNet:
@@ -41,5 +66,4 @@ def tiny_capsnet(**changes: object) -> CapsNet:
 
 
 if __name__ == "__main__":
-    add_tiny(pytest.MonkeyPatch())
     run_command(main)
