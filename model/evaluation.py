@@ -22,7 +22,7 @@ def scores_of(
     config: Config,
     split: Split,
     views: Views | None = None,
-    between: Callable[[], None] = lambda: None,
+    between: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores [M, J] and labels [M, T] of M views of a split, by default those of a test.
 
@@ -35,7 +35,8 @@ def scores_of(
         batch = show(config, split, views[start : start + BATCH])
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=config.amp):
             scores.append(network(batch.images).scores.float())
-        between()
+        if between is not None:
+            between()
     return torch.cat(scores), split.labels[views.index]
 
 

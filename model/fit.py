@@ -124,7 +124,7 @@ class Fit:
         speed = self.images_per_second() if progress.step > self.first_step else None
         # One of several processes must not leave a test that the others finish.
         alone = trainer.world.size == 1
-        result = trainer.test(trainer.dataset.test, self.interruption.check if alone else nothing)
+        result = trainer.test(trainer.dataset.test, self.interruption.check if alone else None)
         self.tested = result
         progress.epoch += 1
         trainer.sums.zero_()
@@ -186,7 +186,3 @@ class Fit:
         progress.seconds, progress.metrics_size = self.seconds(), self.log.size
         self.trainer.save()
         self.saved = time.monotonic()
-
-
-def nothing() -> None:
-    """Called where there is nothing to check."""

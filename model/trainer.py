@@ -163,7 +163,7 @@ class Trainer:
         loss_sum, right, seen = (self.sums if sums is None else sums).tolist()
         return loss_sum / max(seen, 1), right / max(seen, 1)
 
-    def test(self, split: Split, between: Callable[[], None] = lambda: None) -> TestResult:
+    def test(self, split: Split, between: Callable[[], None] | None = None) -> TestResult:
         """Loss (without reconstruction) and errors on a split."""
         self.model.eval()
         scores, labels = scores_of(self.model, self.config, split, between=between)
