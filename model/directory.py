@@ -11,7 +11,7 @@ from pathlib import Path
 from .checkpoint import CHECKPOINT, WEIGHTS
 from .errors import UserError
 from .metrics import METRICS
-from .outputs import remove_unfinished
+from .outputs import remove_unfinished, writing
 
 PICTURE = "reconstructions.png"
 RUN_FILES = (CHECKPOINT, METRICS, WEIGHTS, PICTURE, "events.out.tfevents.*")
@@ -23,7 +23,7 @@ def make_new(directory: Path) -> Path:
 
     Runs that begin in the same second so get one each.
     """
-    with writing(directory):
+    with writing(f"--save-dir {directory}"):
         directory.parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             path = directory if number == 1 else Path(f"{directory}-{number}")
@@ -41,14 +41,14 @@ def held(directory: Path, fresh: bool) -> Iterator[None]:
 
     UserError if another process holds it, or if a ``fresh`` run would write over files of a run.
     """
-    with writing(directory):
+    with writing(f"--save-dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)
     try:
         lock(descriptor, directory)
         if fresh:
             refuse_used(directory)
-        with writing(directory):
+        with writing(f"--save-dir {directory}"):
             remove_unfinished(directory)
             with tempfile.TemporaryFile(dir=directory) as file:
                 file.write(b"x")
@@ -83,12 +83,3 @@ def refuse_used(directory: Path) -> None:
                 f"--save-dir {directory} holds {path.name} of a run already: it must be empty of "
                 "runs; take another, or remove that one"
             )
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """OSError becomes UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--save-dir {directory} can't be written: {error.strerror}") from None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .outputs import writing
 
 METRICS = "metrics.jsonl"
 
@@ -21,16 +22,14 @@ class MetricsLog:
         self, directory: Path | None, size: int = 0, purge_step: int | None = None
     ) -> None:
         self.size = 0
+        self.path: Path | None = None
         self.board: Any = None
-        self.path = directory / METRICS if directory is not None else None
-        if directory is None or self.path is None:
+        if directory is None:
             return
-        try:
-            with self.path.open("ab") as file:
-                self.size = min(size, file.tell())
-                file.truncate(self.size)
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
+        self.path = path = directory / METRICS
+        with writing(f"{path}:"), path.open("ab") as file:
+            self.size = min(size, file.tell())
+            file.truncate(self.size)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -43,11 +42,8 @@ class MetricsLog:
         if self.path is None:
             return
         line = json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
-        try:
-            with self.path.open("ab") as file:
-                file.write(line)
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be written: {error.strerror}") from None
+        with writing(f"{self.path}:"), self.path.open("ab") as file:
+            file.write(line)
         self.size += len(line)
         if self.board is not None and kind == "epoch":
             for name, value in values.items():

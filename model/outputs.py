@@ -38,6 +38,15 @@ def check_writable(flag: str, path: Path | None) -> None:
 
 
 @contextmanager
+def writing(what: str) -> Iterator[None]:
+    """OSError becomes UserError, which begins with ``what``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} can't be written: {error.strerror or error}") from None
+
+
+@contextmanager
 def unfinished(path: Path) -> Iterator[IO[bytes]]:
     """A new file beside a path, which is gone afterwards unless it took the path's place."""
     with tempfile.NamedTemporaryFile(
@@ -51,15 +60,12 @@ def unfinished(path: Path) -> Iterator[IO[bytes]]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or, whatever happens, as it was before."""
-    try:
-        with unfinished(path) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
-            Path(file.name).replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: can't be written: {error.strerror or error}") from None
+    with writing(f"{path}:"), unfinished(path) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        os.fchmod(file.fileno(), 0o644)
+        Path(file.name).replace(path)
 
 
 def remove_unfinished(directory: Path) -> None:

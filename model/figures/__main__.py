@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from .. import checkpoint as checkpoints
 from ..capsnet import CapsNet
 from ..commands import add_data_flags, add_device_flags, open_dataset
-from ..directory import writing
 from ..environment import choose_device
 from ..errors import UserError, run_command
 from ..networks import restored
-from ..outputs import write_atomically
+from ..outputs import write_atomically, writing
 from .decoded import perturbations, reconstructions, segmentations
 from .equivariance import equivariance
 from .routing import coupling_maps, error_by_iterations
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     first = arguments.runs[0]
     directory = arguments.save_dir or (first if first.is_dir() else first.parent)
     names = wanted(runs[0], arguments.only)
-    with writing(directory):
+    with writing(f"--save-dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
     for name in names:
         buffer = io.BytesIO()
