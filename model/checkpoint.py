@@ -31,8 +31,8 @@ class Checkpoint:
     classes: tuple[str, ...]
     tensors: dict[str, Tensor]
     counters: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, list[int]] | None = None
-    """``Dataset.fingerprint`` of what the run is trained on; None in files of older versions."""
+    data: dict[str, list[int]] = field(default_factory=dict)
+    """``Dataset.fingerprint`` of what the run is trained on; empty in files of older versions."""
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors below ``prefix.``, without it."""
@@ -84,8 +84,8 @@ def load(path: Path) -> Checkpoint:
             raise TypeError(f"classes must be a list of names, got {classes!r}")
         classes = [class_name(c) for c in classes]  # older versions kept folders' names as they are
         counters = json.loads(metadata["counters"])
-        data = json.loads(metadata.get("data", "null"))
-        for name, value in (("counters", counters), ("data", data or {})):
+        data = json.loads(metadata.get("data", "null")) or {}  # null: weights of older versions
+        for name, value in (("counters", counters), ("data", data)):
             if not isinstance(value, dict):
                 raise TypeError(f"{name} must be an object, got {value!r}")
     except KeyError as error:
@@ -109,7 +109,7 @@ def check_data(checkpoint: Checkpoint, dataset: Dataset, source: Path) -> None:
             f"{source}: trained on images of {channels} channels; the data has {theirs}"
         )
     ours = dataset.fingerprint()["train"]
-    trained = (checkpoint.data or {}).get("train", ours)
+    trained = checkpoint.data.get("train", ours)
     if dataset.test_name == cifar10.HELD_OUT and trained != ours:
         raise UserError(
             f"{source}: may be trained on the {cifar10.HELD_OUT}: (count, checksum of labels) of "
@@ -123,7 +123,7 @@ def check_same_data(checkpoint: Checkpoint, dataset: Dataset, source: Path) -> N
     Its epochs would have other lengths, and what is tested could have been trained on.
     """
     for name, ours in dataset.fingerprint().items():
-        theirs = (checkpoint.data or {}).get(name, ours)
+        theirs = checkpoint.data.get(name, ours)
         if theirs != ours:
             raise UserError(
                 f"{source}: the run's {name} images are not those of the data: (count, checksum of "

@@ -92,7 +92,7 @@ def test_a_network_is_not_tested_on_a_held_out_batch_it_was_trained_on(cifar_dir
     config = EXPERIMENTS["cifar10"].config
 
     def check(trained: Dataset | None, dataset: Dataset) -> None:
-        data = None if trained is None else trained.fingerprint()
+        data = {} if trained is None else trained.fingerprint()
         check_data(Checkpoint(config, cifar10.CLASSES, {}, data=data), dataset, Path("run"))
 
     whole = load_dataset("cifar10", Source(cifar_dir))

@@ -190,7 +190,7 @@ def test_other_data_than_the_run_began_with_is_refused(
     assert train_tiny(directory, "--epochs", "1") == 0
     if older:
         state = load(directory)
-        state.data = None
+        state.data = {}
         save(directory / CHECKPOINT, state)
 
     def load_less(source: Source) -> Dataset:
