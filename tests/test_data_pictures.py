@@ -88,14 +88,6 @@ def test_pictures_that_are_too_large_or_too_narrow(tmp_path: Path) -> None:
             read_picture(tmp_path / "x.png", 1, 28)
 
 
-def test_transparent_is_black(tmp_path: Path) -> None:
-    array = np.full((28, 28, 4), 255, np.uint8)
-    array[:14, :, 3] = 0
-    picture = read_picture(save(tmp_path / "x.png", array), 1, 28)
-    assert (picture[0, :14] == 0).all()
-    assert (picture[0, 14:] == 255).all()
-
-
 def test_other_sizes_keep_their_proportions(tmp_path: Path) -> None:
     picture = read_picture(save(tmp_path / "x.png", np.full((100, 50), 200, np.uint8)), 1, 28)
     assert (picture[0, :, 7:21] == 200).all()

@@ -79,13 +79,6 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_run_without_a_directory_gets_a_fresh_one() -> None:
-    arguments = command_line.parse(["--experiment", "tiny"])
-    directory = command_line.default_directory(arguments, CONFIG)
-    assert directory.parent == Path("runs")
-    assert directory.name.startswith("tiny-2")
-
-
 def test_resuming_with_what_would_be_another_run(tmp_path: Path) -> None:
     linear = replace(CONFIG, lr_schedule="linear")
     arguments = command_line.parse(["--resume", str(tmp_path), "--epochs", "3"])

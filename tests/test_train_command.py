@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def run(directory: Path, *flags: str) -> int:
     return train_tiny(directory, "--epochs", "1", *flags)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that had no time."""
+    directory = tmp_path_factory.mktemp("stopped") / "run"
+    assert run(directory, "--max-minutes", "0") == 0
+    return directory
 
 
 def test_flags_reach_the_configuration() -> None:
@@ -97,12 +106,14 @@ def test_runs_of_the_same_second_get_a_directory_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("time.strftime", lambda _: "now")
+    strftime = time.strftime
+    monkeypatch.setattr("time.strftime", lambda form: strftime(form, time.gmtime(0)))
     for seed in "012":
         flags = ["--experiment", "tiny", "--max-minutes", "0", "--seed", seed]
         assert train.main(flags) == 0
-    for seed, name in enumerate(("tiny-now", "tiny-now-2", "tiny-now-3")):
-        assert load(tmp_path / "runs" / name).config.seed == seed
+    for seed, number in enumerate(("", "-2", "-3")):
+        directory = tmp_path / "runs" / f"tiny-19700101-000000{number}"
+        assert load(directory).config.seed == seed
 
 
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
@@ -317,14 +328,13 @@ def test_an_unwritable_directory_is_found_before_training(
     ],
 )
 def test_resume_into_another_configuration_is_refused(
-    flags: str, expected: str, tmp_path: Path
+    flags: str, expected: str, stopped: Path
 ) -> None:
-    run(tmp_path / "run", "--max-minutes", "0")
-    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    before = {p: p.read_bytes() for p in stopped.iterdir()}
     with pytest.raises(UserError) as caught:
-        train.main(["--resume", str(tmp_path / "run"), *flags.split()])
+        train.main(["--resume", str(stopped), *flags.split()])
     assert expected in str(caught.value)
-    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert before == {p: p.read_bytes() for p in stopped.iterdir()}
 
 
 @pytest.mark.parametrize(

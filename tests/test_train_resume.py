@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,14 +181,26 @@ def test_metrics_are_json_lines_with_all_that_judges_them(uninterrupted: Path) -
     assert lines[3]["tests"]["test"]["count"] == 50
 
 
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one epoch."""
+    directory = tmp_path_factory.mktemp("one") / "run"
+    assert train_tiny(directory, "--epochs", "1") == 0
+    return directory
+
+
 @pytest.mark.parametrize(("part", "left"), [("train", 64), ("train", 264), ("test", 49)])
 @pytest.mark.parametrize("older", [False, True])
 def test_other_data_than_the_run_began_with_is_refused(
-    part: str, left: int, older: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str,
+    left: int,
+    older: bool,
+    one_epoch: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its epochs would not end where the data's do. Files of older versions only tell by that."""
-    directory = tmp_path / "run"
-    assert train_tiny(directory, "--epochs", "1") == 0
+    directory = shutil.copytree(one_epoch, tmp_path / "run")
     if older:
         state = load(directory)
         state.data = {}
