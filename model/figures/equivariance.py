@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from matplotlib.figure import Figure
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,12 +25,9 @@ def shifted(image: Tensor, amount: float) -> Tensor:
 
 def rotated(image: Tensor, degrees: float) -> Tensor:
     """[C, H, W] turned about its middle."""
-    angle = torch.tensor(degrees, device=image.device).deg2rad()
-    c, s = angle.cos(), angle.sin()
-    zero = torch.zeros_like(c)
-    matrix = torch.stack([torch.stack([c, -s, zero]), torch.stack([s, c, zero])]).unsqueeze(0)
-    grid = F.affine_grid(matrix, [1, *image.shape], align_corners=False)
-    return F.grid_sample(image.unsqueeze(0), grid, align_corners=False)[0]
+    pixels = image.cpu().numpy()
+    turned = ndimage.rotate(pixels, degrees, (1, 2), reshape=False, order=1, mode="grid-constant")
+    return torch.from_numpy(turned).to(image.device)
 
 
 def thickened(image: Tensor, pixels: float) -> Tensor:

@@ -24,7 +24,7 @@ def couplings(trained: Trained, u: Tensor) -> Tensor:
         u,
         layer.weight,
         layer.num_iterations,
-        bias=layer.get_parameter("bias") if trained.config.architecture.bias else None,
+        bias=layer.bias,
         leaky=layer.leaky,
         return_coupling=True,
         backend=layer.backend,
