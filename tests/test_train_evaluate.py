@@ -98,14 +98,6 @@ def test_scores_that_are_not_comparable_are_not_averaged(
         evaluate.main([str(runs[0]), str(tmp_path), flag])
 
 
-def test_other_classes_are_refused(runs: list[Path], tmp_path: Path) -> None:
-    state = load(runs[0])
-    state.classes = tuple("abcdefghij")
-    save(tmp_path / CHECKPOINT, state)
-    with pytest.raises(UserError, match="trained on the classes a, b, c"):
-        evaluate.main([str(tmp_path)])
-
-
 def pictures(folder: Path) -> list[str]:
     """Some test images as picture files: as they are, inverted in colour, larger."""
     images = load_tiny().test.images[:3, 0].numpy()
