@@ -124,9 +124,8 @@ def test_pictures_for_a_network_that_cannot_take_them(tmp_path: Path) -> None:
 def test_a_plain_network_has_neither_decoder_nor_figures(tmp_path: Path, capsys) -> None:
     picture = tmp_path / "x.png"
     pytest.importorskip("PIL.Image").new("L", (28, 28)).save(picture)
-    plain = saved(
-        tmp_path / "cnn.safetensors", with_architecture(network="cnn", reconstruction=False)
-    )
+    config = with_architecture(network="cnn", image_size=8, reconstruction=False)
+    plain = saved(tmp_path / "cnn.safetensors", config)
     with pytest.raises(UserError, match=r"--reconstructions: the network in .* has no decoder"):
         predict.main([str(picture), "--weights", str(plain), "--reconstructions", "y.png"])
     with pytest.raises(UserError, match="figures need a capsule network, this is a cnn"):

@@ -209,7 +209,7 @@ def test_probabilities_are_those_of_the_loss(
     pairs: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trained with a sigmoid for each class, two classes of a pair can both be certain."""
-    architecture = replace(CONFIG.architecture, network="cnn")
+    architecture = replace(CONFIG.architecture, network="cnn", image_size=8)
     network = build(architecture)
     weights = {name: torch.zeros_like(t) for name, t in model_tensors(network).items()}
     bias = [name for name in weights if name.endswith("bias")][-1]

@@ -1,12 +1,9 @@
-"""A run that was interrupted or killed, and resumed, ends with the bits of one that was not."""
+"""A run that was interrupted, and resumed, ends with the bits of one that was not."""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +19,6 @@ from model.metrics import METRICS, MetricsLog, read_metrics
 from model.trainer import Trainer
 
 from .tiny import CONFIG, STEPS_PER_EPOCH, load_tiny, train_tiny
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -129,21 +124,6 @@ def test_tensorboard_has_every_epoch_once(
     lines = [line for line in read_metrics(directory / METRICS) if line["kind"] == "epoch"]
     assert [event.step for event in events] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
     assert [e.value for e in events] == pytest.approx([line["test_error"] for line in lines])
-
-
-def test_killed_while_running(tmp_path: Path, uninterrupted: Path) -> None:
-    directory = tmp_path / "run"
-    flags = ["--experiment", "tiny", "--save-dir", str(directory), "--checkpoint-minutes", "0"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.tiny", *flags], cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    while not (directory / CHECKPOINT).exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    assert load(directory).counters["step"] < 2 * STEPS_PER_EPOCH
-    assert train.main(["--resume", str(directory)]) == 0
-    assert_same_run(directory, uninterrupted)
 
 
 def test_a_signal_during_the_test_of_an_epoch(
