@@ -127,11 +127,11 @@ def place(split: Split, label: int, shifted: Tensor) -> tuple[int, int, int]:
     The authors' code shifts by up to 6 pixels from the middle, where the paper's text says 4; a
     little of a digit may leave the canvas.
     """
-    ink, ink_left = split.images.sum((1, 2, 3)), shifted.sum()
+    same_label = (split.labels == label).nonzero()[:, 0]
+    ink, ink_left = split.images[same_label].sum((1, 2, 3)), shifted.sum()
     hits: list[tuple[int, int, int]] = []
     for most in (1.0, 1.05):
-        near = (ink >= ink_left) & (ink <= most * ink_left) & (split.labels == label)
-        alike = near.nonzero()[:, 0]
+        alike = same_label[(ink >= ink_left) & (ink <= most * ink_left)]
         for top in range(-10, 3) if not hits else ():
             for left in range(-10, 3):
                 start = (torch.full_like(alike, x) for x in (top, left))
