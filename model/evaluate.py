@@ -93,15 +93,14 @@ def each_once(runs: list[Path]) -> list[Path]:
 def same_data(states: States) -> Config:
     """The configuration of the first run; UserError unless all saw the same kind of images."""
     run, first = states[0]
+    # Pairs are tested shifted as they are trained: another shift makes another test.
+    names = ["dataset", "pairs", "image_size", *["shift_pixels"] * first.config.pairs]
     for other, state in states[1:]:
-        # Pairs are tested shifted as they are trained: another shift makes another test.
-        for what in ("dataset", "pairs", *["shift_pixels"] * first.config.pairs):
-            a, b = getattr(first.config, what), getattr(state.config, what)
+        ours, theirs = (vars(c.architecture) | vars(c) for c in (first.config, state.config))
+        for name in names:
+            a, b = ours[name], theirs[name]
             if a != b:
-                raise UserError(f"{other}: its {what} is {b}, that of {run} is {a}")
-        sizes = [s.config.architecture.image_size for s in (first, state)]
-        if sizes[0] != sizes[1]:
-            raise UserError(f"{other}: sees {sizes[1]} pixels, {run} sees {sizes[0]}")
+                raise UserError(f"{other}: its {name} is {b}, that of {run} is {a}")
     return first.config
 
 

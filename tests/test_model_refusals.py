@@ -97,7 +97,7 @@ def test_evaluating_what_does_not_go_together(tmp_path: Path) -> None:
     small = saved(tmp_path / "b.safetensors", with_architecture(image_size=32))
     with pytest.raises(UserError, match="--repeats must be at least 1, got 0"):
         evaluate.main([str(run), "--repeats", "0"])
-    with pytest.raises(UserError, match=r"sees 32 pixels, .* sees 28"):
+    with pytest.raises(UserError, match=r"its image_size is 32, that of .* is 28"):
         evaluate.main([str(run), str(small)])
 
 
