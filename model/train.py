@@ -27,7 +27,7 @@ from .drawing import reconstruction_rows, save_png
 from .environment import description
 from .errors import UserError, run_command
 from .experiments import EXPERIMENTS
-from .fit import Fit
+from .fit import Fit, Outcome
 from .interrupt import Interrupted, Interruption
 from .metrics import MetricsLog
 from .networks import build, check_backend
@@ -148,7 +148,7 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
             console.print(f"interrupted, saved; go on: {go_on}")
             return interrupted.exit_code
     if trainer.world.is_main:
-        report(trainer, fit, outcome, log, console)
+        report(fit, outcome)
     if outcome == "out of time":
         console.print(f"out of time, saved; go on: {go_on}")
     log.close()
@@ -171,8 +171,9 @@ def weights_name(path: Path | None) -> str | None:
     return None if path is None else "/".join(path.resolve().parts[-2:])
 
 
-def report(trainer: Trainer, fit: Fit, outcome: str, log: MetricsLog, console: Console) -> None:
+def report(fit: Fit, outcome: Outcome) -> None:
     """Test errors, weights and the picture of reconstructions at the end of a run."""
+    trainer, log, console = fit.trainer, fit.log, fit.console
     dataset = trainer.dataset
     results = {dataset.test_name: fit.tested or trainer.test(dataset.test)}
     results |= {name: trainer.test(split) for name, split in dataset.further_tests.items()}

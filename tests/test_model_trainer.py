@@ -39,6 +39,12 @@ def trainer(world: World = ALONE, **changes: object) -> Trainer:
     return Trainer(config, tiny_capsnet(), alike(), Path(), world)
 
 
+def fit_of(made: Trainer, max_minutes: float | None = None, checkpoint_minutes: float = 5.0) -> Fit:
+    console = Console()
+    interruption = Interruption(console)
+    return Fit(made, MetricsLog(None), console, interruption, max_minutes, checkpoint_minutes)
+
+
 def batches(made: Trainer, steps: int) -> list[Batch]:
     """What the next steps are given."""
     seen: list[Batch] = []
@@ -123,11 +129,10 @@ def test_a_loss_that_diverged_in_another_process_ends_them_all(tmp_path: Path) -
         def total(self, values: torch.Tensor) -> torch.Tensor:
             return values + torch.nan
 
-    made, console = trainer(BesideOneThatDiverged()), Console()
+    made = trainer(BesideOneThatDiverged())
     made.directory = tmp_path
-    fit = Fit(made, MetricsLog(None), console, Interruption(console), None, 5.0)
     with pytest.raises(UserError, match=r"^the loss \(nan\) or the weights are not finite after"):
-        fit.save()
+        fit_of(made).save()
     assert not list(tmp_path.iterdir())
 
 
@@ -136,10 +141,9 @@ def test_an_accuracy_that_another_process_reached_ends_them_all(tmp_path: Path) 
         def largest(self, value: int) -> int:
             return True if value is False else value  # between steps it is a number
 
-    made, console = trainer(BesideOneThatReachedIt(), stop_accuracy=1.0), Console()
+    made = trainer(BesideOneThatReachedIt(), stop_accuracy=1.0)
     made.directory = tmp_path
-    fit = Fit(made, MetricsLog(None), console, Interruption(console), None, 5.0)
-    assert fit.run() == "accuracy reached"
+    assert fit_of(made).run() == "accuracy reached"
     assert (made.progress.epoch, made.total_steps) == (1, 6)
 
 
@@ -205,17 +209,16 @@ def test_compilation_is_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_epoch_sums_its_own_steps(tmp_path: Path) -> None:
-    made, console = trainer(), Console()
+    made = trainer()
     made.directory = tmp_path
-    fit = Fit(made, MetricsLog(tmp_path), console, Interruption(console), None, 5.0)
-    fit.run()
+    fit_of(made).run()
     assert made.sums.tolist() == [0, 0, 0]
 
 
 def test_limits_are_minutes_and_earlier_seconds_count() -> None:
-    made, console = trainer(), Console()
+    made = trainer()
     made.progress.seconds = 1000.0
-    fit = Fit(made, MetricsLog(None), console, Interruption(console), 2.0, 3.0)
+    fit = fit_of(made, 2.0, 3.0)
     assert fit.deadline - fit.start == pytest.approx(120)
     assert fit.checkpoint_seconds == 180
     assert 1000 <= fit.seconds() < 1100

@@ -1,7 +1,7 @@
 """The form every data set takes in memory."""
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -83,10 +83,6 @@ class Dataset:
         return {"train": list(self.train.fingerprint), "test": list(self.test.fingerprint)}
 
     def to(self, device: torch.device | str) -> Self:
-        return type(self)(
-            self.train.to(device),
-            self.test.to(device),
-            self.classes,
-            self.test_name,
-            {name: split.to(device) for name, split in self.further_tests.items()},
-        )
+        further = {name: split.to(device) for name, split in self.further_tests.items()}
+        train, test = self.train.to(device), self.test.to(device)
+        return replace(self, train=train, test=test, further_tests=further)
