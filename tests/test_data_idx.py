@@ -15,6 +15,10 @@ from model.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRAIN_IMAGES, TRAIN_LABELS = FILES["train"]
+PIXELS = {
+    part: np.random.default_rng(count).integers(0, 256, (count, 28, 28))
+    for part, count in (("train", 20), ("test", 10))
+}
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -27,20 +31,18 @@ def data_dir(tmp_path: Path) -> Path:
     """A small MNIST: 20 training images, 10 to test, packed as the publisher's."""
     folder = tmp_path / "mnist"
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    for count, (images, labels) in zip((20, 10), FILES.values(), strict=True):
-        pixels = rng.integers(0, 256, (count, 28, 28))
-        (folder / images).write_bytes(gzip.compress(idx(pixels)))
+    for part, (images, labels) in FILES.items():
+        count = len(PIXELS[part])
+        (folder / images).write_bytes(gzip.compress(idx(PIXELS[part])))
         (folder / labels).write_bytes(gzip.compress(idx(np.arange(count) % 10)))
     return tmp_path
 
 
 def test_reads_every_pixel(data_dir: Path) -> None:
     dataset = load_dataset("mnist", Source(data_dir))
-    rng = np.random.default_rng(0)
     assert dataset.train.images.dtype == torch.uint8
-    np.testing.assert_array_equal(dataset.train.images[:, 0], rng.integers(0, 256, (20, 28, 28)))
-    np.testing.assert_array_equal(dataset.test.images[:, 0], rng.integers(0, 256, (10, 28, 28)))
+    np.testing.assert_array_equal(dataset.train.images[:, 0], PIXELS["train"])
+    np.testing.assert_array_equal(dataset.test.images[:, 0], PIXELS["test"])
     assert dataset.test.labels.tolist() == list(range(10))
     # The folder of the files themselves serves as well, and files that were unpacked.
     packed = data_dir / "mnist" / TRAIN_IMAGES
@@ -63,75 +65,45 @@ def test_the_publishers_own_files(name: str) -> None:
     assert dataset.train.labels.bincount().min() > 5000
 
 
-def damage_missing(path: Path) -> str:
-    path.unlink()
-    return "is not there"
+WHOLE = gzip.compress(idx(PIXELS["train"]))
+FLIPPED = bytearray(WHOLE)
+FLIPPED[len(WHOLE) // 2] ^= 0x10
+DAMAGED: dict[str, tuple[bytes | None, str]] = {
+    "missing": (None, "is not there"),
+    "truncated": (WHOLE[:-20], "not a whole gz file"),
+    "a bit": (bytes(FLIPPED), "not a whole gz file"),
+    "not packed": (b"<html>not found</html>", "not a whole gz file"),
+    "empty": (gzip.compress(b""), "got nothing"),
+    "another format": (gzip.compress(b"PNG and more bytes than a header"), "not an IDX file"),
+    "dimensions": (
+        gzip.compress(idx(np.zeros((20, 784)))), "not an IDX file of 3-dimensional bytes"
+    ),
+    "short": (
+        gzip.compress(idx(PIXELS["train"])[:-5]),
+        "truncated or damaged: it announces 20 x 28 x 28 = 15680 bytes, got 15675",
+    ),
+    "count": (
+        gzip.compress(idx(np.zeros((19, 28, 28)))), "as many images as labels, got 19 and 20"
+    ),
+    "no pixels": (
+        gzip.compress(idx(np.zeros((20, 0, 0)))),
+        "images must be square, of 1 pixel or more, got 0 x 0",
+    ),
+    "not square": (
+        gzip.compress(idx(np.zeros((20, 28, 20)))),
+        "images must be square, of 1 pixel or more, got 28 x 20",
+    ),
+}  # fmt: skip
+"""Training images that are refused, None for no file, and what the message says."""
 
 
-def damage_truncated_gz(path: Path) -> str:
-    path.write_bytes(path.read_bytes()[:-20])
-    return "not a whole gz file"
-
-
-def damage_bit(path: Path) -> str:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
-    path.write_bytes(content)
-    return "not a whole gz file"
-
-
-def damage_not_gz(path: Path) -> str:
-    path.write_bytes(b"<html>not found</html>")
-    return "not a whole gz file"
-
-
-def damage_empty(path: Path) -> str:
-    path.write_bytes(gzip.compress(b""))
-    return "got nothing"
-
-
-def damage_not_idx(path: Path) -> str:
-    path.write_bytes(gzip.compress(b"PNG and more bytes than a header"))
-    return "not an IDX file"
-
-
-def damage_dimensions(path: Path) -> str:
-    path.write_bytes(gzip.compress(idx(np.zeros((20, 784)))))
-    return "not an IDX file of 3-dimensional bytes"
-
-
-def damage_short(path: Path) -> str:
-    content = gzip.decompress(path.read_bytes())
-    path.write_bytes(gzip.compress(content[:-5]))
-    return "truncated or damaged: it announces 20 x 28 x 28 = 15680 bytes, got 15675"
-
-
-def damage_count(path: Path) -> str:
-    path.write_bytes(gzip.compress(idx(np.zeros((19, 28, 28)))))
-    return "as many images as labels, got 19 and 20"
-
-
-def damage_no_pixels(path: Path) -> str:
-    path.write_bytes(gzip.compress(idx(np.zeros((20, 0, 0)))))
-    return "images must be square, of 1 pixel or more, got 0 x 0"
-
-
-def damage_shape(path: Path) -> str:
-    path.write_bytes(gzip.compress(idx(np.zeros((20, 28, 20)))))
-    return "images must be square, of 1 pixel or more, got 28 x 20"
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        damage_missing, damage_truncated_gz, damage_bit, damage_not_gz, damage_empty,
-        damage_not_idx, damage_dimensions, damage_short, damage_count,
-        damage_no_pixels, damage_shape,
-    ],
-)  # fmt: skip
-def test_bad_files_are_named_in_one_line(data_dir: Path, damage) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_bad_files_are_named_in_one_line(data_dir: Path, damage: str) -> None:
     path = data_dir / "mnist" / TRAIN_IMAGES
-    expected = damage(path)
+    content, expected = DAMAGED[damage]
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         load_dataset("mnist", Source(data_dir))
     message = str(caught.value)
