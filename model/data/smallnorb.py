@@ -87,13 +87,11 @@ def read(images_path: Path, labels_path: Path) -> Split:
 
 def load(source: Source) -> Dataset:
     """24,300 stereo pairs to train on and as many, of other toys, to test."""
-    splits = {
-        name: read(
-            *(
-                require(source, "smallnorb", file, Remote(URL + file, "md5:" + MD5[file]))
-                for file in files
-            )
+    splits = {}
+    for part, files in FILES.items():
+        images, labels = (
+            require(source, "smallnorb", file, Remote(URL + file, "md5:" + MD5[file]))
+            for file in files
         )
-        for name, files in FILES.items()
-    }
+        splits[part] = read(images, labels)
     return Dataset(splits["train"], splits["test"], CLASSES)
