@@ -134,20 +134,18 @@ class Fit:
         reached = wanted is not None and accuracy_now >= wanted
         # Tests of one network on several GPUs may differ by roundings; all must end alike.
         progress.accuracy_reached = bool(trainer.world.largest(reached))
-        self.log.write(
-            "epoch",
-            progress.step,
-            {
-                "epoch": progress.epoch,
-                "lr": trainer.learning_rate(progress.step - 1),
-                "train_loss": loss,
-                "train_accuracy": accuracy,
-                "test_loss": result.loss,
-                "test_error": result.error,
-                "images_per_second": speed,
-                "seconds": self.seconds(),
-            },
-        )
+        values = {
+            "epoch": progress.epoch,
+            "lr": trainer.learning_rate(progress.step - 1),
+            "train_loss": loss,
+            "train_accuracy": accuracy,
+            "test_loss": result.loss,
+            "test_error": result.error,
+            "images_per_second": speed,
+            "seconds": self.seconds(),
+        }
+        with trainer.world.together():
+            self.log.write("epoch", progress.step, values)
         self.console.print(
             f"epoch {progress.epoch}/{trainer.config.epochs}: loss {loss:.4f}, "
             f"accuracy {accuracy:.2%}, test error {result.error:.2f} %"
@@ -184,5 +182,6 @@ class Fit:
         self.finite_means()
         progress = self.trainer.progress
         progress.seconds, progress.metrics_size = self.seconds(), self.log.size
-        self.trainer.save()
+        with self.trainer.world.together():
+            self.trainer.save()
         self.saved = time.monotonic()

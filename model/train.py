@@ -118,16 +118,15 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
         # An epoch that was written down carries the step at its end, and stays.
         purge_step = progress.step + (progress.step == progress.epoch * trainer.steps_per_epoch)
         log = MetricsLog(directory if writes else None, progress.metrics_size, purge_step)
-    # Unless resumed, be it from before the first step.
-    if progress.step == 0 and log.size == 0:
-        about = {
-            "experiment": arguments.experiment or config.dataset,
-            "config": config.to_dict(),
-            "parameters": parameters,
-            "processes": trainer.world.size,
-            "weights": weights_name(arguments.weights),
-        }
-        log.write("run", 0, about | description(trainer.world.device))
+        if progress.step == 0 and log.size == 0:  # unless resumed, be it from before the first step
+            about = {
+                "experiment": arguments.experiment or config.dataset,
+                "config": config.to_dict(),
+                "parameters": parameters,
+                "processes": trainer.world.size,
+                "weights": weights_name(arguments.weights),
+            }
+            log.write("run", 0, about | description(trainer.world.device))
     console.print(
         f"{config.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to "
         f"test; {parameters:,} parameters; in {directory}"
@@ -147,8 +146,9 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
             log.close()
             console.print(f"interrupted, saved; go on: {go_on}")
             return interrupted.exit_code
-    if trainer.world.is_main:
-        report(fit, outcome)
+    with trainer.world.together():
+        if trainer.world.is_main:
+            report(fit, outcome)
     if outcome == "out of time":
         console.print(f"out of time, saved; go on: {go_on}")
     log.close()

@@ -147,6 +147,29 @@ def test_an_accuracy_that_another_process_reached_ends_them_all(tmp_path: Path) 
     assert (made.progress.epoch, made.total_steps) == (1, 6)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_that_cannot_be_written_ends_both_processes(
+    rank: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class OfTwo(World):
+        def total(self, values: torch.Tensor) -> torch.Tensor:
+            return values
+
+        def largest(self, value: int) -> int:
+            return max(value, 2)  # what the main one says that has failed
+
+        def meet(self) -> None:
+            pass
+
+    made = trainer(OfTwo(rank, 2))
+    made.directory = tmp_path / "nowhere"
+    with pytest.raises(SystemExit, match="2"):
+        fit_of(made).save()
+    path = made.directory / "checkpoint.safetensors"
+    told = f"error: {path}: can't be written: No such file or directory\n"
+    assert capsys.readouterr().err == (told if rank == 0 else "")
+
+
 def test_a_data_set_smaller_than_a_batch() -> None:
     made = trainer(batch_size=100)
     assert (made.batch_size, made.steps_per_epoch) == (22, 1)
