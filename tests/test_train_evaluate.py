@@ -18,7 +18,7 @@ from model.figures.__main__ import main as draw_figures
 from model.metrics import read_metrics
 from model.networks import build
 
-from .tiny import CONFIG, load_tiny, train_tiny
+from .tiny import CONFIG, load_tiny, train_tiny, variant
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +62,24 @@ def test_confusion_by_hand() -> None:
 def test_multimnist_counts_pairs_and_labels(
     runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = load(runs[0])
-    state.config = state.config.replaced({"pairs": True})
-    save(tmp_path / CHECKPOINT, state)
+    run = variant(runs[0], tmp_path / "run", pairs=True)
     output = tmp_path / "x.json"
-    assert evaluate.main([str(tmp_path), "--repeats", "3", "--json", str(output)]) == 0
+    assert evaluate.main([str(run), "--repeats", "3", "--json", str(output)]) == 0
     (found,) = json.loads(output.read_text())["tests"]["test"]["runs"].values()
     assert (found["count"], found["labels"]) == (150, 300)
     # A pair is wrong if one or both of its labels are missed.
     assert found["wrong"] <= found["labels_missed"] <= 2 * found["wrong"]
     first, *_ = pictures(tmp_path)
     capsys.readouterr()
-    assert predict.main([first, "--weights", str(tmp_path)]) == 0
+    assert predict.main([first, "--weights", str(run)]) == 0
     header, row = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["image", "classes"]
     assert " and " in row
     with pytest.raises(UserError, match=r"its pairs is False, that of .* is True"):
-        evaluate.main([str(tmp_path), str(runs[0])])
-    other = tmp_path / "other.safetensors"
-    state.config = replace(state.config, shift_pixels=6)
-    save(other, state)
-    with pytest.raises(UserError, match=r"other\..*: its shift_pixels is 6, that of .* is 2"):
-        evaluate.main([str(tmp_path), str(other)])
+        evaluate.main([str(run), str(runs[0])])
+    other = variant(run, tmp_path / "other", shift_pixels=6)
+    with pytest.raises(UserError, match=r"other: its shift_pixels is 6, that of .* is 2"):
+        evaluate.main([str(run), str(other)])
 
 
 @pytest.mark.parametrize("flag", ["--ensemble", "--confusion"])
@@ -134,10 +130,7 @@ def of_size(size: int, folder: Path) -> Path:
     """A network for scikit-learn's digits seen through windows of another size, hardly trained."""
     flags = ["--image-size", str(size), "--epochs", "1", "--lr", "0.01"]
     assert train_tiny(folder / "run", *flags) == 0
-    state = load(folder / "run")
-    state.config = replace(state.config, dataset="digits")
-    save(folder / "run" / CHECKPOINT, state)
-    return folder / "run"
+    return variant(folder / "run", folder / "of digits", dataset="digits")
 
 
 def test_pictures_are_seen_like_the_test_set(
@@ -197,11 +190,9 @@ def test_what_is_inverted_is_the_picture_not_its_margins(
 def test_flags_that_would_do_nothing_are_refused(
     flags: list[str], pairs: bool, reason: str, runs: list[Path], tmp_path: Path
 ) -> None:
-    state = load(runs[0])
-    state.config = state.config.replaced({"pairs": pairs})
-    save(tmp_path / CHECKPOINT, state)
+    run = variant(runs[0], tmp_path / "run", pairs=pairs)
     with pytest.raises(UserError, match=f"^{flags[0]} would do nothing here: {reason}"):
-        evaluate.main([str(tmp_path), *flags])
+        evaluate.main([str(run), *flags])
 
 
 @pytest.mark.parametrize("pairs", [False, True])

@@ -17,22 +17,13 @@ from model.figures.routing import couplings
 from model.figures.trained import Trained
 from model.networks import build
 
-from .tiny import ARCHITECTURE, CONFIG, load_tiny, tiny_capsnet, train_tiny
+from .tiny import ARCHITECTURE, CONFIG, load_tiny, tiny_capsnet, train_tiny, variant
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("figures") / "run"
     assert train_tiny(directory, "--epochs", "1") == 0
-    return directory
-
-
-def variant(run: Path, directory: Path, **changes: object) -> Path:
-    """The same weights under another configuration."""
-    state = load(run)
-    state.config = state.config.replaced(changes)
-    directory.mkdir()
-    save(directory / CHECKPOINT, state)
     return directory
 
 

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 from model.capsnet import CapsNet
+from model.checkpoint import CHECKPOINT, save
+from model.checkpoint import load as load_checkpoint
 from model.config import Architecture, Config
 from model.data import DATASETS, Dataset, Source, Split
 from model.data.digits import load
@@ -42,6 +44,15 @@ EXPERIMENTS["tiny"] = Experiment(CONFIG, "for tests")
 def train_tiny(directory: Path, *flags: str) -> int:
     """The exit code of a run in a directory."""
     return main(["--experiment", "tiny", "--save-dir", str(directory), *flags])
+
+
+def variant(run: Path, directory: Path, **changes: object) -> Path:
+    """The same weights under another configuration."""
+    state = load_checkpoint(run)
+    state.config = state.config.replaced(changes)
+    directory.mkdir()
+    save(directory / CHECKPOINT, state)
+    return directory
 
 
 def processes_together(*flags: list[str]) -> list[subprocess.Popen[str]]:
