@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/* tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h tests/sanitizers/*.c*)
 
-.PHONY: setup train test coverage sanitize install-matrix lint format bench cpu-report gpu-report figures cuda-build clean
+.PHONY: setup train test coverage sanitize install-matrix aarch64 lint format bench cpu-report gpu-report figures cuda-build clean
 
 setup: $(VENV)/.extension
 
@@ -47,6 +47,10 @@ sanitize: setup
 
 install-matrix:
 	scripts/install-matrix.sh
+
+# The CPU kernels on NEON, under an emulator.
+aarch64:
+	scripts/aarch64.sh
 
 lint: $(VENV)/.packages
 	$(PY) -m ruff check .
