@@ -3,8 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from .records import Record
-from .tables import groups
+from .records import Record, groups
 
 LINEAR = 1.05
 """An exponent up to here is "grows linearly"."""

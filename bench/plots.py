@@ -8,8 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .records import Record, select
-from .tables import groups
+from .records import Record, groups, select
 
 matplotlib.use("agg")
 

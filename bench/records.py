@@ -33,6 +33,20 @@ def select(records: Iterable[Record], **fields: Any) -> list[Record]:
     ]
 
 
+def fastest(records: Iterable[Record], **fields: Any) -> Record | None:
+    """The fastest of the records that have these values and a time."""
+    timed = [record for record in select(records, **fields) if "seconds" in record]
+    return min(timed, key=lambda record: record["seconds"], default=None)
+
+
+def groups(records: Iterable[Record], *names: str) -> list[tuple[Record, list[Record]]]:
+    """Records that agree in the named fields, in the order of their first appearance."""
+    found: dict[tuple, list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(record.get(name) for name in names), []).append(record)
+    return [(dict(zip(names, values, strict=True)), group) for values, group in found.items()]
+
+
 def save(path: Path, machine: Record, ceilings: Record, records: list[Record]) -> None:
     """Write a report, of which a reader never meets half."""
     content = {"machine": machine, "ceilings": ceilings, "records": records}

@@ -22,10 +22,9 @@ from .options import (
     add_rounds,
 )
 from .peers import Implementation, chosen_peers, ours
-from .records import Record, select
+from .records import Record, groups, select
 from .routing import Settings, measure_routing
 from .shapes import Shape
-from .tables import groups
 from .timing import Timing
 
 BASE = Shape("scaling", I=1152, J=10)

@@ -1,12 +1,12 @@
 """Tables of measurements, for the terminal and for documents: pure functions of records."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from .records import Record, select
+from .records import Record, fastest, groups, select
 
 
 @dataclass
@@ -94,20 +94,6 @@ def describe_record(record: Record) -> str:
 def floor_seconds(record: Record, ceilings: Record) -> float:
     """No implementation is faster: operations at the product's rate, bytes at the copy's rate."""
     return max(record["operations"] / record["product_rate"], record["bytes"] / ceilings["copy"])
-
-
-def fastest(records: Iterable[Record], **fields: object) -> Record | None:
-    """The fastest of the records that have these values and a time."""
-    timed = [record for record in select(records, **fields) if "seconds" in record]
-    return min(timed, key=lambda record: record["seconds"], default=None)
-
-
-def groups(records: Iterable[Record], *names: str) -> list[tuple[Record, list[Record]]]:
-    """Records that agree in the named fields, in the order of their first appearance."""
-    found: dict[tuple, list[Record]] = {}
-    for record in records:
-        found.setdefault(tuple(record.get(name) for name in names), []).append(record)
-    return [(dict(zip(names, values, strict=True)), group) for values, group in found.items()]
 
 
 def summary_table(records: list[Record], _ceilings: Record) -> Table:
