@@ -30,7 +30,7 @@ COMMANDS = {
 }
 """Subcommands, each the module of its name: ``add_arguments(parser)`` and
 ``measure(options, settings, ceilings)``, a generator of records; where more follows from them,
-``conclude(records, device, ceilings)``; where options of its own can be wrong together,
+``conclude(records, device)``; where options of its own can be wrong together,
 ``reason_against(options)``. aot has ``run(options)`` instead."""
 PLOTTED = ("goals", "routing", "memory")
 """Those whose records are drawn."""
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         screen.print("failed: here is what was measured")
         status = 1
     if hasattr(module, "conclude"):
-        records += module.conclude(records, options.device, ceilings)
+        records += module.conclude(records, options.device)
     if options.json:
         save(options.json, machine_line, ceilings, records)
     show(records, machine_line, ceilings, options.markdown)

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from . import memory, training
 from .options import add_quick, add_rounds
 from .peers import Implementation, ours, peers
-from .records import Record, select
+from .records import Record, select, share_of_product
 from .routing import BOTH, FORWARD, Settings, measure_routing
 from .shapes import MANY_CLASSES, MNIST, SHAPES
-from .tables import duration, fastest, percent, ratio, size
+from .tables import duration, percent, ratio, size
 
-Measure = Callable[[list[Record], Record], float]
-"""A value from records and ceilings."""
+Measure = Callable[[list[Record]], float]
+"""A value from records."""
 OURS, EAGER, COMPILED = ({"family": family} for family in ("ours", "eager", "compiled"))
+STEP_B = 128
+"""Samples of a training step."""
 
 
 class NotMeasuredError(LookupError):
@@ -35,7 +37,7 @@ class Goal:
     least: float | None = None
     most: float | None = None
 
-    def judge(self, records: list[Record], ceilings: Record) -> Record:
+    def judge(self, records: list[Record]) -> Record:
         """The goal as a record: text, measured value, and "yes", "no" or "not measured"."""
         bound = self.least if self.most is None else self.most
         assert bound is not None
@@ -45,7 +47,7 @@ class Goal:
             "goal": ("<= " if self.least is None else ">= ") + self.text(bound),
         }
         try:
-            value = self.measure(records, ceilings)
+            value = self.measure(records)
         except NotMeasuredError as error:
             return row | {"reason": str(error), "verdict": "not measured"}
         met = value >= bound if self.most is None else value <= bound
@@ -56,139 +58,88 @@ class Goal:
         }
 
 
-def found(records: list[Record], **fields: object) -> Record:
-    """The fastest record with these fields, which must have a time."""
-    record = fastest(records, **fields)
-    if record is None:
-        reasons = sorted({record["status"] for record in select(records, **fields)})
-        raise NotMeasuredError("; ".join(reasons))
-    return record
+def layer(direction: str, B: int, precision: str = "ieee", case: str = MNIST.name) -> Record:
+    """Which records are of a pass of the routing layer."""
+    return {"table": "routing", "case": case, "B": B, "pass": direction, "precision": precision}
 
 
-def routing_record(
-    records: list[Record], who: Record, direction: str, B: int, precision: str, case: str = "MNIST"
-) -> Record:
-    where = {"table": "routing", "case": case, "B": B, "pass": direction, "precision": precision}
-    return found(records, **who, **where)
+def layer_memory(case: str, B: int) -> Record:
+    return {"table": "memory", "case": case, "B": B}
 
 
-def speedup(
-    peer: Record,
-    direction: str,
-    B: int,
-    who: Record = OURS,
-    precision: str = "ieee",
-    case: str = "MNIST",
-) -> Measure:
-    """Time of the fastest peer of that kind over ours."""
+def step(model: str) -> Record:
+    return {"table": "training", "part": training.WHOLE, "B": STEP_B, "implementation": model}
 
-    def measure(records: list[Record], _ceilings: Record) -> float:
-        where = (direction, B, precision, case)
-        return (
-            routing_record(records, peer, *where)["seconds"]
-            / routing_record(records, who, *where)["seconds"]
-        )
 
-    return measure
+def with_figure(figure: str, records: list[Record], which: Record) -> list[Record]:
+    """The records that have these values and a figure, "seconds" or "extra_bytes"."""
+    chosen = select(records, **which)
+    found = [record for record in chosen if figure in record]
+    if not found:
+        reasons = {str(record.get("memory_status", record["status"])) for record in chosen}
+        raise NotMeasuredError("; ".join(sorted(reasons)))
+    return found
+
+
+def lowest(figure: str, which: Record) -> Measure:
+    return lambda records: min(r[figure] for r in with_figure(figure, records, which))
+
+
+def times_ours(figure: str, theirs: Record, own: Record) -> Measure:
+    """Their lowest figure over our own; no bytes count as one."""
+    other, fused = lowest(figure, theirs), lowest(figure, own)
+    return lambda records: other(records) / (fused(records) or 1)
+
+
+def speedup(peer: Record, where: Record, who: Record = OURS) -> Measure:
+    """Time of the fastest peer of that kind over ours, of a pass of the layer."""
+    return times_ours("seconds", peer | where, who | where)
 
 
 def least_speedup(direction: str, B: int) -> Measure:
     """The smallest speed-up over the fastest compiled peer among all shapes."""
-
-    def measure(records: list[Record], ceilings: Record) -> float:
-        each = (speedup(COMPILED, direction, B, case=shape.name) for shape in SHAPES)
-        return min(of(records, ceilings) for of in each)
-
-    return measure
+    each = [speedup(COMPILED, layer(direction, B, case=shape.name)) for shape in SHAPES]
+    return lambda records: min(of(records) for of in each)
 
 
-def share_of_product(direction: str, B: int) -> Measure:
+def share(where: Record) -> Measure:
     """Our rate of operations over that of the machine's own matrix product."""
-
-    def measure(records: list[Record], _ceilings: Record) -> float:
-        record = routing_record(records, OURS, direction, B, "ieee")
-        return record["operations"] / record["seconds"] / record["product_rate"]
-
-    return measure
+    which = OURS | where
+    return lambda records: share_of_product(
+        min(with_figure("seconds", records, which), key=lambda record: record["seconds"])
+    )
 
 
-def seconds(who: Record, direction: str, B: int, precision: str) -> Measure:
-    return lambda records, _: routing_record(records, who, direction, B, precision)["seconds"]
-
-
-def extra_bytes(who: Record, case: str, B: int) -> Measure:
-    """Extra memory of forward+backward: the leanest of that kind."""
-
-    def measure(records: list[Record], _ceilings: Record) -> float:
-        measured = select(records, table="memory", case=case, B=B, **who)
-        values = [record["extra_bytes"] for record in measured if "extra_bytes" in record]
-        if not values:
-            raise NotMeasuredError("; ".join(sorted({record["status"] for record in measured})))
-        return min(values)
-
-    return measure
-
-
-def memory_ratio(case: str, B: int, who: Record = OURS) -> Measure:
-    def measure(records: list[Record], ceilings: Record) -> float:
-        eager, fused = (extra_bytes(x, case, B)(records, ceilings) for x in (EAGER, who))
-        return eager / max(fused, 1)
-
-    return measure
-
-
-def step_speedup(model: str, B: int) -> Measure:
-    """Time of a training step of another model over that of ours."""
-
-    def measure(records: list[Record], _ceilings: Record) -> float:
-        where = {"table": "training", "part": "whole step", "B": B}
-        other, fused = (
-            found(records, implementation=name, **where) for name in (model, training.FUSED)
-        )
-        return other["seconds"] / fused["seconds"]
-
-    return measure
-
-
-def step_memory_ratio(model: str, B: int) -> Measure:
-    """Extra memory of a training step of another model over that of ours."""
-
-    def measure(records: list[Record], _ceilings: Record) -> float:
-        where = {"table": "training", "part": "whole step", "B": B}
-        both = [found(records, implementation=name, **where) for name in (model, training.FUSED)]
-        for record in both:
-            if "extra_bytes" not in record:
-                raise NotMeasuredError(record.get("memory_status", record["status"]))
-        return both[0]["extra_bytes"] / both[1]["extra_bytes"]
-
-    return measure
+def memory_ratio(who: Record = OURS) -> Measure:
+    """Extra memory of forward and backward at B = 128: the leanest eager peer's over ours."""
+    where = layer_memory(MNIST.name, 128)
+    return times_ours("extra_bytes", EAGER | where, who | where)
 
 
 def cpu_goals() -> Iterator[Goal]:
     for direction, of_eager, of_compiled in ((FORWARD, 30, 10), (BOTH, 30, 8)):
-        at = f"{direction}, B = 128, "
-        yield Goal(f"{at}of eager", speedup(EAGER, direction, 128), ratio, of_eager)
-        yield Goal(f"{at}of compiled", speedup(COMPILED, direction, 128), ratio, of_compiled)
-    for direction, share in ((FORWARD, 0.80), (BOTH, 0.75)):
-        at = f"{direction}, B = 128, "
-        yield Goal(f"{at}share of sgemm", share_of_product(direction, 128), percent, share)
+        at, where = f"{direction}, B = 128, ", layer(direction, 128)
+        yield Goal(f"{at}of eager", speedup(EAGER, where), ratio, of_eager)
+        yield Goal(f"{at}of compiled", speedup(COMPILED, where), ratio, of_compiled)
+    for direction, least in ((FORWARD, 0.80), (BOTH, 0.75)):
+        what = f"{direction}, B = 128, share of sgemm"
+        yield Goal(what, share(layer(direction, 128)), percent, least)
     for B, direction, least in ((16, FORWARD, 4), (16, BOTH, 3), (1, FORWARD, 1.5), (1, BOTH, 2)):
-        at = f"{direction}, B = {B}, "
-        yield Goal(f"{at}of compiled", speedup(COMPILED, direction, B), ratio, least)
-    yield Goal("extra memory, B = 128, eager's over ours", memory_ratio("MNIST", 128), ratio, 50)
+        what = f"{direction}, B = {B}, of compiled"
+        yield Goal(what, speedup(COMPILED, layer(direction, B)), ratio, least)
+    yield Goal("extra memory, B = 128, eager's over ours", memory_ratio(), ratio, 50)
     for direction in (FORWARD, BOTH):
         what = f"slowest of seven shapes, {direction}, B = 32, of compiled"
         yield Goal(what, least_speedup(direction, 32), ratio, 1)
-    yield Goal(
-        "many classes, B = 32, extra memory",
-        extra_bytes(OURS, MANY_CLASSES.name, 32),
-        size,
-        most=2**30,
-    )
-    yield Goal("training step, of the oracle's", step_speedup(training.ORACLE, 128), ratio, 1.4)
-    yield Goal("training step, of a popular one", step_speedup(training.POPULAR, 128), ratio, 2.5)
-    what = "training step, extra memory, the oracle's over ours"
-    yield Goal(what, step_memory_ratio(training.ORACLE, 128), ratio, 2)
+    many = lowest("extra_bytes", OURS | layer_memory(MANY_CLASSES.name, 32))
+    yield Goal("many classes, B = 32, extra memory", many, size, most=2**30)
+    fused, oracle, popular = map(step, (training.FUSED, training.ORACLE, training.POPULAR))
+    for what, figure, other, least in (
+        ("training step, of the oracle's", "seconds", oracle, 1.4),
+        ("training step, of a popular one", "seconds", popular, 2.5),
+        ("training step, extra memory, the oracle's over ours", "extra_bytes", oracle, 2),
+    ):
+        yield Goal(what, times_ours(figure, other, fused), ratio, least)
 
 
 H200_FLOORS = {
@@ -203,9 +154,8 @@ H200_FLOORS = {
 def of_floor(who: Record, direction: str, B: int, precision: str) -> Measure:
     """The H200's floor over our time."""
     floor = H200_FLOORS[precision, direction] * B / 128
-    return lambda records, ceilings: (
-        floor / seconds(who, direction, B, precision)(records, ceilings)
-    )
+    seconds = lowest("seconds", who | layer(direction, B, precision))
+    return lambda records: floor / seconds(records)
 
 
 @dataclass(frozen=True)
@@ -233,7 +183,7 @@ def gpu_goals() -> Iterator[Goal]:
         who = {"implementation": f"ours ({backend})"}
         for (precision, direction), most in targets.times.items():
             what = f"{backend}: {direction}, B = 128, {precision}"
-            measure = seconds(who, direction, 128, precision)
+            measure = lowest("seconds", who | layer(direction, 128, precision))
             yield Goal(what, measure, duration, most=most)
         for direction in (FORWARD, BOTH):
             for name, peer, least in (
@@ -241,21 +191,21 @@ def gpu_goals() -> Iterator[Goal]:
                 ("compiled, max-autotune", autotuned, targets.of_max_autotune),
             ):
                 what = f"{backend}: {direction}, B = 128, tf32, of {name}"
-                yield Goal(what, speedup(peer, direction, 128, who, "tf32"), ratio, least)
+                yield Goal(what, speedup(peer, layer(direction, 128, "tf32"), who), ratio, least)
             what = f"{backend}: {direction}, B = 1024, tf32, share of the H200's floor"
             measure = of_floor(who, direction, 1024, "tf32")
             yield Goal(what, measure, percent, targets.share_of_floor)
         what = f"{backend}: extra memory, B = 128, eager's over ours"
-        yield Goal(what, memory_ratio("MNIST", 128, who), ratio, 50)
+        yield Goal(what, memory_ratio(who), ratio, 50)
 
 
 GOALS = {"cpu": tuple(cpu_goals()), "cuda": tuple(gpu_goals())}
 """Speed-ups are times of the fastest peer of that kind over ours."""
 
 
-def conclude(records: list[Record], device: str, ceilings: Record) -> list[Record]:
+def conclude(records: list[Record], device: str) -> list[Record]:
     """Every goal of the device, as records."""
-    return [goal.judge(records, ceilings) for goal in GOALS[device]]
+    return [goal.judge(records) for goal in GOALS[device]]
 
 
 PARTS = {
@@ -299,7 +249,7 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
         "shapes": lambda: shapes(settings, options.quick),
         "memory": lambda: memories(settings),
         "training": lambda: training.measure_steps(
-            128, settings, (training.FUSED, training.ORACLE, training.POPULAR), (training.FUSED,)
+            STEP_B, settings, (training.FUSED, training.ORACLE, training.POPULAR), (training.FUSED,)
         ),
         "autotuned": lambda: autotuned(settings),
         "small batches": lambda: small_batches(settings),

@@ -174,6 +174,6 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
     yield from measure_memory(MANY_CLASSES, GROWTH_B, fused, settings)
 
 
-def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Record]:
+def conclude(records: list[Record], _device: str) -> list[Record]:
     """How the fused backends' extra memory grows with I."""
     return exponents(select(records, table="memory", axis="I"), "extra_bytes", CONSTANT)

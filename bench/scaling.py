@@ -22,7 +22,7 @@ from .options import (
     add_rounds,
 )
 from .peers import Implementation, chosen_peers, ours
-from .records import Record, groups, select
+from .records import Record, groups, select, share_of_product
 from .routing import Settings, measure_routing
 from .shapes import Shape
 from .timing import Timing
@@ -131,7 +131,7 @@ def measure_point(
         yield record | {"table": "scaling", "axis": axis, "size": size}
 
 
-def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Record]:
+def conclude(records: list[Record], _device: str) -> list[Record]:
     """The exponent of each implementation, axis and pass; of all but threads a straight line, and
     the share of the product's rate at the ends."""
     points = [point for point in select(records, table="scaling") if "seconds" in point]
@@ -145,6 +145,5 @@ def conclude(records: list[Record], _device: str, _ceilings: Record) -> list[Rec
         if ones := select(line, size=1):
             record["first"] = ones[0]["seconds"]
         ends = [p for p in line if p["size"] in (record["from"], record["to"])]
-        shares = [p["operations"] / p["seconds"] / p["product_rate"] for p in ends]
-        record |= {"share_from": shares[0], "share_to": shares[1]}
+        record["share_from"], record["share_to"] = map(share_of_product, ends)
     return found

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from .records import Record, fastest, groups, select
+from .records import Record, fastest, groups, select, share_of_product
 
 
 @dataclass
@@ -105,17 +105,12 @@ def summary_table(records: list[Record], _ceilings: Record) -> Table:
     for key, group in groups(
         select(records, table="routing"), "case", "B", "pass", "dtype", "precision"
     ):
-        best = {family: fastest(group, family=family) for family in ("eager", "compiled", "ours")}
-        ours = best["ours"]
-        cells = [duration(best[f]["seconds"]) if best[f] else "-" for f in best]  # type: ignore[index]
-        for family in ("eager", "compiled"):
-            peer = best[family]
+        best = [fastest(group, family=family) for family in ("eager", "compiled", "ours")]
+        *others, ours = best
+        cells = [duration(record["seconds"]) if record else "-" for record in best]
+        for peer in others:
             cells.append(ratio(peer["seconds"] / ours["seconds"]) if peer and ours else "-")
-        if ours:
-            rate = ours["operations"] / ours["seconds"]
-            cells.append(percent(rate / ours["product_rate"]))
-        else:
-            cells.append("-")
+        cells.append(percent(share_of_product(ours)) if ours else "-")
         precision = "" if key["precision"] in (None, "ieee") else f", {key['precision']}"
         dtype = "" if key["dtype"] == "float32" else f", {key['dtype']}"
         table.rows.append([f"{key['case']}{dtype}{precision}", str(key["B"]), key["pass"], *cells])

@@ -27,6 +27,9 @@ from bench.timing import CpuTimer, Timing, interleave
 SMALL = Shape("small", 12, 3, K=4, D=5)
 SMALL_WINDOWS = Convolution("small windows", 2 * 3**2, 3, K=4, D=5, grid=8)
 CEILINGS = {"gemm": 1e11, "copy": 1e10}
+OF_EAGER = Goal(
+    "forward", goals.speedup(goals.EAGER, goals.layer("forward", 128)), tables.ratio, least=30
+)
 
 
 def routing_record(family: str, seconds: float, **fields: object) -> dict:
@@ -180,10 +183,9 @@ def test_goals_are_judged_against_the_fastest_peer():
         routing_record("eager", 40e-3),
         routing_record("eager", 29e-3, implementation="another"),
     ]
-    goal = Goal("forward", goals.speedup(goals.EAGER, "forward", 128), tables.ratio, least=30)
-    verdict = goal.judge(records, CEILINGS)
+    verdict = OF_EAGER.judge(records)
     assert (verdict["measured"], verdict["verdict"]) == ("29.0x", "no")
-    assert goal.judge(records[:2], CEILINGS)["verdict"] == "yes"
+    assert OF_EAGER.judge(records[:2])["verdict"] == "yes"
 
 
 def test_goals_are_those_that_were_set():
@@ -211,14 +213,13 @@ def test_a_slowest_shape_and_a_share_are_of_the_right_records():
         for n, shape in enumerate(SHAPES)
         for family, seconds in (("ours", 1e-3), ("compiled", (n + 2) * 1e-3), ("compiled", 1.0))
     ]
-    assert goals.least_speedup("forward", 32)(records, CEILINGS) == pytest.approx(2)
+    assert goals.least_speedup("forward", 32)(records) == pytest.approx(2)
     # 1e9 operations in 20 ms, of the 1e11 a second that were measured beside them.
     record = routing_record("ours", 20e-3)
-    share = goals.share_of_product("forward", 128)([record], {"gemm": 7e11, "copy": 1e10})
-    assert share == pytest.approx(0.5)
+    assert goals.share(goals.layer("forward", 128))([record]) == pytest.approx(0.5)
     tf32 = routing_record("ours", 480e-6, B=1024, precision="tf32", implementation="ours (cuda)")
     who = {"implementation": "ours (cuda)"}
-    assert goals.of_floor(who, "forward", 1024, "tf32")([tf32], CEILINGS) == pytest.approx(0.1)
+    assert goals.of_floor(who, "forward", 1024, "tf32")([tf32]) == pytest.approx(0.1)
 
 
 def test_an_error_is_the_largest_of_the_largest_value():
@@ -245,8 +246,7 @@ def test_plots_are_in_the_units_of_their_axes():
 def test_a_goal_without_a_measurement_is_not_met_and_says_why():
     failed = routing_record("eager", 1.0, status="RuntimeError: no compiler")
     del failed["seconds"]
-    goal = Goal("forward", goals.speedup(goals.EAGER, "forward", 128), tables.ratio, least=30)
-    verdict = goal.judge([routing_record("ours", 1e-3), failed], CEILINGS)
+    verdict = OF_EAGER.judge([routing_record("ours", 1e-3), failed])
     assert verdict["verdict"] == "not measured"
     assert verdict["reason"] == "RuntimeError: no compiler"
 
@@ -262,7 +262,7 @@ def test_exponents():
         for s in sizes
     ]
     failed = {"table": "scaling", "axis": "B", "implementation": "x", "status": "failed"}
-    B, I, threads = scaling.conclude([failed, *points], "cpu", {})
+    B, I, threads = scaling.conclude([failed, *points], "cpu")
     assert [B["exponent"], I["exponent"], threads["exponent"]] == pytest.approx([0.5, 1.2, -0.9])
     assert (B["from"], B["to"], B["verdict"], I["verdict"]) == (10, 100, "yes", "no")
     assert "verdict" not in threads
@@ -279,7 +279,7 @@ def test_a_cheaper_first_iteration_is_an_exponent_above_1_on_a_straight_line():
         | {"seconds": 2 + 5 * (R - 1), "operations": R, "product_rate": 1}
         for R in scaling.ITERATIONS
     ]
-    (found,) = scaling.conclude(points, "cpu", {})
+    (found,) = scaling.conclude(points, "cpu")
     assert (found["from"], found["to"], found["first"]) == (3, 30, 2)
     assert found["exponent"] > 1.05
     assert (found["fixed"], found["each"]) == pytest.approx((-3, 5))

@@ -64,9 +64,9 @@ def test_every_goal_is_judged_by_what_is_measured(device, stand_ins):
     """With ours in no time all are met; without a measurement none is."""
     options = argparse.Namespace(only=None, quick=False)
     records = list(goals.measure(options, Settings(device), CEILINGS))
-    verdicts = goals.conclude(records, device, CEILINGS)
+    verdicts = goals.conclude(records, device)
     assert {verdict["verdict"] for verdict in verdicts} == {"yes"}
-    nothing = goals.conclude([], device, CEILINGS)
+    nothing = goals.conclude([], device)
     assert {verdict["verdict"] for verdict in nothing} == {"not measured"}
 
 
@@ -134,7 +134,7 @@ def test_a_step_whose_memory_is_not_measured_keeps_its_time(monkeypatch):
     text = str(training_table(records, CEILINGS))
     assert "MemoryError: no room" in text
     with pytest.raises(goals.NotMeasuredError, match="no room"):
-        goals.step_memory_ratio(training.ORACLE, 2)(records, CEILINGS)
+        goals.lowest("extra_bytes", {"implementation": training.ORACLE})(records)
 
 
 def test_a_model_that_fails_has_its_row_and_the_rest_goes_on(monkeypatch):
