@@ -1,9 +1,9 @@
 """``python -m bench aot``: the GPU kernels compiled ahead of time, without a GPU.
 
 For every kernel that a forward and backward launch: registers, spilled bytes, shared memory,
-matrix instructions, occupancy, how much of the padded tile is not padding, the instructions of its
-loops, and for Triton's kernels for NVIDIA the turns that these take in shared memory (conflicts)
-and the sectors that they ask for of global memory (excess).
+matrix instructions, occupancy, how much of the padded tile is not padding, the instructions of the
+loops that multiply matrices, and for Triton's kernels for NVIDIA the turns that these take in
+shared memory (conflicts) and the sectors that they ask for of global memory (excess).
 """
 
 import argparse

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .aot_loops import PTX, in_loops
+
 Values = np.ndarray
 """A register's value in every thread of a block, int64."""
 
@@ -28,7 +30,6 @@ ADDRESS = re.compile(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]")
 INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.]*)\s+(.*)")
 NUMBER = re.compile(r"-?(0x[0-9a-fA-F]+|\d+)")
 PARAMETER = 4096
-LABEL = re.compile(r"(\$\w+):")
 
 
 @dataclass(frozen=True)
@@ -43,42 +44,21 @@ class Access:
 
 
 def loop_accesses(ptx: str, warps: int) -> dict[str, str]:
-    """Turns in shared memory, and sectors of global, of all warps in a pass of each loop with a
-    matrix instruction.
+    """Turns in shared memory, and sectors of global, of all warps in a pass of each loop.
 
-    "704 (368)": 704, of which 368 are conflicts, or excess; "> 540 (200)": of these in a loop
-    inside it, whose passes count once.
+    "704 (368)": 704, of which 368 are conflicts, or excess. Of a loop inside one pass counts.
     """
     lines = [line.split("//")[0].strip().rstrip(";") for line in ptx.splitlines()]
     accesses = list(accesses_of(lines, warps))
-    return {
-        name: in_loops(lines, [access for access in accesses if access.memory == memory])
-        for name, memory in (("turns", "shared"), ("sectors", "global"))
-    }
 
+    def counted(memory: str) -> str:
+        def cost(loop: range) -> str:
+            inside = [a for a in accesses if a.memory == memory and a.line in loop]
+            return f"{sum(a.asked for a in inside)} ({sum(a.vain for a in inside)})"
 
-def in_loops(lines: list[str], accesses: list[Access]) -> str:
-    products = [number for number, line in enumerate(lines) if line.startswith("mma.sync")]
-    text, end = "", -1
-    for first, last in sorted(loop_spans(lines), key=lambda span: (span[0], -span[1])):
-        if not any(first <= product <= last for product in products):
-            continue
-        inside = [access for access in accesses if first <= access.line <= last]
-        asked, vain = sum(a.asked for a in inside), sum(a.vain for a in inside)
-        text += (" > " if last < end else ", " if text else "") + f"{asked} ({vain})"
-        end = last
-    return text
+        return in_loops(lines, PTX, cost)
 
-
-def loop_spans(lines: list[str]) -> Iterator[tuple[int, int]]:
-    """First and last line of every loop: a label, and a branch back to it."""
-    labels: dict[str, int] = {}
-    for number, line in enumerate(lines):
-        if label := LABEL.match(line):
-            labels[label[1]] = number
-        branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
-        if branch and branch[1] in labels:
-            yield labels[branch[1]], number
+    return {"turns": counted("shared"), "sectors": counted("global")}
 
 
 def accesses_of(lines: list[str], warps: int) -> Iterator[Access]:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .aot_loops import SASS, loop_lengths
 from .aot_rows import Row
-from .aot_triton import examine_cubin, loops
+from .aot_triton import examine_cubin
 from .shapes import Shape
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
@@ -174,8 +175,8 @@ def compiled(instances: tuple[tuple[str, str], ...], target: str) -> dict[str, C
         registers = re.search(r"Used (\d+) registers", reports[name])
         if stack is None or registers is None:
             raise RuntimeError(f"ptxas named no registers of {kernel}:\n{report}")
-        matrix = len(re.findall(r"\bHG?MMA\b", listings[name]))
-        code[kernel] = Code(int(registers[1]), int(stack[1]), matrix, loops(listings[name]))
+        matrix = len(re.findall(SASS.matrix, listings[name]))
+        code[kernel] = Code(int(registers[1]), int(stack[1]), matrix, loop_lengths(listings[name]))
     return code
 
 

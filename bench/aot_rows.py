@@ -35,8 +35,8 @@ class Row:
     """One kernel as compiled for one target.
 
     ``useful`` is the share of the padded tile, samples times columns (j, d), that is not padding;
-    ``loops`` the instructions of its loops, outermost first, ``turns`` and ``sectors`` what they
-    ask of shared and global memory (``aot_accesses.loop_accesses``), where the code could be read.
+    ``loops`` the instructions of its loops (``aot_loops``), ``turns`` and ``sectors`` what they ask
+    of shared and global memory (``aot_accesses``), where the code could be read.
     """
 
     backend: str

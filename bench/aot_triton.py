@@ -9,13 +9,13 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .aot_accesses import loop_accesses
+from .aot_loops import PTX, loop_lengths
 from .aot_rows import TARGETS, Row
 from .shapes import Shape
 
@@ -169,14 +169,13 @@ def compile_for(
         }
     usage, listing = examine_cubin(compiled.asm["cubin"])
     local = r"\b(?:STL|LDL)\b"
-    matrix = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)"
     return {
         "registers": number(r"REG:(\d+)", usage),
         # A stack frame that nothing is stored to or loaded from holds no spill.
         "spilled_bytes": number(r"STACK:(\d+)", usage) if re.search(local, listing) else 0,
         "shared_bytes": compiled.metadata.shared + number(r"SHARED:(\d+)", usage),
-        "matrix_instructions": len(re.findall(matrix, compiled.asm["ptx"])),
-        "loops": loops(listing),
+        "matrix_instructions": len(re.findall(PTX.matrix, compiled.asm["ptx"])),
+        "loops": loop_lengths(listing),
         **loop_accesses(compiled.asm["ptx"], warps),
     }
 
@@ -204,33 +203,3 @@ def examine_cubin(cubin: bytes) -> tuple[str, str]:
             ).stdout  # fmt: skip
 
         return output("cuobjdump", "-res-usage"), output("nvdisasm", "-c")
-
-
-def loops(listing: str) -> str:
-    """Instructions of the loops in machine code that hold a matrix instruction or a tile's loads.
-
-    A loop is what lies between a label and a branch back to it; "673 > 275" is a loop of 673
-    instructions with one of 275 in it. Loops that differ only in where they are entered count once.
-    """
-    labels: dict[str, int] = {}
-    spans: list[tuple[int, int]] = []
-    length = 0
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = length
-        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line):
-            branch = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
-            if branch and labels.get(branch[1], length) < length:
-                spans.append((labels[branch[1]], length))
-            length += 1
-    spans.sort(key=lambda span: (span[0], -span[1]))
-    chains: list[list[tuple[int, int]]] = []
-    for first, last in spans:
-        if chains and first <= chains[-1][0][1]:
-            # A loop about a loop with little between them is the outer one's entry.
-            if last - first < 0.9 * (chains[-1][-1][1] - chains[-1][-1][0]):
-                chains[-1].append((first, last))
-        else:
-            chains.append([(first, last)])
-    texts = (" > ".join(str(last - first + 1) for first, last in chain) for chain in chains)
-    return ", ".join(text for text, _ in groupby(texts))

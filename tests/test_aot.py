@@ -10,6 +10,7 @@ import pytest
 from bench import aot, aot_triton
 from bench.__main__ import main
 from bench.aot_accesses import loop_accesses
+from bench.aot_loops import loop_lengths
 from bench.aot_rows import Row
 from bench.shapes import Shape
 from capsule_kernels.backends import triton as backend
@@ -137,14 +138,19 @@ def test_blocks_that_fit():
 
 
 def test_loops_are_found_in_machine_code():
+    """Not one without a product; one, where two branches go back to a label; and none that only
+    resumes another."""
+
     def line(number: int, text: str) -> str:
         return f"        /*{number:04x}*/                   {text} ;"
 
     code = [line(0, "MOV R1, R2"), ".L_x_1:", line(1, "FADD R1, R1, R2"), ".L_x_2:"]
-    code += [line(n, "FFMA R1, R2, R3, R4") for n in range(2, 6)]
-    code += [line(6, "@P0 BRA `(.L_x_2)"), line(7, "HMMA R1, R2, R3"), line(8, "BRA `(.L_x_1)")]
-    code += [".L_x_3:", line(9, "BRA `(.L_x_3)")]
-    assert aot_triton.loops("\n".join(code)) == "8 > 5"
+    code += [line(n, "HMMA.1688.F32.TF32 R1, R2, R3, R4") for n in range(2, 6)]
+    code += [line(6, "@P0 BRA `(.L_x_2)"), line(7, "FFMA R1, R2, R3"), line(8, "BRA `(.L_x_1)")]
+    code += [".L_x_3:", line(9, "BRA `(.L_x_3)"), ".L_x_4:", line(10, "HGMMA R1")]
+    code += [line(11, "@P0 BRA `(.L_x_4)"), ".L_x_5:", line(12, "HGMMA R1")]
+    code += [line(13, "@P0 BRA `(.L_x_4)"), line(14, "BRA `(.L_x_5)")]
+    assert loop_lengths("\n".join(code)) == "8 > 5, 4"
 
 
 def in_a_loop(access: str, before: str) -> str:
