@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .aot_loops import SASS, loop_lengths
-from .aot_rows import Row
+from .aot_rows import TARGETS, Row
 from .aot_triton import examine_cubin
 from .shapes import Shape
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
-DEVICES = {
-    "sm_80": (108, 163 << 10),
-    "sm_90": (132, 227 << 10),
-    "sm_100": (148, 227 << 10),
-}
-"""Multiprocessors, and bytes of shared memory a block may have, of the usual GPU of each target."""
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+"""What ``make cuda-build`` compiles for."""
 
 PRECISIONS = {
     "float32": ("SplitTf32", "float", 4),
@@ -100,11 +96,12 @@ def missing() -> str | None:
 
 def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[Row]:
     """Every kernel of a forward and backward; nothing where the shape is left to Triton."""
-    if precision not in PRECISIONS or target not in DEVICES:
+    if precision not in PRECISIONS or target not in ARCHITECTURES:
         return
     policy, scalar, scalar_bytes = PRECISIONS[precision]
-    sizes = (B, shape.I, shape.J, shape.K, shape.D, R, scalar_bytes, *DEVICES[target])
-    plan = Plan(*map(int, output_of(planner(), *sizes).split()))
+    sizes = (B, shape.I, shape.J, shape.K, shape.D, R, scalar_bytes)
+    gpu = TARGETS[target].multiprocessors, TARGETS[target].block_bytes
+    plan = Plan(*map(int, output_of(planner(), *sizes, *gpu).split()))
     if plan.sweep_shared == 0 or plan.gradient_shared == 0:
         return
     known = f", {plan.known_J}" if plan.known_J else ""

@@ -1,33 +1,41 @@
-"""What ``python -m bench aot`` says of one compiled kernel, and how many of its blocks fit."""
+"""The GPUs that ``python -m bench aot`` compiles for, and what it says of one compiled kernel."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Multiprocessor:
-    """What the blocks of one multiprocessor (AMD: compute unit) share.
+class Target:
+    """The usual GPU of a target: its multiprocessors (AMD: compute units), and what the blocks of
+    one share.
 
     Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD
     CDNA 3 ISA guide, section 3.
     """
 
+    multiprocessors: int
     warps: int
     blocks: int
-    registers: int  # 32-bit, for one lane of every warp together times the lanes of a warp
-    register_unit: int  # registers a lane are given in multiples of this
     shared_bytes: int
-    reserved_bytes: int  # of shared memory, a block
+    reserved_bytes: int = 1 << 10  # of shared memory, a block
+    registers: int = 65536  # 32-bit, of all lanes together
     lanes: int = 32
+
+    @property
+    def block_bytes(self) -> int:
+        """Shared memory that a block may have."""
+        return self.shared_bytes - self.reserved_bytes
 
 
 TARGETS = {
-    "sm_80": Multiprocessor(64, 32, 65536, 8, 164 << 10, 1 << 10),
-    "sm_86": Multiprocessor(48, 16, 65536, 8, 100 << 10, 1 << 10),
-    "sm_89": Multiprocessor(48, 24, 65536, 8, 100 << 10, 1 << 10),
-    "sm_90": Multiprocessor(64, 32, 65536, 8, 228 << 10, 1 << 10),
-    "sm_100": Multiprocessor(64, 32, 65536, 8, 228 << 10, 1 << 10),
-    "gfx942": Multiprocessor(32, 16, 4 * 512 * 64, 8, 64 << 10, 0, lanes=64),
+    "sm_80": Target(108, 64, 32, 164 << 10),
+    "sm_86": Target(82, 48, 16, 100 << 10),
+    "sm_89": Target(128, 48, 24, 100 << 10),
+    "sm_90": Target(132, 64, 32, 228 << 10),
+    "sm_100": Target(148, 64, 32, 228 << 10),
+    "gfx942": Target(304, 32, 16, 64 << 10, 0, registers=4 * 512 * 64, lanes=64),
 }
+REGISTER_UNIT = 8
+"""Registers a lane are given in multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,13 @@ class Row:
     @property
     def shared_share(self) -> float:
         """Share of the shared memory that a block may have; above 1 it can't be launched."""
-        limits = TARGETS[self.target]
-        return self.shared_bytes / (limits.shared_bytes - limits.reserved_bytes)
+        return self.shared_bytes / TARGETS[self.target].block_bytes
 
     @property
     def blocks(self) -> int:
         """Blocks that one multiprocessor holds at a time."""
         limits = TARGETS[self.target]
-        rounded = -(-self.registers // limits.register_unit) * limits.register_unit
+        rounded = -(-self.registers // REGISTER_UNIT) * REGISTER_UNIT
         by_registers = limits.registers // (max(rounded, 1) * limits.lanes * self.warps)
         by_shared = limits.shared_bytes // max(self.shared_bytes + limits.reserved_bytes, 1)
         return min(limits.blocks, limits.warps // self.warps, by_registers, by_shared)

@@ -36,9 +36,6 @@ POINTERS = {
     torch.int32: "*i32",
 }
 
-PROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
-"""Multiprocessors of the usual GPU of each target."""
-
 
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
@@ -67,8 +64,8 @@ def rows(
     from capsule_kernels.backends.triton import launch
     from capsule_kernels.backends.triton.config import Gpu
 
-    shared = TARGETS[target].shared_bytes - TARGETS[target].reserved_bytes
-    gpu = Gpu(PROCESSORS[target], target.startswith("gfx"), shared)
+    limits = TARGETS[target]
+    gpu = Gpu(limits.multiprocessors, target.startswith("gfx"), limits.block_bytes)
     dtype, matmul_precision = PRECISIONS[precision]
     compiled: dict[str, Row] = {}
 

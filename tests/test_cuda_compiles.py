@@ -39,7 +39,7 @@ OF_WARPGROUPS = {
 # float16 differs from bfloat16 only in how values are converted when they are loaded and stored.
 COMPILED = [
     (precision, target)
-    for precision, target in product(aot_cuda.PRECISIONS, aot_cuda.DEVICES)
+    for precision, target in product(aot_cuda.PRECISIONS, aot_cuda.ARCHITECTURES)
     if precision != "float16" or target == "sm_90"
 ]
 
