@@ -8,11 +8,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .aot_loops import SASS, loop_lengths
 from .aot_rows import TARGETS, Row
-from .aot_triton import examine_cubin
+from .aot_triton import examine_cubin, number
 from .shapes import Shape
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
@@ -101,7 +101,7 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
     policy, scalar, scalar_bytes = PRECISIONS[precision]
     sizes = (B, shape.I, shape.J, shape.K, shape.D, R, scalar_bytes)
     gpu = TARGETS[target].multiprocessors, TARGETS[target].block_bytes
-    plan = Plan(*map(int, output_of(planner(), *sizes, *gpu).split()))
+    plan = Plan(*map(int, output_of(Path(planner().name, "planner"), *sizes, *gpu).split()))
     if plan.sweep_shared == 0 or plan.gradient_shared == 0:
         return
     known = f", {plan.known_J}" if plan.known_J else ""
@@ -116,38 +116,19 @@ def rows(shape: Shape, B: int, R: int, precision: str, target: str) -> Iterator[
     for kernel, bytes_ in zip(WARPGROUPS, shared, strict=True):
         launched[kernel] = plan.sweep_warps, bytes_, f"{scalar}, {shape.J}"
     launched = {kernel: launch for kernel, launch in launched.items() if launch[1] > 0}
-    code = compiled(tuple((kernel, launched[kernel][2]) for kernel in launched), target)
+    facts = compiled(tuple((kernel, launch[2]) for kernel, launch in launched.items()), target)
     padded_B = -(-B // 8) * 8
     for kernel, (warps, shared_bytes, _) in launched.items():
         yield Row(
-            "cuda",
-            kernel,
-            shape.name,
-            precision,
-            target,
-            warps,
-            registers=code[kernel].registers,
-            spilled_bytes=code[kernel].stack,
-            shared_bytes=shared_bytes,
-            matrix_instructions=code[kernel].matrix_instructions,
-            useful=B / padded_B * shape.D / plan.padded_D,
-            loops=code[kernel].loops,
-        )
-
-
-class Code(NamedTuple):
-    """What became of an instance of a kernel."""
-
-    registers: int
-    stack: int
-    """Bytes of what is spilled, and of arrays that are indexed by what is no constant."""
-    matrix_instructions: int
-    loops: str
+            "cuda", kernel, shape.name, precision, target, warps, shared_bytes=shared_bytes,
+            useful=B / padded_B * shape.D / plan.padded_D, **facts[kernel],
+        )  # fmt: skip
 
 
 @functools.cache
-def compiled(instances: tuple[tuple[str, str], ...], target: str) -> dict[str, Code]:
-    """Instances, (kernel, template arguments), in one go: what they include takes its time."""
+def compiled(instances: tuple[tuple[str, str], ...], target: str) -> dict[str, dict[str, Any]]:
+    """What rows say of instances, (kernel, template arguments), which are compiled in one go: what
+    they include takes its time."""
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "instances.cu", Path(folder) / "instances.cubin"
         wanted = "".join(
@@ -165,16 +146,17 @@ def compiled(instances: tuple[tuple[str, str], ...], target: str) -> dict[str, C
         _, listing = examine_cubin(cubin.read_bytes())
     reports = by_function(r"Compiling entry function '(\w+)'", report)
     listings = by_function(r"\.section\s+\.text\.(\w+),", listing)
-    code = {}
+    facts = {}
     for kernel, _ in instances:
         (name,) = (name for name in reports if f"{len(kernel)}{kernel}I" in name)
-        stack = re.search(r"(\d+) bytes stack frame", reports[name])
-        registers = re.search(r"Used (\d+) registers", reports[name])
-        if stack is None or registers is None:
-            raise RuntimeError(f"ptxas named no registers of {kernel}:\n{report}")
-        matrix = len(re.findall(SASS.matrix, listings[name]))
-        code[kernel] = Code(int(registers[1]), int(stack[1]), matrix, loop_lengths(listings[name]))
-    return code
+        facts[kernel] = {
+            "registers": number(r"Used (\d+) registers", reports[name]),
+            # Arrays, too, that are indexed by what is no constant.
+            "spilled_bytes": number(r"(\d+) bytes stack frame", reports[name]),
+            "matrix_instructions": len(re.findall(SASS.matrix, listings[name])),
+            "loops": loop_lengths(listings[name]),
+        }
+    return facts
 
 
 def by_function(heading: str, text: str) -> dict[str, str]:
@@ -184,13 +166,13 @@ def by_function(heading: str, text: str) -> dict[str, str]:
 
 
 @functools.cache
-def planner() -> Path:
-    """A program that prints the figures of :class:`Plan`."""
-    folder = Path(tempfile.mkdtemp(prefix="capsule_kernels_"))
-    source, program = folder / "planner.cpp", folder / "planner"
+def planner() -> tempfile.TemporaryDirectory[str]:
+    """Holds ``planner``, which prints the figures of :class:`Plan`, until this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="capsule_kernels_")
+    source = Path(folder.name, "planner.cpp")
     source.write_text(PLANNER)
-    output_of("c++", "-std=c++17", f"-I{SOURCES}", source, "-o", program)
-    return program
+    output_of("c++", "-std=c++17", f"-I{SOURCES}", source, "-o", source.with_suffix(""))
+    return folder
 
 
 def output_of(*command: object) -> str:

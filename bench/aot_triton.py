@@ -180,7 +180,7 @@ def compile_for(
 def number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
-        raise RuntimeError(f"the compiler's output has no {pattern!r}; this Triton is not known")
+        raise RuntimeError(f"this compiler is not known: its output has no {pattern!r}")
     return int(found[1])
 
 
