@@ -67,20 +67,18 @@ def rows(
     limits = TARGETS[target]
     gpu = Gpu(limits.multiprocessors, target.startswith("gfx"), limits.block_bytes)
     dtype, matmul_precision = PRECISIONS[precision]
-    compiled: dict[str, Row] = {}
+    compiled: dict[tuple[str, int, int], Row] = {}
 
     def record(
         kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any
     ) -> None:
-        signature, constants, attributes = specialise(kernel, arguments)
-        key = f"{kernel.__name__} {signature} {constants} {attributes}"
+        source = specialised(kernel, arguments)
+        key = source.hash(), num_warps, num_stages
         if key not in compiled:
-            facts = compile_for(
-                target, kernel, signature, constants, attributes, num_warps, num_stages
-            )
             compiled[key] = Row(
-                "triton", kernel.__name__, shape.name, precision, target, num_warps,
-                useful=useful(shape, arguments), **facts,
+                "triton", source.name, shape.name, precision, target, num_warps,
+                useful=useful(shape, arguments),
+                **compile_for(target, source, num_warps, num_stages),
             )  # fmt: skip
 
     u = torch.empty(B, *(grid or (shape.I,)), shape.K, dtype=dtype, device="meta")
@@ -113,8 +111,10 @@ def useful(shape: Shape, arguments: dict[str, Any]) -> float:
     return math.prod(size / (-(-size // block) * block) for size, block in blocks)
 
 
-def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict]:
-    """Signature, constants and attributes as Triton's launcher derives them from arguments."""
+def specialised(kernel: Any, arguments: dict[str, Any]) -> Any:
+    """Triton's ``ASTSource`` of a kernel, as its launcher derives it from arguments."""
+    from triton.compiler import ASTSource
+
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list] = {}
@@ -131,28 +131,19 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
+    return ASTSource(kernel, signature, constants, attributes)
 
 
-def compile_for(
-    target: str,
-    kernel: Any,
-    signature: dict,
-    constants: dict,
-    attributes: dict,
-    warps: int,
-    stages: int,
-) -> dict[str, Any]:
+def compile_for(target: str, source: Any, warps: int, stages: int) -> dict[str, Any]:
     """What a row says of one kernel, as compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from capsule_kernels.backends.triton.routing import OPTIONS
 
     nvidia = target.startswith("sm_")
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants, attributes),
+        source,
         target=GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64),
         options={"num_warps": warps, "num_stages": stages, **OPTIONS},
     )

@@ -54,9 +54,9 @@ def test_the_compiler_takes_no_more_shared_memory_than_small_gpus_have(monkeypat
     compile_for = aot_triton.compile_for
     sweeps = ("routing_forward_kernel", "routing_backward_kernel", "routing_statistics_kernel")
 
-    def compile_sweeps(target, kernel, *rest):
-        if kernel.__name__ in sweeps:
-            return compile_for(target, kernel, *rest)
+    def compile_sweeps(target, source, *rest):
+        if source.name in sweeps:
+            return compile_for(target, source, *rest)
         return dict.fromkeys(
             ("registers", "spilled_bytes", "shared_bytes", "matrix_instructions"), 0
         )
