@@ -1,7 +1,10 @@
 """How a cost grows with a size, fitted to measurements: an exponent, and a straight line."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
+
+import torch
 
 from .records import Record, groups
 
@@ -14,9 +17,7 @@ CONSTANT = 0.1
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """Least-squares slope of log cost against log size."""
     x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
-    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
-    covariance = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True))
-    return covariance / sum((a - x_mean) ** 2 for a in x)
+    return statistics.linear_regression(x, y).slope
 
 
 def straight_line(sizes: Sequence[float], costs: Sequence[float]) -> Record:
@@ -26,17 +27,14 @@ def straight_line(sizes: Sequence[float], costs: Sequence[float]) -> Record:
     where nothing is fixed; below 0, because the first units are cheaper, it is above 1.
     ``off_line`` is the largest relative difference.
     """
-    # The line over the cost should be 1 everywhere: fixed * x + each * y = 1 in least squares.
-    rows = [(1 / cost, size / cost) for size, cost in zip(sizes, costs, strict=True)]
-    xx, xy, yy = (sum(row[m] * row[n] for row in rows) for m, n in ((0, 0), (0, 1), (1, 1)))
-    x, y = (sum(row[m] for row in rows) for m in (0, 1))
-    determinant = xx * yy - xy * xy
-    fixed, each = (x * yy - y * xy) / determinant, (y * xx - x * xy) / determinant
-    off_line = max(abs(fixed * x + each * y - 1) for x, y in rows)
-    return {"fixed": fixed, "each": each, "off_line": off_line}
+    size, cost = torch.tensor([sizes, costs], dtype=torch.float64)
+    rows = torch.stack([1 / cost, size / cost], dim=1)  # over the cost a line should be 1
+    line = torch.linalg.lstsq(rows, torch.ones_like(cost)[:, None]).solution
+    fixed, each = line.flatten().tolist()
+    return {"fixed": fixed, "each": each, "off_line": (rows @ line - 1).abs().max().item()}
 
 
-def exponents(points: Iterable[Record], cost: str, most: float | None) -> list[Record]:
+def exponents(points: Iterable[Record], cost: str, most: float) -> list[Record]:
     """One record for each implementation, axis and pass with more than one point.
 
     Points hold ``axis``, ``size`` and, if they were measured, a figure in the field ``cost``.
@@ -56,7 +54,7 @@ def exponents(points: Iterable[Record], cost: str, most: float | None) -> list[R
             "exponent": found,
             "status": "ok",
         }
-        if most is not None and key["axis"] != "threads":
+        if key["axis"] != "threads":
             record |= {"most": most, "verdict": "yes" if found <= most else "no"}
         fitted.append(record)
     return fitted
