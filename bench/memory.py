@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .fits import CONSTANT, exponents
 from .options import add_iterations, add_peers_arguments, add_precision, add_quick
-from .peers import Implementation, Routing, chosen_peers, ours, outputs_and_gradients, peers
+from .peers import Implementation, Routing, chosen_peers, ours, outputs_and_gradients
 from .records import CannotRunError, Record, reason_of, select
 from .routing import Settings
 from .shapes import CONVOLUTION, MANY_CLASSES, MNIST, Inputs, Shape, make_inputs
@@ -52,9 +52,8 @@ def measure_memory(
         try:
             if reason := implementation.reason_to_skip(shape, B, settings.device):
                 raise CannotRunError(reason)
-            extra, saved = measured_in(settings.device)(
-                probe, implementation.name, shape, B, settings
-            )
+            where = measured_in(settings.device)
+            extra, saved = where(probe, implementation, shape, B, settings)
             record |= {"extra_bytes": extra, "saved_bytes": saved, "status": "ok"}
         except Exception as error:
             record |= {"status": reason_of(error)}
@@ -88,11 +87,12 @@ def call_here(function: Callable[..., Result], *arguments: object) -> Result:  #
     return function(*arguments)
 
 
-def probe(name: str, shape: Shape, B: int, settings: Settings) -> tuple[int, int]:
+def probe(
+    implementation: Implementation, shape: Shape, B: int, settings: Settings
+) -> tuple[int, int]:
     """Extra bytes at the peak of forward+backward, and bytes saved between the two."""
     settings.apply()
-    candidates = ours(settings.device) + peers(("default", "max-autotune"))
-    routing = next(x for x in candidates if x.name == name).make(shape)
+    routing = implementation.make(shape)
     inputs = make_inputs(shape, B, settings.device, settings.dtype)
     outputs_and_gradients(routing, inputs, settings.R)  # compiles, starts threads
     extra = extra_bytes(lambda: outputs_and_gradients(routing, inputs, settings.R), settings.device)
