@@ -83,7 +83,7 @@ def sizes_of(axis: str, device: str) -> tuple[int, ...]:
 
 
 def measure_axis(axis: str, everyone: list[Implementation], settings: Settings) -> Iterator[Record]:
-    """Every size of the axis; interrupted, what has been measured."""
+    """Every size of the axis; interrupted or failed, what has been measured."""
     # A GPU is ours alone, and its inputs take seconds to make.
     on_cpu = settings.device == "cpu"
     turns = TURNS_OF_A_ROUND * settings.rounds if on_cpu else 1
@@ -93,22 +93,22 @@ def measure_axis(axis: str, everyone: list[Implementation], settings: Settings) 
         for _ in range(turns):
             for size in sizes_of(axis, settings.device):
                 measured += measure_point(axis, size, everyone, settings)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception):
         yield from merged(measured)
         raise
     yield from merged(measured)
 
 
 def merged(turns: list[Record]) -> Iterator[Record]:
-    """The turns of each point as one record."""
+    """The turns of each point as one record; if one has failed, its record."""
     for _, group in groups(turns, "size", "pass", "implementation"):
-        timed = [record for record in group if "seconds" in record]
-        if len(timed) < 2:
-            yield (timed or group)[0]
+        failed = [record for record in group if "seconds" not in record]
+        if failed or len(group) == 1:
+            yield (failed or group)[0]
             continue
-        samples, rates = ([r[name] for r in timed] for name in ("seconds", "product_rate"))
-        timing = Timing.of(samples, timed[0]["timed_by"])
-        yield timed[0] | timing.fields() | {"product_rate": statistics.median(rates)}
+        samples, rates = ([r[name] for r in group] for name in ("seconds", "product_rate"))
+        timing = Timing.of(samples, group[0]["timed_by"])
+        yield group[0] | timing.fields() | {"product_rate": statistics.median(rates)}
 
 
 def point(axis: str, size: int, settings: Settings) -> tuple[Shape, int, Settings]:

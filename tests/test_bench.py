@@ -312,6 +312,13 @@ def test_sizes_of_an_axis_take_turns(monkeypatch):
     assert {r["rounds"] for r in records} == {1}
 
 
+def test_a_point_that_has_failed_once_has_failed():
+    good = routing_record("ours", 1.0, size=32, timed_by="clock")
+    failed = routing_record("ours", 1.0, size=32, status="ValueError: v is off")
+    del failed["seconds"]
+    assert list(scaling.merged([good, failed, good])) == [failed]
+
+
 def test_tables_show_figures_and_put_reasons_below():
     failed = routing_record("compiled", 1.0, status="no compiler")
     del failed["seconds"]
