@@ -45,6 +45,7 @@ def measure_memory(
             "B": B,
             "I": shape.I,
             "R": settings.R,
+            "precision": settings.precision,
             "implementation": implementation.name,
             "family": implementation.family,
             "prediction_bytes": shape.prediction_bytes(B),

@@ -1,6 +1,7 @@
 """Plots of recorded measurements: a roofline, time against batch, memory against batch."""
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .records import Record, groups, select
+from .routing import PASSES
 
 matplotlib.use("agg")
 
 STYLES: dict[str, dict[str, Any]] = {
     "ours": {"lw": 2.2, "marker": "o"},
     "compiled": {"ls": "--", "marker": "s"},
+    "eager": {"ls": ":", "marker": "^"},
 }
-OTHER_STYLE: dict[str, Any] = {"ls": ":", "marker": "^"}
-PASSES = ("forward", "forward+backward")
 
 
 def draw(records: list[Record], ceilings: Record, folder: Path) -> list[Path]:
@@ -42,17 +43,23 @@ def draw(records: list[Record], ceilings: Record, folder: Path) -> list[Path]:
     return paths
 
 
+def series(records: list[Record]) -> Iterator[tuple[str, dict[str, Any], list[Record]]]:
+    """Label, style and records of each implementation in each precision."""
+    for key, group in groups(records, "implementation", "family", "precision"):
+        precision = "" if key["precision"] == "ieee" else f", {key['precision']}"
+        yield key["implementation"] + precision, STYLES[key["family"]], group
+
+
 def lines(axes: Axes, records: list[Record], field: str, scale: float) -> None:
     """One line an implementation, over the batch."""
-    for key, group in groups(records, "implementation", "family", "precision"):
+    for label, style, group in series(records):
         group = sorted(group, key=lambda record: record["B"])
-        suffix = "" if key["precision"] in (None, "ieee") else f", {key['precision']}"
         axes.loglog(
             [record["B"] for record in group],
             [record[field] * scale for record in group],
-            label=key["implementation"] + suffix,
+            label=label,
             markersize=4,
-            **STYLES.get(key["family"], OTHER_STYLE),
+            **style,
         )
     batches = sorted({record["B"] for record in records})
     axes.set_xticks(batches, [str(B) for B in batches], minor=False)
@@ -61,8 +68,8 @@ def lines(axes: Axes, records: list[Record], field: str, scale: float) -> None:
     axes.grid(alpha=0.3)
 
 
-def panels(height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(11, height), layout="constrained")
+def panels() -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, name in zip((left, right), PASSES, strict=True):
         axes.set_title(name)
@@ -106,15 +113,14 @@ def roofline(timed: list[Record], ceilings: Record) -> Figure:
             knee = peak / ceilings["copy"]
             x = sorted({*span, min(max(knee, span[0]), span[1])})
             axes.loglog(x, [min(peak, v * ceilings["copy"]) / 1e9 for v in x], color="0.4")
-        for key, group in groups(records, "implementation", "family", "precision"):
-            style = STYLES.get(key["family"], OTHER_STYLE)
+        for label, style, group in series(records):
             axes.loglog(
                 [r["operations"] / r["bytes"] for r in group],
                 [r["operations"] / r["seconds"] / 1e9 for r in group],
                 ls="none",
                 marker=style["marker"],
                 markersize=5,
-                label=key["implementation"],
+                label=label,
             )
         axes.set_xlabel("operations a byte (both as the fused op needs them)")
         axes.grid(alpha=0.3, which="both")

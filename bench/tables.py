@@ -96,6 +96,12 @@ def floor_seconds(record: Record, ceilings: Record) -> float:
     return max(record["operations"] / record["product_rate"], record["bytes"] / ceilings["copy"])
 
 
+def case(record: Record) -> str:
+    """A shape's name, and what differs from float32 in its own precision."""
+    usual = {"dtype": "float32", "precision": "ieee"}
+    return ", ".join([record["case"], *(record[n] for n in usual if record[n] != usual[n])])
+
+
 def summary_table(records: list[Record], _ceilings: Record) -> Table:
     """Each shape and pass in a line: the fastest eager peer, the fastest compiled one, ours."""
     table = Table(
@@ -111,9 +117,7 @@ def summary_table(records: list[Record], _ceilings: Record) -> Table:
         for peer in others:
             cells.append(ratio(peer["seconds"] / ours["seconds"]) if peer and ours else "-")
         cells.append(percent(share_of_product(ours)) if ours else "-")
-        precision = "" if key["precision"] in (None, "ieee") else f", {key['precision']}"
-        dtype = "" if key["dtype"] == "float32" else f", {key['dtype']}"
-        table.rows.append([f"{key['case']}{dtype}{precision}", str(key["B"]), key["pass"], *cells])
+        table.rows.append([case(key), str(key["B"]), key["pass"], *cells])
     return table
 
 
@@ -126,7 +130,7 @@ def routing_table(records: list[Record], ceilings: Record) -> Table:
     for _, group in groups(records, "case", "B", "pass", "dtype", "precision"):
         ours = fastest(group, family="ours")
         for record in group:
-            where = [record["implementation"], record["case"], str(record["B"]), record["pass"]]
+            where = [record["implementation"], case(record), str(record["B"]), record["pass"]]
             if "seconds" not in record:
                 table.rows.append([*where, table.note(record["status"]), "", "", ""])
                 continue

@@ -323,12 +323,14 @@ def test_tables_show_figures_and_put_reasons_below():
     failed = routing_record("compiled", 1.0, status="no compiler")
     del failed["seconds"]
     records = [routing_record("ours", 20e-3), routing_record("eager", 0.5), failed]
+    records.append(routing_record("ours", 1e-3, precision="tf32"))
     summary, every = (
         table.markdown()
         for table in sorted(tables.tables(records, CEILINGS), key=lambda t: -len(t.headers))
     )
     assert "| MNIST | 128 | forward | 500 ms | - | 20.0 ms | 25.0x | - | 50 % |" in summary
     assert "| eager | MNIST | 128 | forward | 500 ms | 10 % | 25.0x | 2 % |" in every
+    assert "| ours | MNIST, tf32 | 128 | forward | 1.00 ms |" in every
     assert every.endswith("[1] no compiler")
     assert [tables.duration(t) for t in (1.234, 0.5, 1.2e-3, 20e-6)] == [
         "1.23 s",

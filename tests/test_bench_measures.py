@@ -37,6 +37,7 @@ def memory_records(shape, B, implementations, settings):
     for implementation in implementations:
         yield {
             "table": "memory", "case": shape.name, "B": B, "status": "ok", "saved_bytes": 10,
+            "precision": "ieee",
             "implementation": implementation.name, "family": implementation.family,
             "extra_bytes": 1000 * SECONDS[implementation.family] + 1, "prediction_bytes": 1e6,
         }  # fmt: skip
