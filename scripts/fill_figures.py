@@ -25,7 +25,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,11 +66,11 @@ class View:
     file: str
     table: Callable[[list[Record], Record], tables.Table]
     kind: str
-    where: tuple[tuple[str, object], ...] = ()
+    where: dict[str, object] = field(default_factory=dict)
     batches: tuple[int, ...] = ()  # only these, if any are named
 
     def chosen(self, records: list[Record]) -> list[Record]:
-        found = select(records, table=self.kind, **dict(self.where))
+        found = select(records, table=self.kind, **self.where)
         return [record for record in found if not self.batches or record["B"] in self.batches]
 
 
@@ -78,15 +78,15 @@ VIEWS = {
     "goals": View("goals", tables.goals_table, "goals"),
     "routing": View("goals", tables.summary_table, "routing"),
     "mnist": View(
-        "goals", tables.summary_table, "routing", (("case", "MNIST"),), batches=(1, 16, 128)
+        "goals", tables.summary_table, "routing", {"case": "MNIST"}, batches=(1, 16, 128)
     ),
-    "peers": View("goals", tables.routing_table, "routing", (("case", "MNIST"), ("B", 128))),
-    "batches": View("routing", tables.summary_table, "routing", (("case", "MNIST"),)),
+    "peers": View("goals", tables.routing_table, "routing", {"case": "MNIST", "B": 128}),
+    "batches": View("routing", tables.summary_table, "routing", {"case": "MNIST"}),
     "shared": View("routing-shared", tables.summary_table, "routing"),
     "windows": View("routing-windows", tables.summary_table, "routing"),
     "batches-tf32": View("routing-tf32", tables.summary_table, "routing"),
     "batches-bfloat16": View("routing-bfloat16", tables.summary_table, "routing"),
-    "mnist-memory": View("goals", tables.memory_table, "memory", (("case", "MNIST"),)),
+    "mnist-memory": View("goals", tables.memory_table, "memory", {"case": "MNIST"}),
     "memory": View("memory", tables.memory_table, "memory"),
     "memory-growth": View("memory", tables.exponents_table, "exponents"),
     "training": View("training", tables.training_table, "training"),
@@ -94,8 +94,6 @@ VIEWS = {
     "scaling": View("scaling", tables.exponents_table, "exponents"),
     "accuracy": View("accuracy", tables.accuracy_table, "accuracy"),
 }
-TRAINING_VIEWS = ("goals", "training", "training-step")
-"""Those that hold training steps."""
 PLOTS = {"plot-roofline": "roofline", "plot-time": "time", "plot-memory": "memory"}
 
 
@@ -110,19 +108,19 @@ class Report:
     def date(self) -> str:
         return self.content["machine"]["date"]
 
-    def outdated(self, view: str, root: Path) -> list[str]:
-        """What is no longer as it was measured for a view, or was not all the while."""
-        since = described(differences(self.content, root), view)
-        during = described(self.content.get(CHANGED, []), view)
+    def outdated(self, kind: str, root: Path) -> list[str]:
+        """What is no longer as it was for records of a kind, or was not all the while."""
+        since = described(differences(self.content, root), kind)
+        during = described(self.content.get(CHANGED, []), kind)
         found = [f"{since} have changed since this was measured"] if since else []
         return found + ([f"{during} changed while this was measured"] if during else [])
 
 
-def described(changed: list[str], view: str) -> str:
-    """The sources that a view depends on in words; nothing where none of them is among these."""
+def described(changed: list[str], kind: str) -> str:
+    """The sources that records of a kind depend on in words; nothing where none is among these."""
     backends = [name for name in changed if name not in (NETWORK, MEASUREMENT)]
     found = [f"the kernels of {' and '.join(backends)}"] if backends else []
-    if NETWORK in changed and view in TRAINING_VIEWS:
+    if NETWORK in changed and kind in ("goals", "training"):
         found.append("the networks of the training steps")
     if MEASUREMENT in changed:
         found.append("the benchmarks")
@@ -150,7 +148,9 @@ def drawn(report: Report, view: str, document: Path, root: Path) -> str | None:
         return f"![{PLOTS[view]}]({link}/{plot.name})" if plot.exists() else None
     wanted = VIEWS[view]
     path = report.folder / f"{wanted.file}.json"
-    machine_line, ceilings, records = load(path) if path.exists() else ({}, {}, [])
+    if not path.exists():
+        return None
+    machine_line, ceilings, records = load(path)
     chosen = wanted.chosen(records)
     if not chosen:
         return None
@@ -160,7 +160,7 @@ def drawn(report: Report, view: str, document: Path, root: Path) -> str | None:
     ]
     if wanted.kind == "goals":
         lines[-1] += f" *Measured limits: {machine.ceilings_line(ceilings)}.*"
-    if outdated := report.outdated(view, root):
+    if outdated := report.outdated(wanted.kind, root):
         lines.append(f"{WARNING} {'; '.join(outdated)}.")
     return "\n\n".join(lines)
 
