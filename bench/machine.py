@@ -14,11 +14,6 @@ from model.environment import device_name
 from .timing import interleave, make_timer
 
 
-def processors() -> str:
-    """How many processors this process may use, in words."""
-    return f"{len(os.sched_getaffinity(0))} cpus"
-
-
 def commit() -> str:
     """The commit that is checked out, "-dirty" after it if tracked files differ from it.
 

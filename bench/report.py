@@ -7,7 +7,6 @@ The exit code is 1 where one has failed, 130 after Ctrl-C. Needs no network.
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import torch
 
-from model.environment import device_name
 from model.errors import UserError, run_command
 from model.outputs import check_writable, write_atomically
 
@@ -235,8 +233,13 @@ def missing_packages() -> dict[str, str]:
     return {name: what for name, what in PACKAGES.items() if importlib.util.find_spec(name) is None}
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def place(described: Record) -> Path:
+    """Where a report of a machine lies: <device>/<date>-<commit>."""
+    name = described["name"]
+    if described["device"] == "cpu":
+        name += f" {len(os.sched_getaffinity(0))} cpus"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Path(slug, f"{described['date'][:10]}-{described['commit']}")
 
 
 def make_anonymous(folder: Path, scratch: Path, data: Path | None) -> None:
@@ -257,11 +260,6 @@ def make_anonymous(folder: Path, scratch: Path, data: Path | None) -> None:
             if len(place) > 1:  # a home of / is in every path
                 text = text.replace(place, places[place])
         path.write_text(text)
-
-
-def measured(device: str) -> Record:
-    """What the steps measure: where, and from which sources."""
-    return {"machine": machine.describe(device), **digests(BACKENDS[device])}
 
 
 def write_report(folder: Path, what: Record, done: Iterable[Step], missing: Iterable[str]) -> None:
@@ -318,16 +316,13 @@ def make_report(
     from rich.table import Table
 
     screen = Console(stderr=True)
-    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    own = device_name(torch.device(device))
-    name = slug(f"{own} {machine.processors() if device == 'cpu' else ''}")
-    folder = resumed or results / name / f"{date}-{machine.commit()}"
+    content: Record = {"machine": machine.describe(device), **digests(BACKENDS[device])}
+    folder = resumed or results / place(content["machine"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} can't be made: {error.strerror}") from None
     check_writable("the report", folder / REPORT)
-    content = measured(device)
     end = time.monotonic() + 60 * minutes
     interrupted = False
     missing = missing_packages()
