@@ -70,15 +70,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    """What was chosen, as far as the command has a choice."""
-    usual = Settings(options.device)
-    chosen = vars(options)
-    rounds = chosen.get("rounds", usual.rounds)
+    """What was chosen, or is usual where the command has no choice."""
     return Settings(
         options.device,
-        chosen.get("precision", usual.precision),
-        R=chosen.get("iterations", usual.R),
-        rounds=min(rounds, QUICK_ROUNDS) if chosen.get("quick") else rounds,
+        options.precision,
+        R=options.iterations,
+        rounds=min(options.rounds, QUICK_ROUNDS) if options.quick else options.rounds,
         slice_seconds=SLICE_SECONDS[options.device],
         threads=options.threads,
     )

@@ -44,7 +44,8 @@ def reason_against_device(device: str) -> str | None:
 
 
 def common_arguments() -> argparse.ArgumentParser:
-    """Where to measure, and where the results go; commands add what makes a difference to them."""
+    """Where to measure, and where the results go. Commands add what makes a difference to them; of
+    the rest they have what is usual."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--device",
@@ -55,7 +56,9 @@ def common_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=threads, help="CPU threads (default: torch's choice)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to FILE")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
-    parser.set_defaults(plots=None)
+    parser.set_defaults(
+        precision="ieee", iterations=USUAL_ITERATIONS, rounds=5, quick=False, plots=None, shape=None
+    )
     return parser
 
 
@@ -69,7 +72,6 @@ def add_iterations(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iterations",
         type=positive,
-        default=USUAL_ITERATIONS,
         metavar="R",
         help=f"routing iterations ({USUAL_ITERATIONS})",
     )
@@ -79,13 +81,12 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=("ieee", "tf32"),
-        default="ieee",
         help="true float32 products (default), or TF32 where the hardware has it",
     )
 
 
 def add_rounds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=positive, default=5, help="rounds over all variants (5)")
+    parser.add_argument("--rounds", type=positive, help="rounds over all variants (5)")
 
 
 def add_quick(parser: argparse.ArgumentParser, what: str) -> None:
@@ -96,11 +97,11 @@ def reason_against_options(options: argparse.Namespace) -> str | None:
     """Why what is asked for can't be had, or would make no difference, or None."""
     if reason := reason_against_device(options.device):
         return reason
-    if options.device == "cpu" and getattr(options, "precision", None) == "tf32":
+    if options.device == "cpu" and options.precision == "tf32":
         return "--precision tf32: only GPUs have it"
     if options.json and (reason := reason_against(options.json)):
         return f"--json {options.json}: {reason}"
-    if options.plots and MNIST.name not in (getattr(options, "shape", None) or [MNIST.name]):
+    if options.plots and options.shape and MNIST.name not in options.shape:
         return f"--plots: they are of the shape {MNIST.name}, which --shape leaves out"
     if options.plots and (reason := reason_against_folder(options.plots)):
         return f"--plots {options.plots}: {reason}"
