@@ -9,6 +9,7 @@ shared memory (conflicts) and the sectors that they ask for of global memory (ex
 import argparse
 import sys
 from collections.abc import Iterator
+from itertools import product
 
 from rich.console import Console
 
@@ -19,11 +20,8 @@ from .options import INTERRUPTED, positive
 from .shapes import MNIST, SHAPES
 from .tables import Table
 
-USUAL = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx942")
-"""What is compiled for where no target is named: large GPUs of each generation, and the others,
-which have the least shared memory."""
-
-
+BY_NAME = {shape.name.split()[0]: shape for shape in SHAPES}
+"""The shapes by the first word of their names."""
 KNOWN_SPILLS = {
     ("routing_gradients_kernel", precision, "sm_100"): 8
     for precision in ("TF32", "bfloat16", "float16")
@@ -40,14 +38,15 @@ by."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = [shape.name.split()[0] for shape in SHAPES]
-    parser.add_argument("--shape", nargs="+", choices=names, default=names, help="shapes (all)")
+    parser.add_argument(
+        "--shape", nargs="+", choices=BY_NAME, default=list(BY_NAME), help="shapes (all)"
+    )
     parser.add_argument(
         "--target",
         nargs="+",
         choices=TARGETS,
-        default=list(USUAL),
-        help=f"targets ({', '.join(USUAL)})",
+        default=list(TARGETS),
+        help=f"targets ({', '.join(TARGETS)})",
     )
     parser.add_argument(
         "--precision",
@@ -70,14 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compiled(options: argparse.Namespace) -> Iterator[Row]:
-    for shape in SHAPES:
-        if shape.name.split()[0] in options.shape:
-            for target in options.target:
-                for precision in options.precision:
-                    call = (shape, options.batch, options.iterations, precision, target)
-                    yield from aot_triton.rows(*call)
-                    if aot_cuda.missing() is None:
-                        yield from aot_cuda.rows(*call)
+    for name, target, precision in product(options.shape, options.target, options.precision):
+        call = (BY_NAME[name], options.batch, options.iterations, precision, target)
+        yield from aot_triton.rows(*call)
+        if aot_cuda.missing() is None:
+            yield from aot_cuda.rows(*call)
 
 
 def table(rows: list[Row]) -> Table:
@@ -135,6 +131,8 @@ def run(options: argparse.Namespace) -> int:
         )
     if interrupted:
         return INTERRUPTED
-    known = {row: KNOWN_SPILLS.get((row.kernel, row.precision, row.target), 0) for row in spilling}
-    bad = too_large or any(row.spilled_bytes > most for row, most in known.items())
-    return 1 if options.check and bad else 0
+    too_much = [
+        row.spilled_bytes > KNOWN_SPILLS.get((row.kernel, row.precision, row.target), 0)
+        for row in spilling
+    ]
+    return int(options.check and (bool(too_large) or any(too_much)))

@@ -26,7 +26,7 @@ class Target:
         return self.shared_bytes - self.reserved_bytes
 
 
-TARGETS = {
+TARGETS = {  # large GPUs of each generation, and the others, which have the least shared memory
     "sm_80": Target(108, 64, 32, 164 << 10),
     "sm_86": Target(82, 48, 16, 100 << 10),
     "sm_89": Target(128, 48, 24, 100 << 10),
