@@ -222,6 +222,26 @@ def test_a_slowest_shape_and_a_share_are_of_the_right_records():
     assert goals.of_floor(who, "forward", 1024, "tf32")([tf32]) == pytest.approx(0.1)
 
 
+def test_a_gpu_is_judged_against_the_fastest_of_the_autotuned_peers():
+    """Each of them must have been measured."""
+    (goal,) = (
+        goal
+        for goal in goals.GOALS["cuda"]
+        if goal.what == "cuda: forward, B = 128, tf32, of compiled, max-autotune"
+    )
+    records = [
+        routing_record(family, seconds, precision="tf32", implementation=name)
+        for family, name, seconds in (
+            ("ours", "ours (cuda)", 1e-3),
+            ("compiled", "compiled einsum (max-autotune)", 20e-3),
+            ("compiled", "compiled multiply-sum (max-autotune)", 9e-3),
+            ("compiled", "compiled contracted (max-autotune)", 30e-3),
+        )
+    ]
+    assert goal.judge(records)["measured"] == "9.0x"
+    assert goal.judge(records[:-1])["verdict"] == "not measured"
+
+
 def test_an_error_is_the_largest_of_the_largest_value():
     found, exact = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([1.0, 4.0, -3.0])
     assert accuracy.errors((found, exact), (exact, exact)) == [0.5, 0]
