@@ -72,11 +72,12 @@ def step(model: str) -> Record:
 
 
 def with_figure(figure: str, records: list[Record], which: Record) -> list[Record]:
-    """The records that have these values and a figure, "seconds" or "extra_bytes"."""
-    chosen = select(records, **which)
-    found = [record for record in chosen if figure in record]
-    if not found:
-        reasons = {str(record.get("memory_status", record["status"])) for record in chosen}
+    """The records that have these values; each must have the figure, "seconds" or "extra_bytes":
+    a peer that has failed may be the fastest."""
+    found = select(records, **which)
+    missing = [record for record in found if figure not in record]
+    if missing or not found:
+        reasons = {str(record.get("memory_status", record["status"])) for record in missing}
         raise NotMeasuredError("; ".join(sorted(reasons)))
     return found
 
