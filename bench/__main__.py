@@ -15,7 +15,7 @@ from model.errors import run_command
 
 from . import machine
 from .options import INTERRUPTED, add_plots, common_arguments, reason_against_options
-from .records import Record, save
+from .records import WRONG_RESULT, Record, save
 from .routing import SLICE_SECONDS, Settings
 from .tables import describe_record, tables
 
@@ -106,6 +106,9 @@ def run(options: argparse.Namespace) -> int:
         screen.print_exception()
         screen.print("failed: here is what was measured")
         status = 1
+    if any(WRONG_RESULT in record.get("status", "") for record in records):
+        screen.print("some results are wrong: the tables say which")
+        status = status or 1
     if hasattr(module, "conclude"):
         records += module.conclude(records, options.device)
     if options.json:

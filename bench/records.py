@@ -10,6 +10,9 @@ from model.outputs import write_atomically
 Record = dict[str, Any]
 """One measurement. ``table`` names its kind; ``status`` is "ok" or the reason why figures lack."""
 
+WRONG_RESULT = "the oracle's by"
+"""What every status of a wrong result has in it (peers.check_equal, training.check_popular)."""
+
 
 class CannotRunError(RuntimeError):
     """Something can't run here; the message is the whole reason."""

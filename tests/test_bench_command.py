@@ -13,7 +13,7 @@ import pytest
 
 from bench import report, steps
 from bench.__main__ import main, parse, settings_of
-from bench.records import load
+from bench.records import WRONG_RESULT, load
 from model.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -103,6 +103,7 @@ def test_a_failure_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr("bench.accuracy.measure", measure)
+    monkeypatch.setattr("bench.machine.ceilings", lambda device: {"gemm": 1e11, "copy": 1e10})
     file = tmp_path / "accuracy.json"
     assert main(["accuracy", "--device", "cpu", "--json", str(file)]) == 1
     _, _, (record,) = load(file)
@@ -110,6 +111,15 @@ def test_a_failure_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "float32" in printed.out
     assert "an illegal memory access" in printed.err
+
+
+def test_a_wrong_result_is_a_failure(monkeypatch, capsys):
+    row = {"table": "accuracy", "implementation": "ours", "dtype": "float32", "quantity": "v"}
+    row |= {"oracle_error": 1e-7, "status": f"ValueError: v [2, 3] is off {WRONG_RESULT} 0.1"}
+    monkeypatch.setattr("bench.accuracy.measure", lambda *_: iter([row]))
+    monkeypatch.setattr("bench.machine.ceilings", lambda device: {"gemm": 1e11, "copy": 1e10})
+    assert main(["accuracy", "--device", "cpu"]) == 1
+    assert "some results are wrong" in capsys.readouterr().err
 
 
 def test_interrupted_before_the_first_row(monkeypatch, capsys):
