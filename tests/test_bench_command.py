@@ -307,7 +307,8 @@ def test_a_report_in_the_background_stops_with_its_steps(tmp_path, how):
     step = waiting(tmp_path, code="print('kept')")
     code = (
         "import signal, sys\nfrom bench import report\n"
-        f"report.steps = lambda *_: [[report.Step('waits', {step.command}, 10)]]\n"
+        f"waits, later = (report.Step(name, {step.command}, 10) for name in ('waits', 'later'))\n"
+        "report.steps = lambda *_: [[waits], [later]]\n"
         f"sys.argv[1:] = ['--device', 'cpu', '--results', {str(tmp_path)!r}]\n"
         "sys.exit(report.as_command())"
     )
@@ -326,6 +327,9 @@ def test_a_report_in_the_background_stops_with_its_steps(tmp_path, how):
     assert process.returncode == 130, errors
     (log,) = tmp_path.rglob("waits.log")
     assert log.read_text() == "kept\n"
+    content = json.loads((log.parent / "report.json").read_text())
+    outcomes = [step["outcome"] for step in content["steps"]]
+    assert outcomes == ["stopped, with what it had measured, by the user", "not run"]
 
 
 def test_a_step_that_does_not_stop_is_killed(tmp_path, monkeypatch):
@@ -354,6 +358,7 @@ def test_steps_can_be_left_out_and_run_later(tmp_path, monkeypatch, capsys):
     here = ["--device", "cpu", "--results", str(tmp_path)]
     assert report.main([*here, "--without", "two"]) == 0
     (file,) = tmp_path.glob("*/*/report.json")
+    assert capsys.readouterr().out.splitlines()[-1] == str(file.parent)
 
     def outcomes() -> list[str]:
         return [step["outcome"] for step in json.loads(file.read_text())["steps"]]
@@ -366,7 +371,10 @@ def test_steps_can_be_left_out_and_run_later(tmp_path, monkeypatch, capsys):
     assert "--without: there is no step three, only one, two" in capsys.readouterr().err
 
 
-def test_a_report_that_has_no_place_is_refused(tmp_path):
+def test_a_report_that_has_no_place_or_data_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--data-dir", "no/such/folder"])
+    assert "no/such/folder: there is no such folder" in capsys.readouterr().err
     for results in ("/proc/x", __file__):
         with pytest.raises(UserError, match=r"can't be made: "):
             report.main(["--device", "cpu", "--results", results])

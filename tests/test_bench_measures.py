@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compile, goals, memory, plots, report, scaling, training
+from bench import compile, goals, memory, plots, scaling, training
 from bench.__main__ import main, parse
 from bench.records import load, select
 from bench.routing import PASSES, Settings
@@ -196,25 +196,6 @@ def test_the_benchmarks_for_comparison_between_commits_run():
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-
-
-def test_the_report_as_a_command(tmp_path, monkeypatch, capsys):
-    step = report.Step("one", [sys.executable, "-c", ""], 10)
-    monkeypatch.setattr(report, "steps", lambda *_: [[step]])
-    assert report.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
-    assert Path(capsys.readouterr().out.splitlines()[-1]).is_dir()
-    with pytest.raises(SystemExit):
-        report.main(["--data-dir", "no/such/folder"])
-    assert "no/such/folder: there is no such folder" in capsys.readouterr().err
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(report, "run_together", interrupted)
-    step.outcome = "not run"
-    folder, code = report.make_report("cpu", 1.0, tmp_path)
-    assert code == 130
-    assert '"outcome": "not run"' in (folder / "report.json").read_text()
 
 
 def test_a_device_that_is_not_there_is_one_line(monkeypatch, capsys):
