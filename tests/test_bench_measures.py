@@ -97,8 +97,9 @@ def test_scaling_measures_a_decade_of_every_size(stand_ins, tmp_path, capsys):
 
 
 def test_a_training_step_and_its_parts(tmp_path, monkeypatch, capsys):
-    """Really measured, on two images."""
+    """Really measured, on two images; memory in this process: others take long to start."""
     monkeypatch.setattr("bench.machine.ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(training, "measured_in", lambda _device: memory.call_here)
     file = tmp_path / "training.json"
     arguments = ["training", "--device", "cpu", "--batch-size", "2", "--rounds", "1", "--markdown"]
     arguments.append("--no-compiled")
@@ -107,6 +108,7 @@ def test_a_training_step_and_its_parts(tmp_path, monkeypatch, capsys):
     assert {r["status"] for r in records} == {"ok"}
     assert {r["implementation"] for r in records} == {"fused", "oracle", "popular"}
     assert {r["part"] for r in records} == {"whole step", "convolutions", "routing layer"}
+    assert all(r["extra_bytes"] > 0 for r in select(records, part="whole step"))
     assert "| fused | whole step | 2 |" in capsys.readouterr().out
 
 
