@@ -262,13 +262,10 @@ def make_anonymous(folder: Path, scratch: Path, data: Path | None) -> None:
         path.write_text(text)
 
 
-def write_report(folder: Path, what: Record, done: Iterable[Step], missing: Iterable[str]) -> None:
-    """Write it as it is by now; ``what`` is measured is marked where its sources have changed."""
-    what[CHANGED] = sorted({*what.get(CHANGED, ()), *differences(what)})
-    content = what | {
-        "missing_packages": list(missing),
-        "steps": [asdict(step) for step in done],
-    }
+def write_report(folder: Path, content: Record, done: Iterable[Step]) -> None:
+    """Write it as it is by now, with a mark where the sources have changed since it was begun."""
+    content[CHANGED] = sorted({*content.get(CHANGED, ()), *differences(content)})
+    content["steps"] = [asdict(step) for step in done]
     write_atomically(folder / REPORT, json.dumps(content, indent=1).encode() + b"\n")
 
 
@@ -336,6 +333,7 @@ def make_report(
             # The machine and sources it began with: each step's own machine is in its records.
             content = json.loads((folder / REPORT).read_text())
             keep_what_is_done(every, content["steps"])
+        content["missing_packages"] = list(missing)
         for step in every:
             if step.name in without and step.outcome == NOT_RUN:
                 step.outcome = LEFT_OUT
@@ -346,13 +344,13 @@ def make_report(
                     screen.print(
                         f"{step.name}: {step.outcome} ({step.seconds:.0f} s)", highlight=False
                     )
-                write_report(folder, content, every, missing)  # lest this process be killed
+                write_report(folder, content, every)  # lest this process be killed
         except KeyboardInterrupt:
             screen.print("interrupted: here is what was measured")
             interrupted = True
         for metrics in scratch.rglob("metrics.jsonl"):
             shutil.copy(metrics, folder)
-    write_report(folder, content, every, missing)
+    write_report(folder, content, every)
     make_anonymous(folder, scratch, data)
     table = Table("step", "outcome", "seconds")
     for step in every:
