@@ -221,29 +221,21 @@ def sections_without_evidence(document: Path, root: Path) -> Iterator[str]:
             yield heading
 
 
-def documents(root: Path) -> tuple[list[Path], list[Path]]:
-    """The documents that hold a block, and the others."""
-    candidates = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    found: tuple[list[Path], list[Path]] = ([], [])
-    for path in filter(Path.exists, candidates):
-        found[0 if BLOCK.search(path.read_text()) else 1].append(path)
-    return found
-
-
 def check(document: Path, root: Path) -> tuple[list[str], list[str]]:
     """Failures and notices of a document."""
     text = document.read_text()
     filled = fill(text, document, root)
     failures, notices = [], []
     if without_warnings(text) != without_warnings(filled):
-        failures.append(f"{document.name}: differs from its reports; run scripts/fill_figures.py")
+        failures.append("differs from its reports; run scripts/fill_figures.py")
     elif text != filled:
-        notices.append(f"{document.name}: a warning about stale figures is missing or outdated")
-    failures += [
-        f"{document.name}: a figure without a report: {line}"
-        for section in SECTION.split(BLOCK.sub("", text))
-        for line in loose_figures(section)
-    ]
+        notices.append("a warning about stale figures is missing or outdated")
+    if BLOCK.search(text):
+        for section in SECTION.split(BLOCK.sub("", text)):
+            failures += [f"a figure without a report: {line}" for line in loose_figures(section)]
+    else:
+        for heading in sections_without_evidence(document, root):
+            failures.append(f"figures without a report in the section {heading!r}")
     return failures, notices
 
 
@@ -253,24 +245,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout (default: this one)")
     options = parser.parse_args(arguments)
     root = options.root.resolve()
-    with_blocks, others = documents(root)
-    if not options.check:
-        for document in with_blocks:
+    failed = False
+    for document in filter(Path.exists, [root / "README.md", *sorted(root.glob("docs/*.md"))]):
+        if not options.check:
             document.write_text(fill(document.read_text(), document, root))
-        return 0
-    failures, notices = [], []
-    for document in with_blocks:
-        found = check(document, root)
-        failures += found[0]
-        notices += found[1]
-    for document in others:
-        failures += [
-            f"{document.name}: figures without a report in the section {heading!r}"
-            for heading in sections_without_evidence(document, root)
-        ]
-    for line in [*failures, *notices]:
-        print(line, file=sys.stderr)
-    return 1 if failures else 0
+            continue
+        failures, notices = check(document, root)
+        for line in [*failures, *notices]:
+            print(f"{document.name}: {line}", file=sys.stderr)
+        failed |= bool(failures)
+    return int(failed)
 
 
 if __name__ == "__main__":
