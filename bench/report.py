@@ -27,7 +27,7 @@ import torch
 from model.errors import UserError, run_command
 from model.outputs import check_writable, write_atomically
 
-from . import compile, machine
+from . import machine, precompile
 from .aot_rows import TARGETS
 from .options import INTERRUPTED, default_device, positive, reason_against_device
 from .peers import BACKENDS
@@ -128,14 +128,14 @@ def steps(
     others = sorted(found.difference(FIRST, TRUST, [SANITIZED]))
     ours_alone = ("--peers", "none")
     bfloat16 = ["--dtype", "bfloat16", "--shape", MNIST.name]
-    bfloat16 += [option for B in compile.BFLOAT16_BATCHES for option in ("--batch", str(B))]
+    bfloat16 += [option for B in precompile.BFLOAT16_BATCHES for option in ("--batch", str(B))]
     own = f"sm_{major}{minor}"
     aot = ["aot", "--shape=MNIST", "--target", own if own in TARGETS else "sm_90", "--markdown"]
     while_it_builds = 1.5 if built else 2.5
     beside_the_build = [
         build,
         gpu_tests("tests-triton", while_it_builds, TRITON_FIRST, *FIRST, *others, share=1),
-        Step("compile", [python, "-m", "bench.compile"], while_it_builds),
+        Step("compile", [python, "-m", "bench.precompile"], while_it_builds),
         Step("aot", [python, "-m", "bench", *aot], while_it_builds),
     ]
     after_the_build = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compile, goals, memory, plots, scaling, training
+from bench import goals, memory, plots, precompile, scaling, training
 from bench.__main__ import main, parse
 from bench.records import load, select
 from bench.routing import PASSES, Settings
@@ -182,11 +182,11 @@ def test_plots_are_the_same_for_the_same_records(tmp_path):
 
 
 def test_what_is_compiled_ahead_is_what_is_measured():
-    points = set(compile.points())
+    points = set(precompile.points())
     ieee, tf32 = (Settings("cuda", precision=precision) for precision in ("ieee", "tf32"))
     assert {(MNIST, 128, tf32), (MNIST, 1024, ieee), scaling.point("R", 30, ieee)} < points
     assert {shape for shape, *_ in points} > set(SHAPES)
-    refused = compile.compile_point((MNIST, 1, Settings("cpu")))
+    refused = precompile.compile_point((MNIST, 1, Settings("cpu")))
     assert refused.startswith("MNIST I=1152 J=10 B=1 R=3 torch.float32: fused_routing: backend")
 
 

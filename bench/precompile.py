@@ -1,4 +1,4 @@
-"""``python -m bench.compile``: compile what the benchmarks measure on a GPU, in many processes.
+"""``python -m bench.precompile``: compile what the benchmarks measure on a GPU, in many processes.
 
 Triton compiles the kernels of a call when it is first made, a second each, and keeps them on disk:
 what is compiled here, beside other work, the benchmarks find. Of peers nothing is compiled.
