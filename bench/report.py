@@ -88,9 +88,10 @@ def steps(
     """
     python = sys.executable
 
-    def bench(name: str, minutes: float, *options: str, command: str = "") -> Step:
-        arguments = ["--device", device, "--json", str(folder / f"{name}.json"), *options]
-        return Step(name, [python, "-m", "bench", command or name, *arguments], minutes)
+    def bench(name: str, minutes: float, *options: str) -> Step:
+        """A measurement by the command that its name begins with."""
+        command = [python, "-m", "bench", name.partition("-")[0], "--device", device]
+        return Step(name, [*command, "--json", str(folder / f"{name}.json"), *options], minutes)
 
     build = Step(BUILD, [python, "setup.py", "build_ext", "--inplace"], 8)
     if built:
@@ -99,15 +100,14 @@ def steps(
     if data is not None:
         train += ["--experiment=mnist", "--lr-schedule=linear", f"--data-dir={data}"]
     plots = ("--plots", str(folder))
-    of_windows = ("--shape", CONVOLUTION.name, "--no-max-autotune")
-    windows = bench("routing-windows", 3, *of_windows, command="routing")
+    windows = bench("routing-windows", 3, "--shape", CONVOLUTION.name, "--no-max-autotune")
     if device == "cpu":
         one_by_one = [
             build,
             Step("tests", [*PYTEST, "-q", "tests/test_cpu.py", "tests/test_reference.py"], 10),
             bench("goals", 12),
             bench("routing", 10, "--shape", "MNIST", *plots),
-            bench("routing-shared", 2, "--shape", SHARED.name, command="routing"),
+            bench("routing-shared", 2, "--shape", SHARED.name),
             windows,
             bench("memory", 8, *plots),
             bench("scaling", 4),
@@ -153,13 +153,13 @@ def steps(
     return [
         *(together if built else [beside_the_build, after_the_build]),
         [bench("goals", 2.25)],  # with a training step and its parts
-        [bench("routing-tf32", 0.8, "--precision", "tf32", *ours_alone, command="routing")],
+        [bench("routing-tf32", 0.8, "--precision", "tf32", *ours_alone)],
         # A run is about its accuracy: no table has its speed.
         [
             Step("training-run", train, 0.8),
             gpu_tests("tests-bfloat16", 1.2, TRITON_NEXT, *FIRST, *others, share=1),
         ],
-        [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone, command="routing")],
+        [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone)],
         [bench("routing", 0.85, "--shape", "MNIST", "--peers", "eager", *plots)],
         [bench("scaling", 0.6)],
         [windows],
