@@ -14,6 +14,13 @@ from model.environment import device_name
 from .timing import interleave, make_timer
 
 
+def processors() -> int:
+    """How many processors this process may use; where the system does not say, all of them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def commit() -> str:
     """The commit that is checked out, "-dirty" after it if tracked files differ from it.
 

@@ -1,13 +1,13 @@
 """Command-line options that the subcommands share."""
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
 from model.outputs import reason_against
 
+from .machine import processors
 from .shapes import MNIST
 
 INTERRUPTED = 130
@@ -24,7 +24,7 @@ def positive(text: str) -> int:
 
 def threads(text: str) -> int:
     """As many as there are processors, at most: with a million OpenMP ends the process."""
-    value, most = positive(text), len(os.sched_getaffinity(0))
+    value, most = positive(text), processors()
     if value > most:
         raise argparse.ArgumentTypeError(f"must be {most} or less (processors), got {value}")
     return value

@@ -6,7 +6,6 @@ what is compiled here, beside other work, the benchmarks find. Of peers nothing 
 
 import itertools
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -14,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from . import accuracy, memory, routing, scaling
+from .machine import processors
 from .peers import fused, outputs_and_gradients
 from .routing import Settings
 from .shapes import CONVOLUTION, MANY_CLASSES, MNIST, SHAPES, Shape, make_inputs
@@ -62,7 +62,7 @@ def compile_point(point: Point) -> str:
 
 
 def main() -> None:
-    processes = max(1, len(os.sched_getaffinity(0)) // 3)
+    processes = max(1, processors() // 3)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         for line in pool.map(compile_point, dict.fromkeys(points())):

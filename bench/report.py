@@ -177,7 +177,7 @@ def gpu_tests(name: str, minutes: float, which: str, *files: str, share: float =
     if which != OTHERS:
         command.append("--files-side-by-side")
     if importlib.util.find_spec("xdist"):
-        processes = max(1, int(share * len(os.sched_getaffinity(0))))
+        processes = max(1, int(share * machine.processors()))
         command += ["--numprocesses", str(processes), "--maxschedchunk", "2"]
     environment = {"OMP_NUM_THREADS": "1", **SHARED_COMPILATIONS}
     # Its log is written as it goes: nothing is lost where it does not stop at once.
@@ -237,7 +237,7 @@ def place(described: Record) -> Path:
     """Where a report of a machine lies: <device>/<date>-<commit>."""
     name = described["name"]
     if described["device"] == "cpu":
-        name += f" {len(os.sched_getaffinity(0))} cpus"
+        name += f" {machine.processors()} cpus"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return Path(slug, f"{described['date'][:10]}-{described['commit']}")
 

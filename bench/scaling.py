@@ -6,7 +6,6 @@ differ tenfold in how long a call takes, so that each turn of a size counts as o
 """
 
 import argparse
-import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from .fits import LINEAR, exponents, straight_line
+from .machine import processors
 from .options import (
     USUAL_ITERATIONS,
     add_iterations,
@@ -77,8 +77,7 @@ def sizes_of(axis: str, device: str) -> tuple[int, ...]:
     if axis == "R":
         return ITERATIONS
     if axis == "threads":
-        processors = len(os.sched_getaffinity(0))
-        return tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= processors)
+        return tuple(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= processors())
     return RANGES[device][axis]
 
 
