@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -140,6 +141,8 @@ def fused_routing_conv(
     check_tensor("weight", weight, "[C, kh, kw, J, D, K]", 6, caller)
     B, C, K, H, W = u.shape
     types, kh, kw, J, D, weight_K = weight.shape
+    if torch.jit.is_tracing():  # a size is a tensor there, which the list of a window can't hold
+        kh, kw = int(kh), int(kw)
     if types != C or weight_K != K:
         raise ValueError(
             f"{caller}: weight must have shape [C, kh, kw, J, D, K] = [{C}, kh, kw, J, D, {K}], "

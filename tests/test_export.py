@@ -102,6 +102,23 @@ def test_a_saved_program_of_windows_trains() -> None:
         assert torch.equal(found[name], gradient), name
 
 
+def test_a_traced_program_of_windows_takes_any_grid() -> None:
+    """While it is recorded, sizes are tensors."""
+    layer = CapsuleConv2d(2, 4, 3, 4, (3, 2), stride=(2, 1), padding=1)
+    program = torch.jit.trace(layer, (torch.randn(3, 2, 4, 9, 8),))
+    for sizes in ((3, 2, 4, 9, 8), (5, 2, 4, 12, 11)):
+        u = torch.randn(sizes, requires_grad=True)
+        found, expected = program(u), layer(u)
+        assert torch.equal(found, expected)
+        inputs = (u, layer.weight)
+        for a, b in zip(
+            torch.autograd.grad(found.square().sum(), inputs),
+            torch.autograd.grad(expected.square().sum(), inputs),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
 CONTROL = """
 import sys, torch
 
