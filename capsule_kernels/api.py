@@ -112,8 +112,9 @@ def fused_routing(
             agreements as constants, so that only the last iteration is differentiated.
         return_coupling: also return c of the last iteration, [B, I, J], in the dtype of u and not
             differentiable.
-        backend: "auto" chooses by device, dtype and sizes; "reference" | "cpu" | "triton" | "cuda"
-            is used or raises the reason why it can't be; see :func:`capsule_kernels.backends`.
+        backend: "auto" chooses by device, dtype and sizes ("reference" in ``torch.onnx.export``);
+            "reference" | "cpu" | "triton" | "cuda" is used or raises the reason why it can't be;
+            see :func:`capsule_kernels.backends`.
 
     Returns:
         Output capsules v, [B, J, D], in the dtype of u; with ``return_coupling`` the pair (v, c).

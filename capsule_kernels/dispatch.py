@@ -75,6 +75,8 @@ def select_backend(
     rows, J, D, K = weight.shape
     shape = RoutingShape(rows * weight_sharing, J, K, D, num_iterations, weight_sharing)
     if backend == "auto":
+        if in_onnx_export():
+            return "reference"
         for name in automatic_order(u.device, u.dtype, shape):
             if reason_against(name, u.device, u.dtype, shape) is None:
                 return name
@@ -83,6 +85,12 @@ def select_backend(
     if reason is not None:
         raise RuntimeError(f"{caller}: backend '{backend}' can't be used: {reason}")
     return backend
+
+
+def in_onnx_export() -> bool:
+    """Whether ``torch.onnx.export`` records this call, for a runtime without our kernels."""
+    recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return recorded and torch.onnx.is_in_onnx_export()  # the latter alone takes microseconds
 
 
 def automatic_order(

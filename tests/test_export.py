@@ -1,4 +1,4 @@
-"""``torch.export`` and AOTInductor: a network saved, and served by a process without its code."""
+"""``torch.export``, AOTInductor, ONNX: a network saved, and served without its code."""
 
 import fcntl
 import os
@@ -117,6 +117,80 @@ def test_a_traced_program_of_windows_takes_any_grid() -> None:
             strict=True,
         ):
             assert torch.equal(a, b)
+
+
+class Capsules(nn.Module):
+    """Both kinds of layers with every option: a grid [B, 2, 4, 4, 3] to capsules [B, 4, 5]."""
+
+    def __init__(self, backend: str = "auto") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        options = {"bias": True, "learn_logits": True, "leaky": True, "backend": backend}
+        self.windows = CapsuleConv2d(2, 4, 3, 4, 2, padding=1, **options)
+        self.all = CapsuleLinear(60, 4, 4, 5, weight_sharing=20, **options)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return self.all(self.windows(grid).movedim(2, -1).flatten(1, 3))
+
+
+GRID = torch.randn(7, 2, 4, 4, 3, generator=torch.Generator().manual_seed(1))
+FREE = ({0: torch.export.Dim("batch", min=1)},)
+"""Dimensions of a program for batches of any size."""
+
+
+def namespaces(program: torch.export.ExportedProgram) -> set[str]:
+    """Where the operators of a program come from."""
+    targets = (node.target for node in program.graph.nodes)
+    return {x.namespace for x in targets if isinstance(x, torch._ops.OpOverload)}
+
+
+SERVE_ALONE = """
+import sys, torch
+sys.modules["capsule_kernels"] = None  # as where it is not installed
+
+program, grid, v = sys.argv[1:]
+serve, grid = torch.export.load(program).module(), torch.load(grid)
+torch.save([serve(grid[:n]) for n in (1, 7)], v)
+"""
+
+
+@pytest.mark.slow
+def test_the_oracle_is_served_without_the_package(tmp_path: Path) -> None:
+    network = Capsules("reference")
+    program = torch.export.export(network, (GRID,), dynamic_shapes=FREE)
+    assert namespaces(program) == {"aten"}
+    torch.export.save(program, tmp_path / "program.ep")
+    torch.save(GRID, tmp_path / "grid.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE_ALONE, "program.ep", "grid.pt", "v.pt"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for v in torch.load(tmp_path / "v.pt"):
+        torch.testing.assert_close(v, network(GRID[: len(v)]))
+
+
+def test_onnx_records_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody asked for another backend, and only what is recorded."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert namespaces(torch.export.export(Capsules(), (GRID,))) == {"aten"}
+    ours = {"aten", "capsule_kernels"}
+    assert namespaces(torch.export.export(Capsules("cpu"), (GRID,))) == ours
+    assert torch.equal(Capsules()(GRID), Capsules("cpu")(GRID))
+    monkeypatch.undo()
+    assert namespaces(torch.export.export(Capsules(), (GRID,))) == ours
+
+
+@pytest.mark.slow
+def test_an_onnx_runtime_serves_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="there is no onnxruntime")
+    network, path = Capsules().eval(), str(tmp_path / "network.onnx")
+    torch.onnx.export(network, (GRID,), path, dynamo=True, dynamic_shapes=FREE)
+    serve = runtime.InferenceSession(path)
+    for B in (1, 7):
+        (v,) = serve.run(None, {serve.get_inputs()[0].name: GRID[:B].numpy()})
+        torch.testing.assert_close(torch.from_numpy(v), network(GRID[:B]).detach())
 
 
 CONTROL = """
