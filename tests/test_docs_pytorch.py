@@ -11,5 +11,5 @@ PAGE = Path(__file__).parent.parent / "docs" / "pytorch.md"
 @pytest.mark.slow
 def test_the_page_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     exec(compile("\n".join(blocks), PAGE.name, "exec"), {})
