@@ -181,8 +181,10 @@ def route(
         return by_oracle(*inputs)
     if transformed(caller):
         function = by_oracle if in_nested_forward_mode() else TransformableRouting.apply
-    elif torch.compiler.is_exporting() or torch.jit.is_tracing():
-        function = forward_operator  # a program keeps operators, with derivatives of their own
+    elif torch.compiler.is_compiling() or torch.jit.is_tracing():
+        # A program keeps operators. Their own derivatives notice what is changed in place, which
+        # Dynamo does not for an autograd.Function, and are cached with what is compiled.
+        function = forward_operator
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4]):
         function = FusedRouting.apply
     else:

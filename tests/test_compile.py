@@ -64,6 +64,37 @@ def test_a_new_batch_size_compiles_nothing_anew() -> None:
         assert_same(found, run(fused_routing, case, inputs))
 
 
+def test_inputs_changed_in_place_are_noticed() -> None:
+    """As without the compiler: their gradients would be those of other values."""
+
+    def function(u: Tensor, weight: Tensor) -> Tensor:
+        u = u * 1
+        v = fused_routing(u, weight)
+        u.add_(1)
+        return v
+
+    inputs = make_inputs(Case(), torch.float32)
+    for backend in ("eager", "aot_eager"):
+        whole = torch.compile(function, fullgraph=True, backend=backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            whole(inputs["u"], inputs["weight"]).sum().backward()
+
+
+def test_second_derivatives_are_right_or_refused() -> None:
+    inputs = make_inputs(Case(), torch.float64)
+    leaves = inputs["u"], inputs["weight"]
+
+    def second(routing: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        (g,) = torch.autograd.grad(routing(*leaves).square().sum(), leaves[0], create_graph=True)
+        return torch.autograd.grad(g.square().sum(), leaves)
+
+    expected = second(fused_routing)
+    found = second(torch.compile(fused_routing, fullgraph=True, backend="eager"))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        second(torch.compile(fused_routing, fullgraph=True, backend="aot_eager"))
+
+
 def network_and_batch(B: int, device: str) -> tuple[nn.Module, Callable[[Batch], Tensor], Batch]:
     torch.manual_seed(0)
     network = tiny_capsnet().to(device)
