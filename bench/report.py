@@ -51,18 +51,19 @@ FIRST = (
     "tests/test_cuda_graphs.py",
     "tests/test_every_backend.py",
 )
-"""Tests of packages, which take a minute; those of the GPU backends themselves come before those of
-what they share."""
+"""Tests of saved programs, which take a minute; those of the GPU backends themselves come before
+those of what they share."""
 SANITIZED = "tests/test_cuda_sanitizer.py"
 """compute-sanitizer has steps of its own."""
-OTHERS = "not triton"
+OTHERS = "not triton and not aotinductor"
 OTHER_TYPES = "(float64 or (float16 and not bfloat16))"
 LATER = "(bfloat16 or awkward_windows)"
 TRITON_FIRST = f"triton and not {OTHER_TYPES} and not {LATER}"
 TRITON_NEXT = f"triton and not {OTHER_TYPES} and {LATER}"
 TRITON_LAST = f"triton and {OTHER_TYPES}"
 """Which tests by their names. Triton compiles anew for each dtype and each window: what there is of
-subjects, sizes, options and networks comes first in float32 alone."""
+subjects, sizes, options and networks comes first in float32 alone. Packages of AOTInductor take two
+minutes each, and are left out."""
 SHARED_COMPILATIONS = {"TRITON_CACHE_MANAGER": "bench.shared_compilations:OneCompiles"}
 """So that none of the processes compiles what another is compiling."""
 PACKAGES = {

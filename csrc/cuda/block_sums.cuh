@@ -50,11 +50,12 @@ struct BlockSums {
   template <class Load, class Finish>
   __device__ __forceinline__ void add_partial_sums(const float4* partial, Load load,
                                                    Finish finish) const {
-    // Many sums are split among the warps of half of the block.
-    constexpr int kWarps = kSweepWarps / 2;
-    const int warp = share.warp % kWarps;
-    for_each_item(kSweepWarps / kWarps, share.warp / kWarps, [&](int item) {
-      constexpr int kAhead = 12;
+    // A sum is split among the warps of the block, or of half of it where there are two to add.
+    const int teams = plan.tiles_per_pass * fragments > plan.capsule_groups ? 2 : 1;
+    const int warps = kSweepWarps / teams, team = share.warp / warps;
+    const int warp = share.warp - team * warps;
+    for_each_item(teams, team, [&](int item) {
+      constexpr int kAhead = 16;
       const int e = item * kWarpSize + here(lane.index);
       const int capsule = e / kCapsuleLanes, J = fragments * kTileRows / kD;
       const int b = capsule / J, j = capsule % J, d = e % kCapsuleLanes * 4;
@@ -62,11 +63,11 @@ struct BlockSums {
       decltype(load(0, 0, 0)) loaded = {};
       if (finishes) loaded = load(b, j, d);
       float sum[4] = {};
-      for (int n = warp; item >= 0 && n < plan.capsule_groups; n += kAhead * kWarps) {
+      for (int n = warp; item >= 0 && n < plan.capsule_groups; n += kAhead * warps) {
         float4 ahead[kAhead];  // all on their way before the first of them is added
 #pragma unroll
         for (int m = 0; m < kAhead; ++m) {
-          const int next = n + m * kWarps;
+          const int next = n + m * warps;
           ahead[m] = next < plan.capsule_groups ? partial[next * state_size + e]
                                                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
@@ -78,7 +79,8 @@ struct BlockSums {
       __syncthreads();
       if (!finishes) return;
 #pragma unroll
-      for (int other = 1; other < kWarps; ++other) {
+      for (int other = 1; other < kSweepWarps; ++other) {
+        if (other >= warps) break;
         add_to(sum, exchange[(share.warp + other) * kWarpSize + lane.index]);
       }
       finish(sum, loaded, b, j, d);

@@ -35,6 +35,15 @@ struct GradientStore {
         weight(reinterpret_cast<Columns<T>*>(dprior + plan.capsules * padded.J * kWarpSize)) {}
 };
 
+// To an address aligned to both.
+template <class T>
+__device__ __forceinline__ void store_pair(T* to, float first, float second) {
+  Pair<T> pair;
+  store(&pair.first, first);
+  store(&pair.second, second);
+  *reinterpret_cast<Pair<T>*>(to) = pair;
+}
+
 // du_i = sum_jd du_hat W for the 8 samples of a tile. The contraction runs over (j, d), so that
 // du_hat, which lies on chip, is read across lanes: lane (g, q) takes of each fragment what lanes
 // (2q, g / 2) and (2q + 1, g / 2) have of sample g, rows g' and g' + 8 of each, and the same of W
@@ -69,10 +78,7 @@ __device__ __forceinline__ void write_grad_u(T* grad_u, const T* u, const float4
     if (!row.inside || k >= shape.K) continue;
     T* const to = grad_u + (row.u - u) + (i * shape.K + k0);
     if (Tile::kKnown || shape.K % 2 == 0) {
-      Pair<T> pair;
-      store(&pair.first, du[0]);
-      store(&pair.second, du[1]);
-      *reinterpret_cast<Pair<T>*>(to) = pair;
+      store_pair(to, du[0], du[1]);
     } else {
       store(to, du[0]);
       if (k + 1 < shape.K) store(to + 1, du[1]);
@@ -131,12 +137,16 @@ __device__ __forceinline__ void write_grad_weight(U* to, const typename Tile::Va
       } else {
         add_to(sum, stored[(k0 / kStepDims * fragments + n) * kWarpSize + lane.index]);
       }
-      const int j = lane.capsule<Tile>(group);
-      for (int e = 0; e < 4; ++e) {
-        const int d = lane.first_dim<Tile>(group) + 2 * (n - Tile::first_fragment(group)) + e / 2;
-        const int k = k0 + 2 * lane.q + e % 2;
-        if (j < shape.J && d < shape.D && k < shape.K) {
-          store(to + (std::size_t(j) * shape.D + d) * shape.K + k, sum[e]);
+      const int j = lane.capsule<Tile>(group), k = k0 + 2 * lane.q;
+      for (int e = 0; e < 2; ++e) {
+        const int d = lane.first_dim<Tile>(group) + 2 * (n - Tile::first_fragment(group)) + e;
+        if (j >= shape.J || d >= shape.D || k >= shape.K) continue;
+        U* const pair = to + (std::size_t(j) * shape.D + d) * shape.K + k;
+        if (Tile::kKnown) {
+          store_pair(pair, sum[2 * e], sum[2 * e + 1]);
+        } else {
+          store(pair, sum[2 * e]);
+          if (k + 1 < shape.K) store(pair + 1, sum[2 * e + 1]);
         }
       }
     });
@@ -223,13 +233,22 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     const int stored = Tile::kKnown ? capsule - warps : capsule;
     return stored < 0 ? nullptr : store_of.dW + stored * store_of.weight_quads;
   };
+  const auto rows_of = [&](int capsule) {
+    return reinterpret_cast<Rows<T>*>(store_of.weight + capsule * store_of.weight_quads);
+  };
+  if (threadIdx.x == 0) {
+    for (int buffer = 0; buffer < buffers; ++buffer) {
+      store_of.arrived[buffer].start(blockDim.x);
+      store_of.finished[buffer].start(blockDim.x);
+    }
+  }
   // The first warp takes the first capsule, and the one after all have one, and so on.
   for (int capsule = warp; capsule < capsules; capsule += warps) {
     const int i = first_i + capsule;
-    load_weight<P, Tile>(store_of.weight + capsule * store_of.weight_quads,
-                         static_cast<const T*>(arguments.weight) +
-                             std::size_t(i / shape.weight_sharing) * shape.J * shape.D * shape.K,
-                         shape, lane);
+    copy_weight<Tile>(rows_of(capsule),
+                      static_cast<const T*>(arguments.weight) +
+                          std::size_t(i / shape.weight_sharing) * shape.J * shape.D * shape.K,
+                      shape, lane);
     if (float4* const dW = stored_grad_weight(capsule)) {
       for (int e = lane.index; e < store_of.weight_quads; e += kWarpSize) {
         dW[e] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -239,14 +258,8 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
       store_of.dprior[(capsule * padded.J + j) * kWarpSize + lane.index] = 0.0f;
     }
   }
-
-  if (threadIdx.x == 0) {
-    for (int buffer = 0; buffer < buffers; ++buffer) {
-      store_of.arrived[buffer].start(blockDim.x);
-      store_of.finished[buffer].start(blockDim.x);
-    }
-  }
-  __syncthreads();  // every W is there
+  end_group_of_copies();
+  __syncthreads();  // arrivals can be counted
   // With four buffers nobody waits for those who are not yet through with the last tile.
   for (int round = 0; round < buffers / 2; ++round) send_for_states(split + round * splits, round);
 
@@ -258,6 +271,13 @@ __global__ void __launch_bounds__(kGradientWarps* kWarpSize, 1)
     InputRow<T, Tile>(u, tile, shape, lane).load(x, first_i + capsule, 0, shape.K, lane);
   };
   if (warp < capsules) load_u(next_u, split, warp);
+
+  // Other lanes read W behind the barrier of du_hat, other warps when all are through with the
+  // first tile.
+  wait_for_all_but<0>();
+  for (int capsule = warp; capsule < capsules; capsule += warps) {
+    rows_to_columns<P, Tile>(rows_of(capsule), shape, lane);
+  }
 
   for (int tile = split, round = 0; tile < padded.tiles; tile += splits, ++round) {
     send_for_states(tile + buffers / 2 * splits, here(round) + buffers / 2);

@@ -44,22 +44,9 @@ __device__ __forceinline__ void for_each_pair_of_rows(const T* weight, const Sha
   }
 }
 
-// W_i to chip, prepared for the products of P, and 0 past J, D and K. For the other lanes it is
-// there after a barrier.
-template <class P, class Tile, class T>
-__device__ __forceinline__ void load_weight(Columns<T>* to, const T* from, const Shape& shape,
-                                            const Lane& lane) {
-  for_each_pair_of_rows<Tile>(
-      from, shape, lane, [&](int place, const T* source, int K, int k, const PairOfRows& inside) {
-        const Pair<T> x = load_pair<Tile>(source, inside.first, k, K);
-        const Pair<T> y = load_pair<Tile>(source + K, inside.second, k, K);
-        to[place] = {{{P::prepared(x.first), P::prepared(y.first)},
-                      {P::prepared(x.second), P::prepared(y.second)}}};
-      });
-}
-
-// The same in the background, but not prepared: `prepare_weight` does that, by the same lanes and
-// after they have waited for their copies.
+// W_i to chip in the background, as Rows, 0 past J, D and K. What prepares it for the products of P
+// comes behind, by the same lanes and after they have waited for their copies; for other lanes it
+// is there after a barrier.
 template <class Tile, class T>
 __device__ __forceinline__ void copy_weight(Rows<T>* to, const T* from, const Shape& shape,
                                             const Lane& lane) {
@@ -78,26 +65,31 @@ __device__ __forceinline__ void copy_weight(Rows<T>* to, const T* from, const Sh
       });
 }
 
-// How W_i lies on chip then. An operand of Columns is four registers as they are loaded; where
-// every value is taken apart or converted after it is loaded, Rows cost no more.
+// Prepared, and as Columns.
+template <class P, class Tile, class T>
+__device__ __forceinline__ void rows_to_columns(Rows<T>* weight, const Shape& shape,
+                                                const Lane& lane) {
+  int place = swizzled(lane.index);
+  for (int k0 = 0; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
+    for_each_fragment<Tile>(shape.J, [&](int, int n) {
+      Rows<T>& w = weight[place + n * kWarpSize];
+      const Pair<T> x = w.rows[0], y = w.rows[1];
+      reinterpret_cast<Columns<T>&>(w) = {{{P::prepared(x.first), P::prepared(y.first)},
+                                           {P::prepared(x.second), P::prepared(y.second)}}};
+    });
+    place += Tile::fragments_of(shape.J) * kWarpSize;
+  }
+}
+
+// How W_i lies on chip in the sweeps. An operand of Columns is four registers as they are loaded;
+// where every value is taken apart or converted after it is loaded, Rows cost no more.
 template <class P, class T>
 using Prepared = std::conditional_t<P::template kPrepares<T>, Columns<T>, Rows<T>>;
 
 template <class P, class Tile, class T>
 __device__ __forceinline__ void prepare_weight(Rows<T>* weight, const Shape& shape,
                                                const Lane& lane) {
-  if constexpr (P::template kPrepares<T>) {
-    int place = swizzled(lane.index);
-    for (int k0 = 0; k0 < Tile::padded_K(shape.K); k0 += kStepDims) {
-      for_each_fragment<Tile>(shape.J, [&](int, int n) {
-        Rows<T>& w = weight[place + n * kWarpSize];
-        const Pair<T> x = w.rows[0], y = w.rows[1];
-        reinterpret_cast<Columns<T>&>(w) = {{{P::prepared(x.first), P::prepared(y.first)},
-                                             {P::prepared(x.second), P::prepared(y.second)}}};
-      });
-      place += Tile::fragments_of(shape.J) * kWarpSize;
-    }
-  }
+  if constexpr (P::template kPrepares<T>) rows_to_columns<P, Tile>(weight, shape, lane);
 }
 
 }  // namespace capsule_kernels::cuda
