@@ -24,9 +24,10 @@ def processors() -> int:
 def commit() -> str:
     """The commit that is checked out, "-dirty" after it if tracked files differ from it.
 
-    Of a copy without its history, what CAPSULE_KERNELS_COMMIT says.
+    CAPSULE_KERNELS_COMMIT, where it is set, knows better: of a copy without its history, or with
+    only a part of it.
     """
-    return environment.commit() or os.environ.get("CAPSULE_KERNELS_COMMIT", "unknown")
+    return os.environ.get("CAPSULE_KERNELS_COMMIT") or environment.commit() or "unknown"
 
 
 def triton_version() -> str | None:

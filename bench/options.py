@@ -22,6 +22,14 @@ def positive(text: str) -> int:
     return value
 
 
+def minutes(text: str) -> float:
+    """A time of more than nothing, for argparse."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {value:g}")
+    return value
+
+
 def threads(text: str) -> int:
     """As many as there are processors, at most: with a million OpenMP ends the process."""
     value, most = positive(text), processors()

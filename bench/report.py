@@ -29,7 +29,7 @@ from model.outputs import check_writable, write_atomically
 
 from . import machine, precompile
 from .aot_rows import TARGETS
-from .options import INTERRUPTED, default_device, positive, reason_against_device
+from .options import INTERRUPTED, default_device, minutes, reason_against_device
 from .peers import BACKENDS
 from .records import Record
 from .shapes import CONVOLUTION, MNIST, SHARED
@@ -132,21 +132,24 @@ def steps(
     bfloat16 += [option for B in precompile.BFLOAT16_BATCHES for option in ("--batch", str(B))]
     own = f"sm_{major}{minor}"
     aot = ["aot", "--shape=MNIST", "--target", own if own in TARGETS else "sm_90", "--markdown"]
-    while_it_builds = 1.5 if built else 2.5
     beside_the_build = [
         build,
-        gpu_tests("tests-triton", while_it_builds, TRITON_FIRST, *FIRST, *others, share=1),
-        Step("compile", [python, "-m", "bench.precompile"], while_it_builds),
-        Step("aot", [python, "-m", "bench", *aot], while_it_builds),
+        Step("compile", [python, "-m", "bench.precompile"], 1.75),
+        Step("aot", [python, "-m", "bench", *aot], 1.75),
     ]
+    # No more than these at once: with Triton's tests beside them, on 16 processors, none was done.
     after_the_build = [
-        gpu_tests("tests", 1.4, OTHERS, *FIRST, *others),
+        gpu_tests("tests", 1.75, OTHERS, *FIRST, *others),
         bench("accuracy", 1),
-        bench("memory", 1.5, "--quick", "--no-max-autotune", *plots),
+        bench("memory", 1.75, "--quick", "--no-max-autotune", *plots),
         # Inductor keeps what it compiles and tunes: the goals, measured alone, find it.
         *(
-            Step(f"inductor-{part}", [python, "-m", "bench", "goals", "--only", part], 1.4)
-            for part in ("batches", "autotuned")
+            Step(
+                f"inductor-{part.partition(' ')[0]}",
+                [python, "-m", "bench", "goals", "--only", part],
+                1.65,
+            )
+            for part in ("batches", "autotuned", "small batches")
         ),
         *sanitizer_steps(),
     ]
@@ -154,19 +157,20 @@ def steps(
     return [
         *(together if built else [beside_the_build, after_the_build]),
         [bench("goals", 2.25)],  # with a training step and its parts
-        [bench("routing-tf32", 0.8, "--precision", "tf32", *ours_alone)],
+        [bench("routing-tf32", 1, "--precision", "tf32", *ours_alone)],
         # A run is about its accuracy: no table has its speed.
         [
             Step("training-run", train, 0.8),
-            gpu_tests("tests-bfloat16", 1.2, TRITON_NEXT, *FIRST, *others, share=1),
+            gpu_tests("tests-triton", 1.2, TRITON_FIRST, *FIRST, *others, share=1),
         ],
         [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone)],
         [bench("routing", 0.85, "--shape", "MNIST", "--peers", "eager", *plots)],
         [bench("scaling", 0.6)],
         [windows],
         [
-            gpu_tests("tests-other-types", 1, TRITON_LAST, *FIRST, *others),
-            gpu_tests("trust", 1, "", *TRUST),
+            gpu_tests("tests-bfloat16", 1, TRITON_NEXT, *FIRST, *others),
+            gpu_tests("tests-other-types", 1, TRITON_LAST, *FIRST, *others, share=0.25),
+            gpu_tests("trust", 1, "", *TRUST, share=0.25),
         ],
     ]
 
@@ -365,7 +369,7 @@ def make_report(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
-    parser.add_argument("--minutes", type=positive, help="time for everything (GPU: 8, CPU: 45)")
+    parser.add_argument("--minutes", type=minutes, help="time for everything (GPU: 8, CPU: 45)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the folder goes")
     parser.add_argument(
         "--data-dir", type=Path, help="MNIST's files, for the training run (default: digits)"
@@ -406,11 +410,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--data-dir {data}: there is no such folder")
     if options.device == "cuda":
         os.environ.update(surroundings())
-    minutes = options.minutes or TOTAL_MINUTES[options.device]
+    in_all = options.minutes or TOTAL_MINUTES[options.device]
     results = options.results.resolve()
     data, resumed = (path and path.resolve() for path in (data, options.resume))
     folder, code = make_report(
-        options.device, minutes, results, data, options.built, resumed, options.without
+        options.device, in_all, results, data, options.built, resumed, options.without
     )
     print(folder)
     return code
