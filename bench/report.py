@@ -165,7 +165,7 @@ def steps(
         ],
         [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone)],
         [bench("routing", 0.85, "--shape", "MNIST", "--peers", "eager", *plots)],
-        [bench("scaling", 0.6)],
+        [bench("scaling", 1)],
         [windows],
         [
             gpu_tests("tests-bfloat16", 1, TRITON_NEXT, *FIRST, *others),
