@@ -66,10 +66,10 @@ format: $(VENV)/.packages
 bench: setup
 	$(PY) -m bench
 
+# REPORT: further options, as in REPORT="--results DIR --minutes 9".
 cpu-report: setup
 	$(PY) -m bench.report --device cpu $(REPORT)
 
-# REPORT: further options, as in REPORT="--results DIR --minutes 9".
 gpu-report:
 	@$(PYTHON) -c "import torch" 2>/dev/null || { echo "gpu-report: $(PYTHON) has no torch; PYTHON=... names one that has" >&2; exit 1; }
 	@$(PYTHON) -m bench.report --device cuda $(REPORT)

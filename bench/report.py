@@ -51,8 +51,7 @@ FIRST = (
     "tests/test_cuda_graphs.py",
     "tests/test_every_backend.py",
 )
-"""Tests of saved programs, which take a minute; those of the GPU backends themselves come before
-those of what they share."""
+"""What tests begin with: saved programs, which take a minute, then the GPU backends themselves."""
 SANITIZED = "tests/test_cuda_sanitizer.py"
 """compute-sanitizer has steps of its own."""
 OTHERS = "not triton and not aotinductor"
@@ -153,9 +152,8 @@ def steps(
         ),
         *sanitizer_steps(),
     ]
-    together = [beside_the_build + after_the_build]
     return [
-        *(together if built else [beside_the_build, after_the_build]),
+        *([beside_the_build + after_the_build] if built else [beside_the_build, after_the_build]),
         [bench("goals", 2.25)],  # with a training step and its parts
         [bench("routing-tf32", 1, "--precision", "tf32", *ours_alone)],
         # A run is about its accuracy: no table has its speed.
@@ -381,7 +379,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--resume",
         type=Path,
         metavar="FOLDER",
-        help="run the steps of this report that have failed",
+        help="run the steps that this report lacks",
     )
     parser.add_argument(
         "--without",
