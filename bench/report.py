@@ -93,22 +93,24 @@ def steps(
         command = [python, "-m", "bench", name.partition("-")[0], "--device", device]
         return Step(name, [*command, "--json", str(folder / f"{name}.json"), *options], minutes)
 
-    build = Step(BUILD, [python, "setup.py", "build_ext", "--inplace"], 8)
+    on_cpu = device == "cpu"
+    build = Step(BUILD, [python, "setup.py", "build_ext", "--inplace"], 8 if on_cpu else 4)
     if built:
         build.outcome = "skipped: it was built before"
     train = [python, "-m", "model.train", f"--device={device}", f"--save-dir={scratch / 'run'}"]
     if data is not None:
         train += ["--experiment=mnist", "--lr-schedule=linear", f"--data-dir={data}"]
     plots = ("--plots", str(folder))
-    windows = bench("routing-windows", 3, "--shape", CONVOLUTION.name, "--no-max-autotune")
-    if device == "cpu":
+    mnist = ("--shape", MNIST.name)
+    windows = ("--shape", CONVOLUTION.name, "--no-max-autotune")
+    if on_cpu:
         one_by_one = [
             build,
             Step("tests", [*PYTEST, "-q", "tests/test_cpu.py", "tests/test_reference.py"], 10),
             bench("goals", 12),
-            bench("routing", 10, "--shape", "MNIST", *plots),
+            bench("routing", 10, *mnist, *plots),
             bench("routing-shared", 2, "--shape", SHARED.name),
-            windows,
+            bench("routing-windows", 3, *windows),
             bench("memory", 8, *plots),
             bench("scaling", 4),
             bench("accuracy", 2),
@@ -120,15 +122,14 @@ def steps(
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         # Only what runs here: every further architecture costs a compilation.
         build.environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
-    build.minutes, windows.minutes = 4, 0.4
     # An epoch of the digits is 11 steps, of which a graph warms up three.
     train += ["--cuda-graph", "--tf32", "--amp", "--epochs=15", "--max-minutes=0.6"]
     # By name: of folders pytest would choose the order.
     found = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}
     others = sorted(found.difference(FIRST, TRUST, [SANITIZED]))
     ours_alone = ("--peers", "none")
-    bfloat16 = ["--dtype", "bfloat16", "--shape", MNIST.name]
-    bfloat16 += [option for B in precompile.BFLOAT16_BATCHES for option in ("--batch", str(B))]
+    batches = [option for B in precompile.BFLOAT16_BATCHES for option in ("--batch", str(B))]
+    bfloat16 = ("--dtype", "bfloat16", *mnist, *batches)
     own = f"sm_{major}{minor}"
     aot = ["aot", "--shape=MNIST", "--target", own if own in TARGETS else "sm_90", "--markdown"]
     beside_the_build = [
@@ -162,9 +163,9 @@ def steps(
             gpu_tests("tests-triton", 1.2, TRITON_FIRST, *FIRST, *others, share=1),
         ],
         [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone)],
-        [bench("routing", 0.85, "--shape", "MNIST", "--peers", "eager", *plots)],
+        [bench("routing", 0.85, *mnist, "--peers", "eager", *plots)],
         [bench("scaling", 1)],
-        [windows],
+        [bench("routing-windows", 0.4, *windows)],
         [
             gpu_tests("tests-bfloat16", 1, TRITON_NEXT, *FIRST, *others),
             gpu_tests("tests-other-types", 1, TRITON_LAST, *FIRST, *others, share=0.25),
