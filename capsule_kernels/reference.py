@@ -7,7 +7,7 @@ vectors ``u_hat`` [B, I, J, D], as every textbook implementation does.
 import torch
 from torch import Tensor
 
-from .validation import check_arguments
+from .validation import check_arguments, check_tensor
 
 
 def squash(s: Tensor) -> Tensor:
@@ -15,8 +15,9 @@ def squash(s: Tensor) -> Tensor:
 
     Returns ``v = |s|^2 / (1 + |s|^2) * s / |s|``, with lengths over the last axis, in the shape and
     dtype of ``s``; computed in float32 or wider. ``squash(0) = 0``, and the gradient there is
-    exactly 0.
+    exactly 0. Raises ``TypeError`` where ``s`` is no tensor of floating-point numbers.
     """
+    check_tensor("s", s, "[..., D]", None, "squash")
     dtype, s = s.dtype, s.to(torch.promote_types(s.dtype, torch.float32))
     # Lengths are taken of s / max|s|: squares of large or tiny components stay in range.
     scale = s.detach().abs().amax(-1, keepdim=True)

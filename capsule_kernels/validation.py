@@ -13,15 +13,16 @@ LARGEST_INT = 2**63 - 1
 ROUTING_GRADIENTS = ("full", "last")
 
 
-def check_tensor(name: str, value: object, shape: str, rank: int, caller: str) -> None:
-    """A floating-point tensor of the given rank; ``shape`` describes it to the reader."""
+def check_tensor(name: str, value: object, shape: str, rank: int | None, caller: str) -> None:
+    """A floating-point tensor of the given rank, of any if that is None; ``shape`` describes it to
+    the reader."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{caller}: {name} must be a tensor {shape}, got {type(value).__name__}")
     if value.layout is not strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else value.layout
         raise TypeError(f"{caller}: {name} must be a dense tensor {shape}, got {kind}")
     check_dtype(name, value.dtype, caller)
-    if value.dim() != rank:
+    if rank is not None and value.dim() != rank:
         raise ValueError(f"{caller}: {name} must have shape {shape}, got {list(value.shape)}")
 
 

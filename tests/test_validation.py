@@ -14,6 +14,7 @@ from capsule_kernels import (
     backends,
     fused_routing,
     reference_routing,
+    squash,
 )
 from capsule_kernels.dispatch import RoutingShape, automatic_order
 
@@ -306,6 +307,23 @@ def test_tensors_that_are_not_dense_are_refused(name, kind):
 def test_the_oracle_refuses_in_its_own_name(changes, message):
     with pytest.raises(ValueError, match=whole(f"reference_routing: {message}")):
         reference_routing(**good_arguments() | changes)
+
+
+@pytest.mark.parametrize(
+    ("s", "message"),
+    [
+        ([3.0, 4.0], "s must be a tensor [..., D], got list"),
+        (
+            torch.tensor([3, 4]),
+            f"s must be float64, float32, bfloat16 or float16, got {torch.int64}",
+        ),
+    ],
+    ids=["list", "integers"],
+)
+def test_squash_takes_vectors_of_floating_point_numbers(s, message):
+    """Of integers it would make zeros: lengths are below 1."""
+    with pytest.raises(TypeError, match=whole(f"squash: {message}")):
+        squash(s)
 
 
 @pytest.mark.parametrize("name", [name for name, s in backends().items() if not s.usable])
