@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.func import jacrev
 
 from capsule_kernels import CapsuleLinear, backends, fused_routing, reference_routing
 
@@ -126,3 +127,25 @@ def test_a_gradient_penalty_trains() -> None:
         optimizer.step()
         penalties.append(penalty.item())
     assert penalties[-1] < 0.2 * penalties[0]
+
+
+def test_a_penalty_on_a_jacobian_trains() -> None:
+    inputs = make_inputs(SMALL, torch.float64)
+    u, weight = inputs["u"], inputs["weight"]
+
+    def slopes(function: Any) -> tuple[Tensor, ...]:
+        jacobian = jacrev(lambda u: function(u, weight))(u)
+        return torch.autograd.grad(jacobian.square().sum(), (u, weight))
+
+    torch.testing.assert_close(slopes(fused_routing), slopes(reference_routing))
+
+
+@pytest.mark.skipif(not backends()["cpu"].usable, reason="the oracle alone keeps its graph there")
+def test_batched_gradients_are_right_but_have_no_graph() -> None:
+    """As docs/pytorch.md warns: PyTorch's older vmap loses that of an autograd.Function."""
+    inputs = make_inputs(SMALL, torch.float64)
+    u, weight = inputs["u"], inputs["weight"].detach()
+    jacobian = torch.autograd.functional.jacobian
+    found = jacobian(lambda u: fused_routing(u, weight), u, create_graph=True, vectorize=True)
+    torch.testing.assert_close(found, jacobian(lambda u: reference_routing(u, weight), u))
+    assert not found.requires_grad

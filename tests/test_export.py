@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
 
 from capsule_kernels import CapsuleConv2d, CapsuleLinear
 
@@ -76,6 +77,40 @@ def test_a_saved_program_trains(save: str, layer: str, tmp_path: Path) -> None:
     for name, gradient in expected.items():
         assert found[name] is not None, name
         assert torch.equal(found[name], gradient), name
+
+
+def test_of_torch_func_a_saved_program_takes_vmap_alone() -> None:
+    """As docs/pytorch.md warns: PyTorch drops the tangents that enter a custom operator."""
+    layer = CapsuleLinear(6, 4, 3, 5)
+    u = torch.randn(2, 6, 4)
+    program = torch.export.export(layer, (u,)).module()
+    several = torch.stack([u, 2 * u])
+    torch.testing.assert_close(vmap(program)(several), vmap(layer)(several))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        grad(lambda u: program(u).sum())(u)
+    assert jvp(layer, (u,), (u,))[1].any()
+    assert not jvp(program, (u,), (u,))[1].any()
+
+
+class Autocast(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_a_saved_program_keeps_its_own_casts() -> None:
+    """Autocast inside of it is exported. One around it casts what lies before the operator."""
+    layers = nn.Linear(4, 4), CapsuleLinear(6, 4, 3, 5)
+    x = torch.randn(2, 6, 4)
+    inside = torch.export.export(Autocast(*layers), (x,)).module()
+    assert torch.equal(inside(x), Autocast(*layers)(x))
+    assert inside(x).dtype == torch.bfloat16
+    around = torch.export.export(nn.Sequential(*layers), (x,)).module()
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match="weight must have the dtype of u"),
+    ):
+        around(x)
 
 
 @pytest.mark.parametrize("free", ["B", "H", "W", "BH", "HW"])
