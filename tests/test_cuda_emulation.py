@@ -291,11 +291,13 @@ def test_a_hundred_schedules_give_the_same_bits(emulator: Emulator, figure) -> N
 
 
 # In these calls every barrier matters: several tiles, groups of samples and of capsules, also with
-# more sums than blocks; more input capsules of a block than warps, with room for the states of one
-# tile and of four; gradients by output capsules; sweeps by warpgroups, in one pass and in two.
+# more sums than blocks; sums that all warps share, one and several; more input capsules of a block
+# than warps, with room for the states of one tile and of four; gradients by output capsules; sweeps
+# by warpgroups, in one pass and in two.
 BARRIER_CASES = [
     (Case(B=50, I=8, J=3, D=10, bias=True), torch.float32, Device(5, 227 * 1024)),
     (Case(B=5, I=20, J=7, K=3, D=8), torch.float32, Device(5, 227 * 1024)),
+    (Case(B=20, I=40, J=3, D=8), torch.float32, Device(3, 40 * 1024)),
     (Case(B=50, I=12, J=7, K=17, D=8), torch.float32, Device(3, 40 * 1024)),
     (Case(B=20, I=20, J=3, D=10, logits=True), torch.float32, Device(2, 75 * 1024)),
     (Case(B=50, I=18, J=3, D=10, logits=True), torch.float32, Device(2, 227 * 1024)),

@@ -50,12 +50,8 @@ struct BlockSums {
   template <class Load, class Finish>
   __device__ __forceinline__ void add_partial_sums(const float4* partial, Load load,
                                                    Finish finish) const {
-    // A sum is split among the warps of the block, or of half of it where there are two to add.
-    const int teams = plan.tiles_per_pass * fragments > plan.capsule_groups ? 2 : 1;
-    const int warps = kSweepWarps / teams, team = share.warp / warps;
-    const int warp = share.warp - team * warps;
-    for_each_item(teams, team, [&](int item) {
-      constexpr int kAhead = 16;
+    const int warps = plan.adders, team = share.warp / warps, warp = share.warp - team * warps;
+    for_each_item(kSweepWarps / warps, team, [&](int item) {
       const int e = item * kWarpSize + here(lane.index);
       const int capsule = e / kCapsuleLanes, J = fragments * kTileRows / kD;
       const int b = capsule / J, j = capsule % J, d = e % kCapsuleLanes * 4;
@@ -63,20 +59,22 @@ struct BlockSums {
       decltype(load(0, 0, 0)) loaded = {};
       if (finishes) loaded = load(b, j, d);
       float sum[4] = {};
-      for (int n = warp; item >= 0 && n < plan.capsule_groups; n += kAhead * warps) {
-        float4 ahead[kAhead];  // all on their way before the first of them is added
+      for (int n = warp; item >= 0 && n < plan.capsule_groups; n += kPartialSumsAhead * warps) {
+        float4 ahead[kPartialSumsAhead];  // all on their way before the first of them is added
 #pragma unroll
-        for (int m = 0; m < kAhead; ++m) {
+        for (int m = 0; m < kPartialSumsAhead; ++m) {
           const int next = n + m * warps;
           ahead[m] = next < plan.capsule_groups ? partial[next * state_size + e]
                                                 : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         }
 #pragma unroll
-        for (int m = 0; m < kAhead; ++m) add_to(sum, ahead[m]);
+        for (int m = 0; m < kPartialSumsAhead; ++m) add_to(sum, ahead[m]);
       }
-      __syncthreads();  // `exchange` is free
-      if (warp > 0) exchange[share.warp * kWarpSize + lane.index] = packed(sum);
-      __syncthreads();
+      if (warps > 1) {
+        __syncthreads();  // `exchange` is free
+        if (warp > 0) exchange[share.warp * kWarpSize + lane.index] = packed(sum);
+        __syncthreads();
+      }
       if (!finishes) return;
 #pragma unroll
       for (int other = 1; other < kSweepWarps; ++other) {

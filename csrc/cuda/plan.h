@@ -40,7 +40,8 @@ constexpr int kCounterStride = 32;  // from counter to counter: each has a cache
 // Warps of a block, as the registers of a thread allow: they hold V, ds and the sum, or V, ds,
 // du_hat and dW, beside u_hat.
 constexpr int kSweepWarps = 8;
-constexpr int kGradientWarps = 8;  // at most
+constexpr int kPartialSumsAhead = 16;  // that a warp asks for at once
+constexpr int kGradientWarps = 8;      // at most
 constexpr int kArrivalsBytes = 8;
 constexpr int kSumBlocks = 8;  // that add partial sums, for each of a sweep: they wait for memory
 
@@ -146,9 +147,22 @@ struct SweepPlan {
   // What kernels would otherwise compute, and keep in registers.
   int tiles = 0;
   int lanes = 0;               // warps of a block that share a tile
+  int adders = 0;              // warps of a block that share a sum over the capsule groups
   std::size_t state_size = 0;  // of a state [tiles][tile] in float4s
   Divisor by_capsule_groups, by_tiles_per_pass, by_weight_sharing;
 };
+
+// Of a plan: as few as can ask for all partial sums at once, where others have sums to add
+// meanwhile.
+inline int adders_of(const SweepPlan& plan, int fragments) {
+  const int sums = ceil_div(plan.tiles_per_pass * fragments, plan.capsule_groups);  // of a block
+  int adders = kSweepWarps;
+  while (adders > 1 && sums > kSweepWarps / adders &&
+         ceil_div(plan.capsule_groups, adders / 2) <= kPartialSumsAhead) {
+    adders /= 2;
+  }
+  return adders;
+}
 
 // A plan for some groups of samples; `blocks == 0` where it does not fit.
 inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& device,
@@ -168,6 +182,7 @@ inline SweepPlan try_sweep(const Shape& shape, int scalar_bytes, const Device& d
   plan.counter_floats = std::size_t(sample_groups) * kCounterStride;
   plan.by_capsule_groups = Divisor(plan.capsule_groups);
   plan.by_tiles_per_pass = Divisor(tiles_per_pass);
+  plan.adders = adders_of(plan, padded.fragments);
   // The sum of each warp.
   const int exchange_bytes = kSweepWarps * padded.fragments * kFragmentBytes;
   // The rows of W that this many consecutive capsules touch, at most.
@@ -231,6 +246,7 @@ inline SweepPlan try_warpgroups(const Shape& shape, const Device& device, int st
   plan.state_size = std::size_t(plan.tiles / tiles) * (wide_state_floats(shape.J) / 4);
   plan.counter_floats = std::size_t(sample_groups) * kCounterStride;
   plan.by_capsule_groups = Divisor(plan.capsule_groups);
+  plan.adders = adders_of(plan, shape.J);
   plan.wide_states = share_samples ? states : kWarpgroups * states;
   plan.slots = share_samples ? 10 - 2 * states : 6 / states;
   plan.shared_bytes =

@@ -84,6 +84,10 @@ struct Tf32 {
                                                       const Operand<2>& b) {
     mma_tf32(c, a.bits, b.bits);
   }
+  static __device__ __forceinline__ void multiply_add_closely(float (&c)[4], const Operand<4>& a,
+                                                              const Operand<2>& b) {
+    multiply_add(c, a, b);
+  }
 };
 
 // Float32 accuracy from three products: x = high + low with both of them TF32 values, up to
@@ -125,10 +129,8 @@ struct SplitTf32 {
 
   static __device__ __forceinline__ void multiply(float (&c)[4], const Operand<4>& a,
                                                   const Operand<2>& b) {
-    for (int n = 0; n < 4; ++n) c[n] = 0.0f;
     // Small terms first: they would be lost beside the large one.
-    mma_tf32(c, a.low, b.high);
-    mma_tf32(c, a.high, b.low);
+    multiply_small(c, a, b);
     mma_tf32(c, a.high, b.high);
   }
 
@@ -138,6 +140,23 @@ struct SplitTf32 {
     float product[4];
     multiply(product, a, b);
     for (int n = 0; n < 4; ++n) c[n] += product[n];
+  }
+
+  // Closer: beside the large terms tensor cores cut the small ones off, so they meet outside, too.
+  static __device__ __forceinline__ void multiply_add_closely(float (&c)[4], const Operand<4>& a,
+                                                              const Operand<2>& b) {
+    float small[4], large[4] = {};
+    multiply_small(small, a, b);
+    mma_tf32(large, a.high, b.high);
+    for (int n = 0; n < 4; ++n) c[n] += large[n] + small[n];
+  }
+
+ private:
+  static __device__ __forceinline__ void multiply_small(float (&c)[4], const Operand<4>& a,
+                                                        const Operand<2>& b) {
+    for (int n = 0; n < 4; ++n) c[n] = 0.0f;
+    mma_tf32(c, a.low, b.high);
+    mma_tf32(c, a.high, b.low);
   }
 };
 

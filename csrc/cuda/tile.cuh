@@ -285,7 +285,7 @@ __device__ __forceinline__ void for_each_product(const Order* weight,
   }
 }
 
-// u_hat = W_i u_i for 8 samples.
+// u_hat = W_i u_i for 8 samples. Where J is a constant there are no registers for closer products.
 template <class P, class T, class Tile, class Order>
 __device__ __forceinline__ void predict(typename Tile::Values& u_hat, const Order* weight,
                                         const float (&first_u)[1][2],
@@ -297,7 +297,7 @@ __device__ __forceinline__ void predict(typename Tile::Values& u_hat, const Orde
                         if (Tile::kKnown) {
                           P::multiply(u_hat[n], a, b[0]);
                         } else {
-                          P::multiply_add(u_hat[n], a, b[0]);
+                          P::multiply_add_closely(u_hat[n], a, b[0]);
                         }
                       });
 }
