@@ -117,7 +117,16 @@ def gradients(ctx: Any, grad_v: Tensor, wanted: tuple[bool, ...]) -> tuple[Any, 
     arguments = (grad_v, *ctx.saved_tensors, ctx.options, *wanted)
     # Is this backward itself differentiated? By reverse mode (create_graph=True, torch.func.grad)
     # where grad mode is on, by forward mode at any of its levels.
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() and torch._C._functorch.is_legacy_batchedtensor(grad_v):
+        # torch.autograd.grad(is_grads_batched=True, create_graph=True): PyTorch's older vmap loses
+        # the graph of an autograd.Function, but not that of the oracle's operations.
+        *inputs, _ = ctx.saved_tensors
+        chosen = [x for x, want in zip(inputs, wanted, strict=True) if want]
+        with torch.autocast(grad_v.device.type, enabled=False):
+            v = oracle_of(ctx.options)(*inputs)
+        some = iter(torch.autograd.grad(v, chosen, grad_v, create_graph=True))
+        found = tuple(next(some) if want else None for want in wanted)
+    elif torch.is_grad_enabled() or forward_ad._current_level >= 0:
         found = FusedRoutingBackward.apply(*arguments)
     else:
         found = backward_operator(*arguments)

@@ -1,5 +1,6 @@
 """Gradients of gradients, against the oracle differentiated by PyTorch and against differences."""
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -140,12 +141,19 @@ def test_a_penalty_on_a_jacobian_trains() -> None:
     torch.testing.assert_close(slopes(fused_routing), slopes(reference_routing))
 
 
-@pytest.mark.skipif(not backends()["cpu"].usable, reason="the oracle alone keeps its graph there")
-def test_batched_gradients_are_right_but_have_no_graph() -> None:
-    """As docs/pytorch.md warns: PyTorch's older vmap loses that of an autograd.Function."""
-    inputs = make_inputs(SMALL, torch.float64)
-    u, weight = inputs["u"], inputs["weight"].detach()
-    jacobian = torch.autograd.functional.jacobian
-    found = jacobian(lambda u: fused_routing(u, weight), u, create_graph=True, vectorize=True)
-    torch.testing.assert_close(found, jacobian(lambda u: reference_routing(u, weight), u))
-    assert not found.requires_grad
+@pytest.mark.parametrize("wanted", [("u",), ("weight", "bias"), ("u", "weight", "logits", "bias")])
+def test_batched_gradients_have_gradients(wanted: tuple[str, ...]) -> None:
+    """PyTorch's older vmap, which makes them, would lose the graph of an autograd.Function."""
+    inputs = make_inputs(replace(SMALL, logits=True, bias=True), torch.float64)
+
+    def slopes(function: Any) -> tuple[Tensor, ...]:
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        v = function(**leaves, leaky=True)
+        rows = torch.eye(v.numel(), dtype=v.dtype).view(-1, *v.shape)
+        jacobians = torch.autograd.grad(
+            v, [leaves[name] for name in wanted], rows, is_grads_batched=True, create_graph=True
+        )
+        penalty = torch.stack([jacobian.square().sum() for jacobian in jacobians]).sum()
+        return torch.autograd.grad(penalty, list(leaves.values()))
+
+    torch.testing.assert_close(slopes(fused_routing), slopes(reference_routing))
