@@ -16,20 +16,18 @@ GAP = 2
 """Pixels between the images of a grid."""
 
 
-def grid(images: Tensor, columns: int) -> np.ndarray:
-    """Images [N, C, H, W] in 0..1 side by side: uint8 [rows * H, columns * W, 3], gaps between.
+def grid(rows: list[Tensor]) -> np.ndarray:
+    """Rows of images [N, C, H, W] in 0..1, none longer than the first, with gaps between: uint8
+    [rows * H, N * W, 3].
 
     One channel is grey; of two or more than three, the first is shown.
     """
-    images = images.detach().float().cpu().clamp(0, 1)
-    if images.shape[1] != 3:
-        images = images[:, :1].expand(-1, 3, -1, -1)
-    N, _, H, W = images.shape
-    rows = -(-N // columns)
-    canvas = torch.full((3, rows * (H + GAP) - GAP, columns * (W + GAP) - GAP), 0.35)
-    for n, image in enumerate(images):
-        y, x = n // columns * (H + GAP), n % columns * (W + GAP)
-        canvas[:, y : y + H, x : x + W] = image
+    N, C, H, W = rows[0].shape
+    canvas = torch.full((3, len(rows) * (H + GAP) - GAP, N * (W + GAP) - GAP), 0.35)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
+            y, x = row * (H + GAP), column * (W + GAP)
+            canvas[:, y : y + H, x : x + W] = image if C == 3 else image[:1]
     return (canvas * 255).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -42,7 +40,7 @@ def reconstruction_rows(model: CapsNet, batch: Batch, columns: int = 10) -> np.n
     drawn = overlaid(model.reconstruct(capsules, found))
     originals = overlaid(batch.originals)
     pairs = zip(originals.split(columns), drawn.split(columns), strict=True)
-    return grid(torch.cat([images for pair in pairs for images in pair]), columns)
+    return grid([images for pair in pairs for images in pair])
 
 
 def save_png(path: Path, pixels: np.ndarray, zoom: int = 3) -> None:

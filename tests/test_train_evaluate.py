@@ -12,13 +12,15 @@ from PIL import Image
 from model import evaluate, predict
 from model.checkpoint import CHECKPOINT, WEIGHTS, Checkpoint, load, model_tensors, save
 from model.data import DATASETS, NATIVE_SIZES, digits
+from model.drawing import GAP, reconstruction_rows
 from model.errors import UserError
 from model.evaluation import confusion
 from model.figures.__main__ import main as draw_figures
 from model.metrics import read_metrics
 from model.networks import build
+from model.views import central_views, show
 
-from .tiny import CONFIG, load_tiny, train_tiny, variant
+from .tiny import CONFIG, load_tiny, tiny_capsnet, train_tiny, variant
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,22 @@ def test_predictions(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
     assert a["scores"] == b["scores"]
     assert len(a["scores"]) == 3
     assert a["classes"][0] == max(a["scores"], key=a["scores"].get)
+
+
+@pytest.mark.parametrize("count", [3, 10, 13])
+def test_inputs_lie_above_their_reconstructions(count: int) -> None:
+    network, data = tiny_capsnet(), load_tiny().test
+    batch = show(CONFIG, data, central_views(CONFIG, data)[:count])
+    capsules = network.capsules(batch.images)
+    drawn = network.reconstruct(capsules, capsules.norm(dim=-1).argmax(-1, keepdim=True))[:, 0]
+    picture = torch.from_numpy(reconstruction_rows(network, batch)).permute(2, 0, 1)
+    size, step = 28, 28 + GAP
+    assert picture.shape == (3, -(-count // 10) * 2 * step - GAP, min(count, 10) * step - GAP)
+    for n in range(count):
+        y, x = n // 10 * 2 * step, n % 10 * step
+        for image, top in ((batch.images[n], y), (drawn[n], y + step)):
+            found = picture[:, top : top + size, x : x + size]
+            assert torch.equal(found, (image * 255).round().byte().expand(3, -1, -1))
 
 
 def saved_scores(output: str) -> list[dict[str, float]]:
