@@ -213,6 +213,11 @@ class Trainer:
                 f"{progress.epoch + 1} of {self.steps_per_epoch} steps: the run had another number "
                 "of images to train on"
             )
+        if progress.step > self.total_steps:
+            raise UserError(
+                f"--epochs {self.config.epochs} can't be given with this --resume: the run is in "
+                f"epoch {progress.step // self.steps_per_epoch + 1} already"
+            )
         checkpoints.restore_model(self.model, state, source)
         checkpoints.restore_optimizer(self.model, self.optimizer, state)
         self.progress = progress

@@ -371,6 +371,17 @@ def test_resume_for_more_epochs(tmp_path: Path) -> None:
     assert load(tmp_path / "run").counters["epoch"] == 2
 
 
+def test_resume_for_fewer_epochs_than_were_trained(tmp_path: Path) -> None:
+    """It would end in the middle of an epoch, and its error be that of the fewer epochs."""
+    run(tmp_path / "run", "--epochs", "2")
+    resume = ["--resume", str(tmp_path / "run"), "--epochs"]
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"--epochs 1 can't be .*: the run is in epoch 3 already"):
+        train.main([*resume, "1"])
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert train.main([*resume, "2"]) == 0
+
+
 def test_resume_where_the_metrics_were_lost(tmp_path: Path) -> None:
     run(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").unlink()
