@@ -1,5 +1,6 @@
 """``python -m model.figures``: every figure is drawn, and shows what it says."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from model.config import Config
 from model.data import DATASETS
 from model.errors import UserError
 from model.figures.__main__ import main
+from model.figures.decoded import reconstructions
 from model.figures.equivariance import rotated, shifted, thickened
 from model.figures.routing import couplings
 from model.figures.trained import Trained
@@ -74,7 +76,7 @@ def test_names_are_shown_as_they_are(
 
 
 def test_what_figures_refuse(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--only segmentations can't be drawn of run: it shows"):
+    with pytest.raises(UserError, match=r"segmentations can't be drawn of [^/]+/run: it shows"):
         main([str(run), "--only", "segmentations"])
     with pytest.raises(UserError, match="nowhere is not there"):
         main([str(tmp_path / "nowhere")])
@@ -104,6 +106,20 @@ def test_couplings_are_those_of_the_layer() -> None:
     s = torch.einsum("bij,bijd->bjd", c.flatten(1, 3), votes)
     n = s.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(n / (1 + n * n) * s, one.network.capsules(images))
+
+
+def test_titles_of_pairs_name_both_classes() -> None:
+    """Else a pair would look wrong, or right, by one of its classes."""
+    figure = reconstructions(trained(replace(CONFIG, pairs=True)))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert all(re.fullmatch(r"(label|drawn as|found) \d, \d", title) for title in titles)
+    columns = len(titles) // 3
+    right = [
+        set(label[-4:].split(", ")) == set(found[-4:].split(", "))
+        for label, found in zip(titles[:columns], titles[-columns:], strict=True)
+    ]
+    assert right[0] < right[-1]
+    assert right == sorted(right)  # the wrong ones come first
 
 
 def test_changes_do_what_they_say() -> None:

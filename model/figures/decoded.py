@@ -29,11 +29,17 @@ def tiles(rows: list[list[Tensor]], titles: list[list[str]], figure: Figure) -> 
             axes[y, x].set_axis_off()
 
 
+def named(word: str, labels: Tensor, trained: Trained) -> list[str]:
+    """A title for each image of the classes ``labels`` [n, T]."""
+    return [f"{word} " + ", ".join(trained.classes[j] for j in some) for some in labels.tolist()]
+
+
 def reconstructions(trained: Trained, columns: int = 10) -> Figure:
     """Test images above what their own class's and the found class's capsules draw.
 
     Like the paper's figure 3 (label, prediction, reconstruction target); images that are wrongly
-    classified come first, as far as there are any, in up to half of the columns.
+    classified come first, as far as there are any, in up to half of the columns. Of overlapping
+    pairs, two classes each.
     """
     batch = trained.batch(500)
     capsules = trained.network.capsules(batch.images)
@@ -42,18 +48,12 @@ def reconstructions(trained: Trained, columns: int = 10) -> Figure:
     wrong_ones = (~right).nonzero()[: columns // 2, 0]
     right_ones = right.nonzero()[: columns - len(wrong_ones), 0]
     chosen = torch.cat([wrong_ones, right_ones])
-    true = batch.labels[chosen, :1]
-    found = scores[chosen].argmax(-1, keepdim=True)
-    by_label, by_prediction = (
-        trained.network.reconstruct(capsules[chosen], which)[:, 0] for which in (true, found)
-    )
-    names = trained.classes
-    rows = [list(overlaid(batch.originals)[chosen]), list(by_label), list(by_prediction)]
-    titles = [
-        [f"label {names[j]}" for j in true[:, 0].tolist()],
-        [f"drawn as {names[j]}" for j in true[:, 0].tolist()],
-        [f"found {names[j]}" for j in found[:, 0].tolist()],
-    ]
+    true = batch.labels[chosen]
+    found = scores[chosen].topk(true.shape[1]).indices
+    rows, titles = [list(overlaid(batch.originals)[chosen])], [named("label", true, trained)]
+    for which, word in ((true, "drawn as"), (found, "found")):
+        rows.append(list(overlaid(trained.network.reconstruct(capsules[chosen], which))))
+        titles.append(named(word, which, trained))
     figure = Figure(figsize=(1.05 * len(chosen), 3.6), layout="constrained")
     tiles(rows, titles, figure)
     return figure
@@ -101,9 +101,7 @@ def segmentations(trained: Trained, columns: int = 8) -> Figure:
     for which, word in ((batch.labels, "true"), (found, "found")):
         drawn = trained.network.reconstruct(capsules, which)[:, :, 0]  # [n, 2, H, W]
         rows.append([torch.stack([a, b, torch.zeros_like(a)]) for a, b in drawn])
-        titles.append(
-            [f"{word} " + ", ".join(trained.classes[j] for j in pair) for pair in which.tolist()]
-        )
+        titles.append(named(word, which, trained))
     figure = Figure(figsize=(1.2 * columns, 4), layout="constrained")
     tiles(rows, titles, figure)
     return figure
