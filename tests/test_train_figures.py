@@ -15,7 +15,7 @@ from model.errors import UserError
 from model.figures.__main__ import main
 from model.figures.decoded import reconstructions
 from model.figures.equivariance import rotated, shifted, thickened
-from model.figures.routing import couplings
+from model.figures.routing import couplings, span
 from model.figures.trained import Trained
 from model.networks import build
 
@@ -106,6 +106,20 @@ def test_couplings_are_those_of_the_layer() -> None:
     s = torch.einsum("bij,bijd->bjd", c.flatten(1, 3), votes)
     n = s.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(n / (1 + n * n) * s, one.network.capsules(images))
+
+
+@pytest.mark.parametrize("same_padding", [False, True])
+def test_maps_of_couplings_lie_where_the_capsules_look(same_padding: bool) -> None:
+    """The pixels that a capsule's gradient reaches: its patch."""
+    network = tiny_capsnet(image_size=36, same_padding=same_padding)
+    begin, end = span(network.architecture)
+    grid = network.architecture.capsule_grid
+    place = grid // 2
+    image = torch.rand(1, 1, 36, 36, requires_grad=True)
+    network.primary_capsules(image)[0, place * grid + place].sum().backward()
+    rows = image.grad[0, 0].abs().sum(1).nonzero()
+    assert len(rows) == 17
+    assert rows.double().mean() == begin + (end - begin) / grid * (place + 0.5)
 
 
 def test_titles_of_pairs_name_both_classes() -> None:

@@ -3,10 +3,11 @@
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from torch.nn import functional as F
 
 from capsule_kernels import fused_routing
 
+from ..capsnet import KERNEL
+from ..config import Architecture
 from ..views import overlaid
 from .decoded import picture
 from .trained import Trained
@@ -32,12 +33,21 @@ def couplings(trained: Trained, u: Tensor) -> Tensor:
     return c.float().unflatten(1, (a.capsule_types, a.capsule_grid, a.capsule_grid))
 
 
+def span(architecture: Architecture) -> tuple[int, int]:
+    """Where on an image the grid of capsules begins and ends, in pixels.
+
+    Each lies in the middle of the patch that it sees, 2 pixels from the next; pixel n lies at n.
+    """
+    first = 0 if architecture.same_padding else KERNEL - 1
+    return first - 1, first - 1 + 2 * architecture.capsule_grid
+
+
 def coupling_maps(trained: Trained, images: int = 6) -> Figure:
     """To which class the capsules at each place of an image couple.
 
     A row for each image, as far as there are so many: the image, then for every class the coupling
     coefficients, averaged over the capsule types of a place weighted by how active they are, and
-    the image's outline. White is no preference; red is more, blue is less.
+    the image's outline. White is no preference, or no capsule; red is more, blue is less.
     """
     batch = trained.batch(images)
     a, rows = trained.network.architecture, len(batch.labels)
@@ -45,7 +55,8 @@ def coupling_maps(trained: Trained, images: int = 6) -> Figure:
     c = couplings(trained, u)
     activity = u.float().norm(dim=-1).unflatten(1, c.shape[1:4]).unsqueeze(-1)
     maps = (c * activity).sum(1) / activity.sum(1).clamp_min(1e-12)  # [B, grid, grid, J]
-    maps = F.interpolate(maps.permute(0, 3, 1, 2), size=a.image_size, mode="bilinear").cpu()
+    maps = maps.permute(0, 3, 1, 2).cpu()
+    (begin, end), size = span(a), a.image_size
     even = 1 / (a.classes + a.leaky)
     spread = max(float((maps - even).abs().max()), 1e-6)
     figure = Figure(figsize=(0.95 * (a.classes + 1) + 0.8, 1.15 * rows), layout="constrained")
@@ -59,8 +70,10 @@ def coupling_maps(trained: Trained, images: int = 6) -> Figure:
         for j in range(a.classes):
             ax = axes[row, j + 1]
             scale = {"vmin": even - spread, "vmax": even + spread}
-            shown = ax.imshow(maps[row, j].numpy(), cmap="RdBu_r", **scale)
+            place = {"extent": (begin, end, end, begin), "interpolation": "bilinear"}
+            shown = ax.imshow(maps[row, j].numpy(), cmap="RdBu_r", **scale, **place)
             ax.contour(outline, levels=[0.5], colors="black", linewidths=0.5)
+            ax.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
             weight = "bold" if j in labels else "normal"
             ax.set_title(trained.classes[j], fontsize=7, pad=2, fontweight=weight)
     for ax in axes.flat:
