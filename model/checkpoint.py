@@ -95,6 +95,11 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(config, tuple(classes), tensors, counters, data)
 
 
+def short_name(path: Path) -> str:
+    """A run or its weights by their name and folder, without where these lie."""
+    return "/".join(path.resolve().parts[-2:])
+
+
 def check_data(checkpoint: Checkpoint, dataset: Dataset, source: Path) -> None:
     """UserError unless the network was trained on images of such classes and channels, and, as far
     as its file says, not on those of CIFAR-10 that are held out here."""

@@ -124,7 +124,7 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
                 "config": config.to_dict(),
                 "parameters": parameters,
                 "processes": trainer.world.size,
-                "weights": weights_name(arguments.weights),
+                "weights": arguments.weights and checkpoints.short_name(arguments.weights),
             }
             log.write("run", 0, about | description(trainer.world.device))
     console.print(
@@ -164,11 +164,6 @@ def go_on_command(arguments: Arguments, directory: Path, processes: int) -> str:
     if arguments.cuda_graph:
         flags.append("--cuda-graph")
     return shlex.join([*start, "-m", "model.train", *flags])
-
-
-def weights_name(path: Path | None) -> str | None:
-    """What a run starts from, by its file and folder, without where these lie."""
-    return None if path is None else "/".join(path.resolve().parts[-2:])
 
 
 def report(fit: Fit, outcome: Outcome) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from model.checkpoint import CHECKPOINT, Checkpoint, load, model_tensors, save
@@ -134,6 +135,19 @@ def test_titles_of_pairs_name_both_classes() -> None:
     ]
     assert right[0] < right[-1]
     assert right == sorted(right)  # the wrong ones come first
+
+
+def test_the_legend_tells_runs_apart(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def note(runs: list[Trained]) -> Figure:
+        names.extend(one.name for one in runs)
+        return Figure()
+
+    monkeypatch.setattr("model.figures.__main__.error_by_iterations", note)
+    monkeypatch.chdir(run)
+    assert main([".", "weights.safetensors", "--only", "iterations"]) == 0
+    assert names == [f"{run.parent.name}/run", "run/weights.safetensors"]
 
 
 def test_changes_do_what_they_say() -> None:

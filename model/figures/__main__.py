@@ -51,7 +51,8 @@ def load_trained(run: Path, arguments: argparse.Namespace, device: torch.device)
         raise UserError(f"{run}: figures need a capsule network, this is a {kind}")
     dataset = open_dataset(state.config, arguments)
     checkpoints.check_data(state, dataset, run)
-    return Trained(run.name, state.config, network, dataset.test.to(device), state.classes)
+    name = checkpoints.short_name(run)
+    return Trained(name, state.config, network, dataset.test.to(device), state.classes)
 
 
 def wanted(trained: Trained, only: list[str] | None) -> list[str]:
