@@ -169,3 +169,14 @@ def test_pairs_are_tested_shifted_and_always_the_same() -> None:
     }
     pairs = evaluation_views(config, split(6, 28, 1)).index.tolist()
     assert pairs == [[0, 5], [1, 2], [2, 0], [3, 2], [4, 2], [5, 4]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_gpu_tests_the_same_views(pairs: bool) -> None:
+    config, data = seen(13, pairs=pairs), split(200)
+    ours, theirs = evaluation_views(config, data), evaluation_views(config, data.to("cuda"))
+    for name, expected in vars(ours).items():
+        assert torch.equal(getattr(theirs, name).cpu(), expected)
+        assert getattr(theirs, name).is_cuda
