@@ -61,5 +61,5 @@ def plain_console(**options: Any) -> Console:
 
 
 def table_console() -> Console:
-    """For tables on stdout; piped into a file or grep, a row stays a line."""
-    return plain_console(width=None if sys.stdout.isatty() else 200)
+    """For tables on stdout; piped into a file or grep, a row stays a line, however long."""
+    return plain_console(width=None if sys.stdout.isatty() else 100_000)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
@@ -148,12 +148,14 @@ def show_results(
 
 
 def show_confusion(console: Console, dataset: Dataset, table: Tensor) -> None:
-    """Rows are true classes, columns what was found."""
-    grid = Table("true \\ found", *dataset.classes, box=None)
+    """Rows are true classes, columns what was found. Numbers stay whole where names are cut."""
+    digits = len(str(int(table.max())))
+    names = ("true \\ found", *dataset.classes)
+    grid = Table(*(Column(name, min_width=digits) for name in names), box=None)
     for i, row in enumerate(table.tolist()):
         cells = [Text(str(n), "bold") if i == j else str(n or ".") for j, n in enumerate(row)]
         grid.add_row(dataset.classes[i], *cells)
-    console.print(grid)
+    console.print(grid, crop=False)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
+from string import ascii_lowercase
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from model import evaluate, predict
 from model.checkpoint import CHECKPOINT, WEIGHTS, Checkpoint, load, model_tensors, save
+from model.commands import plain_console
 from model.data import DATASETS, NATIVE_SIZES, digits
 from model.drawing import GAP, reconstruction_rows
 from model.errors import UserError
@@ -59,6 +62,27 @@ def test_confusion_by_hand() -> None:
     scores = torch.tensor([[0.9, 0.1, 0], [0.9, 0.1, 0], [0, 0.1, 0.9], [0, 0.9, 0]])
     labels = torch.tensor([[0], [1], [1], [1]])
     assert confusion(scores, labels).tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("width", [80, 100_000])
+def test_numbers_of_many_classes_stay_whole(width: int) -> None:
+    """A terminal may be too narrow for 26 classes, but no 1,000 may become a 1."""
+    names = tuple(f"letter-{letter}" for letter in ascii_lowercase)
+    table = torch.arange(26 * 26).view(26, 26) + 1000
+    console = plain_console(width=width)
+    with console.capture() as shown:
+        evaluate.show_confusion(console, replace(load_tiny(), classes=names), table)
+    rows = shown.get().splitlines()[-26:]
+    assert [row.split()[-26:] for row in rows] == [[str(n) for n in row] for row in table.tolist()]
+
+
+def test_piped_rows_stay_lines(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / ("long " * 40).strip()
+    copytree(runs[0], long)
+    assert evaluate.main([str(long)]) == 0
+    assert str(long) in capsys.readouterr().out
 
 
 def test_multimnist_counts_pairs_and_labels(
