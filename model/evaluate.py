@@ -35,7 +35,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--repeats", type=int, default=1, help="views of each test image where they are random"
     )
-    p.add_argument("--confusion", action="store_true", help="show which classes are confused")
+    p.add_argument(
+        "--confusion",
+        action="store_true",
+        help="show which classes are confused (of several runs: by their average)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
     add_device_flags(p)
     return p
@@ -60,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             "--repeats would do nothing here: each test image is seen in one way, from its middle"
         )
-    console = table_console()
+    console, together = table_console(), f"ensemble of {len(states)}"
     written: dict[str, Any] = {"dataset": config.dataset, "tests": {}}
     for name, split in tests.items():
         scores, labels = scores_of_runs(states, split, device, arguments)
@@ -69,12 +73,12 @@ def main(argv: list[str] | None = None) -> int:
             for (run, state), own in zip(states, scores, strict=True)
         }
         if arguments.ensemble:
-            results[f"ensemble of {len(states)}"] = TestResult.of(scores.mean(0), labels, config)
+            results[together] = TestResult.of(scores.mean(0), labels, config)
         written["tests"][name] = show_results(console, name, results, len(states))
         if arguments.confusion:
             table = confusion(scores.mean(0), labels)
             written["tests"][name]["confusion"] = table.tolist()
-            show_confusion(console, dataset, table)
+            show_confusion(console, dataset, table, together if len(states) > 1 else None)
     if arguments.json is not None:
         write_atomically(arguments.json, json.dumps(written, indent=1).encode() + b"\n")
     return 0
@@ -147,11 +151,13 @@ def show_results(
     return written
 
 
-def show_confusion(console: Console, dataset: Dataset, table: Tensor) -> None:
+def show_confusion(
+    console: Console, dataset: Dataset, table: Tensor, title: str | None = None
+) -> None:
     """Rows are true classes, columns what was found. Numbers stay whole where names are cut."""
     digits = len(str(int(table.max())))
     names = ("true \\ found", *dataset.classes)
-    grid = Table(*(Column(name, min_width=digits) for name in names), box=None)
+    grid = Table(*(Column(name, min_width=digits) for name in names), title=title, box=None)
     for i, row in enumerate(table.tolist()):
         cells = [Text(str(n), "bold") if i == j else str(n or ".") for j, n in enumerate(row)]
         grid.add_row(dataset.classes[i], *cells)

@@ -40,7 +40,9 @@ def final_errors(runs: list[Path]) -> list[float]:
     return [line["tests"]["test"]["error"] for line in lines]
 
 
-def test_the_error_is_the_one_training_reported(runs: list[Path], tmp_path: Path) -> None:
+def test_the_error_is_the_one_training_reported(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "link").symlink_to(runs[0])
     # By whatever name, a run counts once.
     again = [str(tmp_path / "link"), str(runs[0] / WEIGHTS), str(runs[1] / CHECKPOINT)]
@@ -52,6 +54,7 @@ def test_the_error_is_the_one_training_reported(runs: list[Path], tmp_path: Path
     assert found["mean"] == pytest.approx(np.mean(errors))
     assert found["std"] == pytest.approx(np.std(errors, ddof=1))
     assert found["runs"]["ensemble of 2"]["count"] == 50
+    assert capsys.readouterr().out.count("ensemble of 2") == 2  # the row, and above the confusion
     table = np.array(found["confusion"])
     assert table.sum() == 50
     wrong = table.sum() - table.trace()
