@@ -110,29 +110,17 @@ def fitted(config: Config, dataset: Dataset) -> Config:
 
 def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
     """Run to the end and report; the exit code."""
-    config, directory, progress = trainer.config, trainer.directory, trainer.progress
-    dataset = trainer.dataset
+    config, directory, dataset = trainer.config, trainer.directory, trainer.dataset
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    with trainer.world.together():
-        writes = trainer.world.is_main
-        # An epoch that was written down carries the step at its end, and stays.
-        purge_step = progress.step + (progress.step == progress.epoch * trainer.steps_per_epoch)
-        log = MetricsLog(directory if writes else None, progress.metrics_size, purge_step)
-        if progress.step == 0 and log.size == 0:  # unless resumed, be it from before the first step
-            about = {
-                "experiment": arguments.experiment or config.dataset,
-                "config": config.to_dict(),
-                "parameters": parameters,
-                "processes": trainer.world.size,
-                "weights": arguments.weights and checkpoints.short_name(arguments.weights),
-            }
-            log.write("run", 0, about | description(trainer.world.device))
-    console.print(
-        f"{config.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} to "
-        f"test; {parameters:,} parameters; in {directory}"
-    )
     go_on = go_on_command(arguments, directory, trainer.world.size)
+    # From before the first file is written: what can't be resumed would be left otherwise.
     with Interruption(console) as interruption:
+        with trainer.world.together():
+            log = begun_log(trainer, arguments, parameters)
+        console.print(
+            f"{config.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} "
+            f"to test; {parameters:,} parameters; in {directory}"
+        )
         fit = Fit(
             trainer, log, console, interruption,
             arguments.max_minutes, arguments.checkpoint_minutes,
@@ -153,6 +141,25 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
         console.print(f"out of time, saved; go on: {go_on}")
     log.close()
     return 0
+
+
+def begun_log(trainer: Trainer, arguments: Arguments, parameters: int) -> MetricsLog:
+    """Where the run is written down, how it began already there."""
+    progress, config = trainer.progress, trainer.config
+    # An epoch that was written down carries the step at its end, and stays.
+    purge_step = progress.step + (progress.step == progress.epoch * trainer.steps_per_epoch)
+    directory = trainer.directory if trainer.world.is_main else None
+    log = MetricsLog(directory, progress.metrics_size, purge_step)
+    if progress.step == 0 and log.size == 0:  # unless resumed, be it from before the first step
+        about = {
+            "experiment": arguments.experiment or config.dataset,
+            "config": config.to_dict(),
+            "parameters": parameters,
+            "processes": trainer.world.size,
+            "weights": arguments.weights and checkpoints.short_name(arguments.weights),
+        }
+        log.write("run", 0, about | description(trainer.world.device))
+    return log
 
 
 def go_on_command(arguments: Arguments, directory: Path, processes: int) -> str:

@@ -13,6 +13,7 @@ import torch
 from model import fit, train
 from model.checkpoint import CHECKPOINT, load, save
 from model.data import DATASETS, Dataset, Source, Split
+from model.environment import description
 from model.errors import UserError
 from model.interrupt import Interrupted, Interruption
 from model.metrics import METRICS, MetricsLog, read_metrics
@@ -61,6 +62,23 @@ def assert_same_run(directory: Path, other: Path) -> None:
     ]
     assert lines[0] == lines[1]
     assert [line["kind"] for line in lines[0]] == ["epoch", "epoch", "final"]
+
+
+def test_interrupted_as_it_begins(
+    tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It left files that were neither resumed nor begun afresh."""
+
+    def interrupted(device: torch.device) -> dict[str, object]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return description(device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "description", interrupted)
+        assert train_tiny(tmp_path / "run") == 130
+    assert load(tmp_path / "run").counters["step"] == 0
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.parametrize("at", [1, 3, 4, 6])
