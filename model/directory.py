@@ -41,14 +41,15 @@ def held(directory: Path, fresh: bool) -> Iterator[None]:
 
     UserError if another process holds it, or if a ``fresh`` run would write over files of a run.
     """
-    with writing(f"--save-dir {directory}"):
+    what = f"{'--save-dir' if fresh else '--resume'} {directory}"
+    with writing(what):
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY)
     try:
-        lock(descriptor, directory)
+        lock(descriptor, what)
         if fresh:
             refuse_used(directory)
-        with writing(f"--save-dir {directory}"):
+        with writing(what):
             remove_unfinished(directory)
             with tempfile.TemporaryFile(dir=directory) as file:
                 file.write(b"x")
@@ -57,14 +58,13 @@ def held(directory: Path, fresh: bool) -> Iterator[None]:
         os.close(descriptor)  # which unlocks it, as the end of the process does, however it ends
 
 
-def lock(descriptor: int, directory: Path) -> None:
-    """Lock an open directory; UserError if another process did."""
+def lock(descriptor: int, what: str) -> None:
+    """Lock an open directory; UserError, which begins with ``what``, if another process did."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"{directory} is in use by a run in another process: wait for its end, or take "
-            "another --save-dir"
+            f"{what} is in use by a run in another process: wait for its end, or name another"
         ) from None
     except OSError:
         pass  # some network file systems have no locks of directories
