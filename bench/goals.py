@@ -7,11 +7,13 @@ says what is missing.
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from . import memory, training
 from .options import add_quick, add_rounds
 from .peers import Implementation, ours, peers
-from .records import Record, select, share_of_product
+from .precompile import GOALS_BATCHES, SMALL_BATCHES
+from .records import Record, load, select, share_of_product
 from .routing import BOTH, FORWARD, Settings, measure_routing
 from .shapes import MANY_CLASSES, MNIST, SHAPES
 from .tables import duration, percent, ratio, size
@@ -21,6 +23,7 @@ Measure = Callable[[list[Record]], float]
 OURS, EAGER, COMPILED = ({"family": family} for family in ("ours", "eager", "compiled"))
 STEP_B = 128
 """Samples of a training step."""
+AUTOTUNED = "autotuned"
 
 
 class NotMeasuredError(LookupError):
@@ -58,9 +61,16 @@ class Goal:
         }
 
 
-def layer(direction: str, B: int, precision: str = "ieee", case: str = MNIST.name) -> Record:
-    """Which records are of a pass of the routing layer."""
-    return {"table": "routing", "case": case, "B": B, "pass": direction, "precision": precision}
+def layer(
+    direction: str,
+    B: int,
+    precision: str = "ieee",
+    case: str = MNIST.name,
+    beside: str | None = None,
+) -> Record:
+    """Which records are of a pass of the routing layer; ``beside``: measured in turn with these."""
+    where = {"table": "routing", "case": case, "B": B, "pass": direction, "precision": precision}
+    return where | {"beside": beside}
 
 
 def layer_memory(case: str, B: int) -> Record:
@@ -198,7 +208,8 @@ def gpu_goals() -> Iterator[Goal]:
             where, at = layer(direction, 128, "tf32"), f"{backend}: {direction}, B = 128, tf32, "
             of_eager = speedup(einsum, where, who)
             yield Goal(f"{at}of eager einsum", of_eager, ratio, targets.of_einsum)
-            of_fastest = smallest(speedup(peer, where, who) for peer in autotuned)
+            beside = layer(direction, 128, "tf32", beside=AUTOTUNED)
+            of_fastest = smallest(speedup(peer, beside, who) for peer in autotuned)
             yield Goal(f"{at}of compiled, max-autotune", of_fastest, ratio, targets.of_max_autotune)
             what = f"{backend}: {direction}, B = 1024, tf32, share of the H200's floor"
             measure = of_floor(who, direction, 1024, "tf32")
@@ -218,7 +229,7 @@ def conclude(records: list[Record], device: str) -> list[Record]:
 
 PARTS = {
     "cpu": ("batches", "shapes", "memory", "training"),
-    "cuda": ("batches", "autotuned", "memory", "training", "small batches"),
+    "cuda": ("batches", "memory", "training", "small batches", AUTOTUNED),
 }
 """What is measured on a device, the most wanted first."""
 MORE_ROUNDS = 4
@@ -236,6 +247,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "1024, the small ones are another part); the seven shapes at B = 32; memory; a training "
         "step; against torch.compile(mode='max-autotune')",
     )
+    parser.add_argument(
+        "--with",
+        dest="earlier",
+        type=Path,
+        metavar="FILE",
+        help="judge with what an earlier run wrote by --json, too, and keep it",
+    )
     add_rounds(parser)
     add_quick(parser, "shapes and rounds")
 
@@ -248,6 +266,11 @@ def reason_against(options: argparse.Namespace) -> str | None:
         return f"--only {unknown[0]!r}: of a {device} there are {', '.join(known)}"
     if options.plots and set(options.only or ()) == {"training"}:
         return "--plots: they are of the routing layer, which --only leaves out"
+    if options.earlier:
+        try:
+            load(options.earlier)
+        except (OSError, ValueError) as error:
+            return f"--with: {error}"
     return None
 
 
@@ -260,9 +283,12 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
         "training": lambda: training.measure_steps(
             STEP_B, settings, (training.FUSED, training.ORACLE, training.POPULAR), (training.FUSED,)
         ),
-        "autotuned": lambda: autotuned(settings),
+        AUTOTUNED: lambda: autotuned(settings),
         "small batches": lambda: small_batches(settings),
     }
+    if options.earlier:
+        _, _, records = load(options.earlier)
+        yield from (record for record in records if record["table"] != "goals")
     for name in options.only or PARTS[settings.device]:
         yield from parts[name]()
 
@@ -279,23 +305,23 @@ def batches(settings: Settings) -> Iterator[Record]:
             yield from measure_routing(MNIST, B, everyone, patient)
         return
     eager = [one for one in everyone if one.family != "compiled"]
-    for B, measured in ((128, everyone), (1024, eager)):
+    for B, measured in zip(GOALS_BATCHES, (everyone, eager), strict=True):
         for precision in ("tf32", "ieee"):
             yield from measure_routing(MNIST, B, measured, replace(settings, precision=precision))
 
 
 def small_batches(settings: Settings) -> Iterator[Record]:
     """MNIST at batches that no goal of a GPU is about."""
-    for B in (16, 1):
-        for precision in ("tf32", "ieee"):
-            chosen = replace(settings, precision=precision)
-            yield from measure_routing(MNIST, B, [*ours(settings.device), *strong_peers()], chosen)
+    everyone = [*ours(settings.device), *strong_peers()]
+    for B in SMALL_BATCHES:
+        yield from measure_routing(MNIST, B, everyone, replace(settings, precision="ieee"))
 
 
 def autotuned(settings: Settings) -> Iterator[Record]:
     """MNIST at B = 128 with TF32 against the peers that Inductor tunes for minutes."""
     everyone = [*ours(settings.device), *autotuned_peers()]
-    yield from measure_routing(MNIST, 128, everyone, replace(settings, precision="tf32"))
+    for record in measure_routing(MNIST, 128, everyone, replace(settings, precision="tf32")):
+        yield record | {"beside": AUTOTUNED}
 
 
 def shapes(settings: Settings, quick: bool) -> Iterator[Record]:

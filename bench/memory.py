@@ -158,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_peers_arguments(parser)
     add_iterations(parser)
     add_precision(parser)
-    add_quick(parser, "batches")
+    add_quick(parser, "batches, no convolution")
 
 
 def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) -> Iterator[Record]:
@@ -167,7 +167,8 @@ def measure(options: argparse.Namespace, settings: Settings, _ceilings: Record) 
     fused, others = ours(settings.device), chosen_peers(options)
     for B in QUICK_BATCHES if options.quick else BATCHES:
         yield from measure_memory(MNIST, B, [*fused, *others], settings)
-    yield from measure_memory(CONVOLUTION, CONVOLUTION_B, [*fused, *others], settings)
+    if not options.quick:
+        yield from measure_memory(CONVOLUTION, CONVOLUTION_B, [*fused, *others], settings)
     for times in TIMES_I:
         shape = replace(MNIST, name=f"MNIST, I = {times * MNIST.I}", I=times * MNIST.I)
         for record in measure_memory(shape, GROWTH_B, fused, settings):

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,6 +42,9 @@ PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 TOTAL_MINUTES = {"cpu": 45.0, "cuda": 8.0}
 LEFT_OUT = "skipped: left out as wished"
 BUILD = "build"
+PATIENCE = 1.4
+"""Times the seconds that a step of a GPU should take are its limit."""
+WINDOWS = ("--shape", CONVOLUTION.name, "--no-max-autotune")
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TRUST = ("tests/test_determinism.py", "tests/test_range.py", "tests/test_properties.py")
 """Tests of many values and sizes: a step of their own, as Triton compiles for each size."""
@@ -88,10 +91,12 @@ def steps(
     """
     python = sys.executable
 
-    def bench(name: str, minutes: float, *options: str) -> Step:
-        """A measurement by the command that its name begins with."""
+    def bench(name: str, minutes: float, *options: str, adds_to: str | None = None) -> Step:
+        """A measurement by the command that its name begins with, which may add to another's."""
+        file = str(folder / f"{adds_to or name}.json")
         command = [python, "-m", "bench", name.partition("-")[0], "--device", device]
-        return Step(name, [*command, "--json", str(folder / f"{name}.json"), *options], minutes)
+        command += ["--json", file, *(["--with", file] if adds_to else []), *options]
+        return Step(name, command, minutes)
 
     on_cpu = device == "cpu"
     build = Step(BUILD, [python, "setup.py", "build_ext", "--inplace"], 8 if on_cpu else 4)
@@ -101,16 +106,14 @@ def steps(
     if data is not None:
         train += ["--experiment=mnist", "--lr-schedule=linear", f"--data-dir={data}"]
     plots = ("--plots", str(folder))
-    mnist = ("--shape", MNIST.name)
-    windows = ("--shape", CONVOLUTION.name, "--no-max-autotune")
     if on_cpu:
         one_by_one = [
             build,
             Step("tests", [*PYTEST, "-q", "tests/test_cpu.py", "tests/test_reference.py"], 10),
             bench("goals", 12),
-            bench("routing", 10, *mnist, *plots),
+            bench("routing", 10, "--shape", MNIST.name, *plots),
             bench("routing-shared", 2, "--shape", SHARED.name),
-            bench("routing-windows", 3, *windows),
+            bench("routing-windows", 3, *WINDOWS),
             bench("memory", 8, *plots),
             bench("scaling", 4),
             bench("accuracy", 2),
@@ -118,63 +121,71 @@ def steps(
             Step("training-run", [*train, "--epochs=1", "--max-minutes=1"], 2),
         ]
         return [[step] for step in one_by_one]
+    # An epoch of the digits is 11 steps, of which a graph warms up three.
+    train += ["--cuda-graph", "--tf32", "--amp", "--epochs=15", "--max-minutes=0.6"]
+    return gpu_steps(bench, build, train, plots)
+
+
+def limit(seconds: float) -> float:
+    """The minutes after which a step of a GPU is stopped that should take so many seconds."""
+    return PATIENCE * seconds / 60
+
+
+def gpu_steps(
+    bench: Callable[..., Step], build: Step, train: Sequence[str], plots: Sequence[str]
+) -> list[list[Step]]:
+    """Of a GPU; up to Triton's tests what its minutes are enough for where the extension is built.
+
+    Numbers are the seconds that a step should take on an H200 with 16 processors: estimates from
+    what those of earlier reports took that were not overloaded.
+    """
     major, minor = torch.cuda.get_device_capability()
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         # Only what runs here: every further architecture costs a compilation.
         build.environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
-    # An epoch of the digits is 11 steps, of which a graph warms up three.
-    train += ["--cuda-graph", "--tf32", "--amp", "--epochs=15", "--max-minutes=0.6"]
     # By name: of folders pytest would choose the order.
     found = {str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py")}
-    others = sorted(found.difference(FIRST, TRUST, [SANITIZED]))
+    files = [*FIRST, *sorted(found.difference(FIRST, TRUST, [SANITIZED]))]
     ours_alone = ("--peers", "none")
     batches = [option for B in precompile.BFLOAT16_BATCHES for option in ("--batch", str(B))]
-    bfloat16 = ("--dtype", "bfloat16", *mnist, *batches)
+    tf32 = ("--precision", "tf32", "--batch", str(precompile.TF32_BATCH))
+    bfloat16 = ("--dtype", "bfloat16", "--shape", MNIST.name, *batches)
+    # The most wanted first; a training step comes with its parts. Tuning peers takes minutes.
+    goals = ("batches", "memory", "training", "small batches")
     own = f"sm_{major}{minor}"
     aot = ["aot", "--shape=MNIST", "--target", own if own in TARGETS else "sm_90", "--markdown"]
-    beside_the_build = [
-        build,
-        Step("compile", [python, "-m", "bench.precompile"], 1.75),
-        Step("aot", [python, "-m", "bench", *aot], 1.75),
-    ]
-    # No more than these at once: with Triton's tests beside them, on 16 processors, none was done.
-    after_the_build = [
-        gpu_tests("tests", 1.75, OTHERS, *FIRST, *others),
-        bench("accuracy", 1),
-        bench("memory", 1.75, "--quick", "--no-max-autotune", *plots),
-        # Inductor keeps what it compiles and tunes: the goals, measured alone, find it.
-        *(
-            Step(
-                f"inductor-{part.partition(' ')[0]}",
-                [python, "-m", "bench", "goals", "--only", part],
-                1.65,
-            )
-            for part in ("batches", "autotuned", "small batches")
-        ),
-        *sanitizer_steps(),
-    ]
+    modules = [sys.executable, "-m"]
+    # Each of many processes compiles alone, and has nothing to write when it is stopped.
+    compiling = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return [
-        *([beside_the_build + after_the_build] if built else [beside_the_build, after_the_build]),
-        [bench("goals", 2.25)],  # with a training step and its parts
-        [bench("routing-tf32", 1, "--precision", "tf32", *ours_alone)],
-        # A run is about its accuracy: no table has its speed.
+        [build, Step("compile", [*modules, "bench.precompile"], limit(45), compiling, grace=1)],
+        # No table has a time of these. Every other measurement runs alone.
         [
-            Step("training-run", train, 0.8),
-            gpu_tests("tests-triton", 1.2, TRITON_FIRST, *FIRST, *others, share=1),
+            gpu_tests("tests", 75, OTHERS, *files, share=0.5),
+            bench("accuracy", limit(20)),
+            bench("memory", limit(45), "--quick", "--no-max-autotune", *plots),
+            *sanitizer_steps(40),
+            Step("training-run", list(train), limit(40)),
         ],
-        [bench("routing-bfloat16", 0.4, *bfloat16, *ours_alone)],
-        [bench("routing", 0.85, *mnist, "--peers", "eager", *plots)],
-        [bench("scaling", 1)],
-        [bench("routing-windows", 0.4, *windows)],
+        [bench("goals", limit(95), *(f"--only={part}" for part in goals))],
+        [bench("routing", limit(50), "--shape", MNIST.name, "--peers", "eager", *plots)],
+        [bench("scaling", limit(45))],
+        [bench("routing-tf32", limit(30), *tf32, *ours_alone)],
+        [bench("routing-bfloat16", limit(25), *bfloat16, *ours_alone)],
+        [gpu_tests("tests-triton", 110, TRITON_FIRST, *files)],
+        # What --minutes or --resume have time for.
+        [bench("goals-autotuned", limit(150), "--only=autotuned", adds_to="goals")],
         [
-            gpu_tests("tests-bfloat16", 1, TRITON_NEXT, *FIRST, *others),
-            gpu_tests("tests-other-types", 1, TRITON_LAST, *FIRST, *others, share=0.25),
-            gpu_tests("trust", 1, "", *TRUST, share=0.25),
+            gpu_tests("tests-bfloat16", 60, TRITON_NEXT, *files, share=0.5),
+            gpu_tests("tests-other-types", 60, TRITON_LAST, *files, share=0.25),
+            gpu_tests("trust", 60, "", *TRUST, share=0.25),
         ],
+        [bench("routing-windows", limit(70), *WINDOWS)],
+        [Step("aot", [*modules, "bench", *aot], limit(40))],
     ]
 
 
-def gpu_tests(name: str, minutes: float, which: str, *files: str, share: float = 0.5) -> Step:
+def gpu_tests(name: str, seconds: float, which: str, *files: str, share: float = 1) -> Step:
     """Tests on the GPU in a process for each of a ``share`` of the processors: most compile."""
     command = [*PYTEST, "-v", "-m", "gpu", "--continue-on-collection-errors"]
     command += ["--failures-at-once", "--durations=25", "-k", which]
@@ -185,10 +196,10 @@ def gpu_tests(name: str, minutes: float, which: str, *files: str, share: float =
         command += ["--numprocesses", str(processes), "--maxschedchunk", "2"]
     environment = {"OMP_NUM_THREADS": "1", **SHARED_COMPILATIONS}
     # Its log is written as it goes: nothing is lost where it does not stop at once.
-    return Step(name, [*command, *files], minutes, environment, grace=5)
+    return Step(name, [*command, *files], limit(seconds), environment, grace=5)
 
 
-def sanitizer_steps() -> list[Step]:
+def sanitizer_steps(seconds: float) -> list[Step]:
     """Every tool of compute-sanitizer over small calls of the GPU backends."""
     sanitizer = shutil.which("compute-sanitizer", path=sanitizer_path())
     found = []
@@ -197,8 +208,8 @@ def sanitizer_steps() -> list[Step]:
         step = Step(
             f"sanitizer-{tool}",
             [*command, sys.executable, "-m", "bench.small_calls"],
-            1.25,
-            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            limit(seconds),
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", **SHARED_COMPILATIONS},
         )
         if sanitizer is None:
             step.outcome = "skipped: there is no compute-sanitizer here"

@@ -14,8 +14,7 @@ CALLS: tuple[Call, ...] = (
     ((3, 7, 33, 8, 16), torch.float32, {}),
     ((20, 36, 10, 8, 16), torch.float32, {"weight_sharing": 9, "leaky": True}),
 )
-"""B, I, J, K, D, dtype and options; the last one has log priors and a bias, too. All are cases of
-the tests as well: where those ran before, Triton has their kernels."""
+"""B, I, J, K, D, dtype and options; the last one has log priors and a bias, too."""
 FOR_CUDA: tuple[Call, ...] = (((520, 530, 10, 8, 16), torch.bfloat16, {}),)
 """So large that gradients go by output capsules, on 132 multiprocessors."""
 BY_WARPGROUPS: tuple[Call, ...] = (

@@ -230,7 +230,9 @@ def test_a_gpu_is_judged_against_the_fastest_of_the_autotuned_peers():
         if goal.what == "cuda: forward, B = 128, tf32, of compiled, max-autotune"
     )
     records = [
-        routing_record(family, seconds, precision="tf32", implementation=name)
+        routing_record(
+            family, seconds, precision="tf32", implementation=name, beside=goals.AUTOTUNED
+        )
         for family, name, seconds in (
             ("ours", "ours (cuda)", 1e-3),
             ("compiled", "compiled einsum (max-autotune)", 20e-3),

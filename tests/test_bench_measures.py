@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,37 @@ def stand_ins(monkeypatch):
 @pytest.mark.parametrize("device", goals.GOALS)
 def test_every_goal_is_judged_by_what_is_measured(device, stand_ins):
     """With ours in no time all are met; without a measurement none is."""
-    options = argparse.Namespace(only=None, quick=False)
+    options = argparse.Namespace(only=None, quick=False, earlier=None)
     records = list(goals.measure(options, Settings(device), CEILINGS))
     verdicts = goals.conclude(records, device)
     assert {verdict["verdict"] for verdict in verdicts} == {"yes"}
     nothing = goals.conclude([], device)
     assert {verdict["verdict"] for verdict in nothing} == {"not measured"}
+
+
+def test_goals_are_judged_with_an_earlier_run(stand_ins, tmp_path, capsys):
+    """What it measured is kept, and only once."""
+    file = tmp_path / "goals.json"
+    here = ["goals", "--device", "cpu", "--json", str(file)]
+    parts = ("memory", "batches", "shapes", "training")
+    for number, part in enumerate(parts):
+        assert main([*here, "--only", part, *(["--with", str(file)] if number else [])]) == 0
+        _, _, records = load(file)
+        assert [r["table"] for r in records].count("goals") == len(goals.GOALS["cpu"])
+    assert {verdict["verdict"] for verdict in select(records, table="goals")} == {"yes"}
+    file.write_text("{")
+    with pytest.raises(SystemExit):
+        main([*here, "--with", str(file)])
+    assert "is not a report of python -m bench" in capsys.readouterr().err
+
+
+def test_ours_beside_autotuned_peers_is_compared_with_these_alone(stand_ins):
+    options = argparse.Namespace(only=[goals.AUTOTUNED], quick=False, earlier=None)
+    records = list(goals.measure(options, Settings("cuda"), CEILINGS))
+    verdicts = {r["what"]: r["verdict"] for r in goals.conclude(records, "cuda")}
+    assert {what for what, verdict in verdicts.items() if verdict == "yes"} == {
+        what for what in verdicts if "max-autotune" in what
+    }
 
 
 def test_the_memory_of_every_batch_and_multiple_of_I(stand_ins, tmp_path, capsys):
@@ -182,12 +208,18 @@ def test_plots_are_the_same_for_the_same_records(tmp_path):
 
 
 def test_what_is_compiled_ahead_is_what_is_measured():
-    points = set(precompile.points())
+    points = list(precompile.points())
+    calls = [call for _, *call in points]
     ieee, tf32 = (Settings("cuda", precision=precision) for precision in ("ieee", "tf32"))
-    assert {(MNIST, 128, tf32), (MNIST, 1024, ieee), scaling.point("R", 30, ieee)} < points
-    assert {shape for shape, *_ in points} > set(SHAPES)
-    refused = precompile.compile_point((MNIST, 1, Settings("cpu")))
-    assert refused.startswith("MNIST I=1152 J=10 B=1 R=3 torch.float32: fused_routing: backend")
+    for call in ((MNIST, 128, tf32), (MNIST, 1024, ieee), scaling.point("R", 30, ieee)):
+        assert list(call) in calls
+    assert {shape for shape, *_ in calls} > set(SHAPES)
+    assert ("compiled contracted", MNIST, 128, tf32) in points
+    on_cpu = Settings("cpu")
+    done = precompile.compile_point(("eager einsum", replace(MNIST, I=3), 1, on_cpu))
+    assert done == "eager einsum MNIST I=3 J=10 B=1 R=3 torch.float32, ieee: done"
+    refused = precompile.compile_point(("ours (cpu)", MNIST, -1, on_cpu))
+    assert refused.startswith("ours (cpu) MNIST I=1152 J=10 B=-1 R=3 torch.float32: Trying to cre")
 
 
 def test_the_benchmarks_for_comparison_between_commits_run():

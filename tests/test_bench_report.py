@@ -263,7 +263,22 @@ def test_the_toolkit_is_the_one_nvcc_belongs_to(tmp_path, monkeypatch):
 def test_every_step_of_a_report_is_a_command_that_parses(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    (tmp_path / "goals.json").write_text('{"machine": {}, "ceilings": {}, "records": []}')
     for device in ("cpu", "cuda"):
         for one in itertools.chain.from_iterable(report.steps(device, tmp_path, tmp_path, None)):
             if "bench" in one.command and "aot" not in one.command:
                 parse(one.command[one.command.index("bench") + 1 :])
+
+
+def test_what_a_gpu_should_do_in_its_minutes_fits_into_them(tmp_path, monkeypatch):
+    """Every measurement that a document shows, and the tests of both backends."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    groups = report.steps("cuda", tmp_path, tmp_path, None, built=True)
+    names = [step.name for group in groups for step in group]
+    groups = [[step for step in group if step.outcome == steps.NOT_RUN] for group in groups]
+    last = next(i for i, group in enumerate(groups) if group[0].name == "tests-triton")
+    seconds = sum(60 * max(step.minutes for step in group) for group in groups[: last + 1])
+    assert seconds / report.PATIENCE <= 60 * report.TOTAL_MINUTES["cuda"]
+    wanted = {"accuracy", "memory", "goals", "routing", "scaling", "routing-tf32", "tests"}
+    assert wanted < set(names[: names.index("tests-triton")])
+    assert names.index("sanitizer-memcheck") < names.index("goals")
