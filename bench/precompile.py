@@ -1,8 +1,8 @@
 """``python -m bench.precompile``: compile what the benchmarks measure on a GPU, in many processes.
 
 Triton and Inductor compile the kernels of a call when it is first made, for seconds, and keep them
-on disk: what is compiled here, beside other work, the benchmarks find. Nothing is tuned here, as
-tuning takes times.
+on disk: what is compiled here, beside other work, the benchmarks find. What Inductor chooses by
+times it does not keep from here, where many processes share the GPU.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import torch
+import torch._inductor.config
 
 from . import accuracy, memory, routing, scaling
 from .machine import processors
@@ -84,6 +85,7 @@ def compile_point(point: Point) -> str:
 
 
 def main() -> None:
+    torch._inductor.config.autotune_local_cache = False
     # Nothing has touched the GPU here. What a spawned process compiles, Inductor files under
     # another name than the benchmarks look for.
     context = multiprocessing.get_context("fork")
