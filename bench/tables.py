@@ -96,6 +96,12 @@ def floor_seconds(record: Record, ceilings: Record) -> float:
     return max(record["operations"] / record["product_rate"], record["bytes"] / ceilings["copy"])
 
 
+def of_product(share: float, dtype: str, table: Table) -> str:
+    """A share of what the matrix product allows, which is measured in float32 alone."""
+    note = "" if dtype == "float32" else f" {table.note('by the product in float32')}"
+    return percent(share) + note
+
+
 def case(record: Record) -> str:
     """A shape's name, and what differs from float32 in its own precision."""
     usual = {"dtype": "float32", "precision": "ieee"}
@@ -103,20 +109,23 @@ def case(record: Record) -> str:
 
 
 def summary_table(records: list[Record], _ceilings: Record) -> Table:
-    """Each shape and pass in a line: the fastest eager peer, the fastest compiled one, ours."""
+    """Each shape and pass in a line: the fastest eager peer, the fastest compiled one, ours.
+
+    Where there are no peers of a kind, it has no columns.
+    """
+    records = select(records, table="routing")
+    kinds = [kind for kind in ("eager", "compiled") if select(records, family=kind)]
     table = Table(
         "Routing layer, fastest of each kind",
-        ["shape", "B", "pass", "eager", "compiled", "ours", "vs eager", "vs compiled", "of gemm"],
+        ["shape", "B", "pass", *kinds, "ours", *(f"vs {kind}" for kind in kinds), "of gemm"],
     )
-    for key, group in groups(
-        select(records, table="routing"), "case", "B", "pass", "dtype", "precision"
-    ):
-        best = [fastest(group, family=family) for family in ("eager", "compiled", "ours")]
-        *others, ours = best
+    for key, group in groups(records, "case", "B", "pass", "dtype", "precision"):
+        *others, ours = best = [fastest(group, family=family) for family in (*kinds, "ours")]
         cells = [duration(record["seconds"]) if record else "-" for record in best]
         for peer in others:
             cells.append(ratio(peer["seconds"] / ours["seconds"]) if peer and ours else "-")
-        cells.append(percent(share_of_product(ours)) if ours else "-")
+        share = share_of_product(ours) if ours else None
+        cells.append("-" if share is None else of_product(share, key["dtype"], table))
         table.rows.append([case(key), str(key["B"]), key["pass"], *cells])
     return table
 
@@ -135,9 +144,10 @@ def routing_table(records: list[Record], ceilings: Record) -> Table:
                 table.rows.append([*where, table.note(record["status"]), "", "", ""])
                 continue
             faster = ratio(record["seconds"] / ours["seconds"]) if ours else "-"
-            share = percent(floor_seconds(record, ceilings) / record["seconds"])
+            share = floor_seconds(record, ceilings) / record["seconds"]
+            floor = of_product(share, record["dtype"], table)
             spread = percent(record["spread"] / record["seconds"])
-            table.rows.append([*where, duration(record["seconds"]), spread, faster, share])
+            table.rows.append([*where, duration(record["seconds"]), spread, faster, floor])
     return table
 
 
@@ -223,20 +233,23 @@ def exponents_table(records: list[Record], _ceilings: Record) -> Table:
 
 
 def accuracy_table(records: list[Record], _ceilings: Record) -> Table:
+    """A backend and dtype in a line: each error, and how many times the oracle's own it is."""
+    quantities = list(dict.fromkeys(record["quantity"] for record in records))
     table = Table(
-        "Largest error against float64, relative to the largest value",
-        ["implementation", "dtype", "of", "error", "the oracle's own", "ratio"],
+        "Largest error against float64, relative to the largest value (over the oracle's own)",
+        ["implementation", "dtype", *quantities],
     )
-    for record in records:
-        own = record["oracle_error"]
-        where = [record["implementation"], record["dtype"], record["quantity"]]
-        if "error" in record:
-            quotient = f"{record['error'] / own:.2f}" if own else "-"
-            cells = [f"{record['error']:.1e}", f"{own:.1e}", quotient]
-        else:
-            cells = [table.note(record["status"]), f"{own:.1e}", ""]
-        table.rows.append([*where, *cells])
+    for key, group in groups(records, "implementation", "dtype"):
+        table.rows.append([*key.values(), *(error(record, table) for record in group)])
     return table
+
+
+def error(record: Record, table: Table) -> str:
+    if "error" not in record:
+        return table.note(record["status"])
+    own = record["oracle_error"]
+    quotient = f" ({record['error'] / own:.2f}x)" if own else ""
+    return f"{record['error']:.1e}{quotient}"
 
 
 def goals_table(records: list[Record], _ceilings: Record) -> Table:

@@ -68,9 +68,13 @@ class View:
     kind: str
     where: dict[str, object] = field(default_factory=dict)
     batches: tuple[int, ...] = ()  # only these, if any are named
+    peers: str = ""  # ours beside peers with this in their names, where there are such
 
     def chosen(self, records: list[Record]) -> list[Record]:
         found = select(records, table=self.kind, **self.where)
+        if self.peers:
+            peers = [record for record in found if self.peers in record["implementation"]]
+            found = peers and [*select(found, family="ours"), *peers]
         return [record for record in found if not self.batches or record["B"] in self.batches]
 
 
@@ -81,13 +85,25 @@ VIEWS = {
         "goals", tables.summary_table, "routing", {"case": "MNIST"}, batches=(1, 16, 128)
     ),
     "peers": View("goals", tables.routing_table, "routing", {"case": "MNIST", "B": 128}),
+    "autotuned": View(
+        "goals",
+        tables.summary_table,
+        "routing",
+        {"precision": "tf32"},
+        batches=(128,),
+        peers="max-autotune",
+    ),
     "batches": View("routing", tables.summary_table, "routing", {"case": "MNIST"}),
     "shared": View("routing-shared", tables.summary_table, "routing"),
     "windows": View("routing-windows", tables.summary_table, "routing"),
-    "batches-tf32": View("routing-tf32", tables.summary_table, "routing"),
+    "shapes": View("goals", tables.summary_table, "routing", batches=(32,)),
+    "shapes-tf32": View("routing-tf32", tables.summary_table, "routing", batches=(128,)),
     "batches-bfloat16": View("routing-bfloat16", tables.summary_table, "routing"),
     "mnist-memory": View("goals", tables.memory_table, "memory", {"case": "MNIST"}),
-    "memory": View("memory", tables.memory_table, "memory"),
+    "memory": View("memory", tables.memory_table, "memory", batches=(4, 32, 128)),
+    "memory-windows": View(
+        "memory", tables.memory_table, "memory", {"case": "3x3 windows, stride 2"}
+    ),
     "memory-growth": View("memory", tables.exponents_table, "exponents"),
     "training": View("training", tables.training_table, "training"),
     "training-step": View("goals", tables.training_table, "training"),

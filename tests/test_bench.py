@@ -244,6 +244,25 @@ def test_a_gpu_is_judged_against_the_fastest_of_the_autotuned_peers():
     assert goal.judge(records[:-1])["verdict"] == "not measured"
 
 
+def test_a_share_of_a_product_of_another_dtype_says_so():
+    records = [routing_record("ours", 20e-3), routing_record("ours", 20e-3, dtype="bfloat16")]
+    table = tables.summary_table(records, {})
+    assert table.headers == ["shape", "B", "pass", "ours", "of gemm"], "no columns without peers"
+    assert [row[-1] for row in table.rows] == ["50 %", "50 % [1]"]
+    assert table.note_lines() == ["[1] by the product in float32"]
+
+
+def test_an_error_is_told_with_how_many_times_the_oracles_it_is():
+    fields = {"table": "accuracy", "implementation": "ours", "dtype": "float16", "status": "ok"}
+    records = [
+        fields | {"quantity": "v", "error": 3e-4, "oracle_error": 2e-4},
+        fields | {"quantity": "grad u", "status": "refused", "oracle_error": 2e-4},
+    ]
+    table = tables.accuracy_table(records, {})
+    assert table.headers == ["implementation", "dtype", "v", "grad u"]
+    assert table.rows == [["ours", "float16", "3.0e-04 (1.50x)", "[1]"]]
+
+
 def test_an_error_is_the_largest_of_the_largest_value():
     found, exact = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([1.0, 4.0, -3.0])
     assert accuracy.errors((found, exact), (exact, exact)) == [0.5, 0]

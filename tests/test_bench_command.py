@@ -24,7 +24,8 @@ def test_accuracy_is_printed_and_written(tmp_path, capsys):
     assert ceilings["copy"] > 0
     assert {record["dtype"] for record in records} == {"float64", "float32", "bfloat16", "float16"}
     printed = capsys.readouterr().out
-    assert "| implementation | dtype | of | error |" in printed
+    assert "| implementation | dtype | v | grad u | grad weight |" in printed
+    assert "x) |" in printed
     assert machine["commit"] in printed
 
 
