@@ -184,6 +184,20 @@ def test_what_the_newest_report_lacks_comes_from_the_one_before(checkout):
     assert "a-processor/2026-01-01/" in text
 
 
+def test_tuned_peers_are_those_of_a_report_that_has_them():
+    """Beside ours, of the same batch and precision."""
+    fields = {"table": "routing", "B": 128, "precision": "tf32"}
+    records = [
+        fields | {"implementation": name, "family": name.partition(" ")[0]}
+        for name in ("ours (cuda)", "eager einsum", "compiled einsum")
+    ]
+    view = fill_figures.VIEWS["autotuned"]
+    assert view.chosen(records) == []
+    tuned = records[-1] | {"implementation": "compiled einsum (max-autotune)"}
+    others = [tuned | {"B": 16}, tuned | {"precision": "ieee"}]
+    assert view.chosen([*records, tuned, *others]) == [records[0], tuned]
+
+
 def test_a_section_with_figures_links_what_was_measured(checkout, capsys):
     """In documents without blocks."""
     run(checkout)
