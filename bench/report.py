@@ -41,7 +41,8 @@ REPORT = "report.json"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
 TOTAL_MINUTES = {"cpu": 45.0, "cuda": 8.0}
 LEFT_OUT = "skipped: left out as wished"
-BUILD = "build"
+BUILD, COMPILE = "build", "compile"
+"""What these leave, others find."""
 PATIENCE = 1.4
 """Times the seconds that a step of a GPU should take are its limit."""
 WINDOWS = ("--shape", CONVOLUTION.name, "--no-max-autotune")
@@ -158,7 +159,7 @@ def gpu_steps(
     # Each of many processes compiles alone, and has nothing to write when it is stopped.
     compiling = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return [
-        [build, Step("compile", [*modules, "bench.precompile"], limit(45), compiling, grace=1)],
+        [build, Step(COMPILE, [*modules, "bench.precompile"], limit(45), compiling, grace=1)],
         # No table has a time of these. Every other measurement runs alone.
         [
             gpu_tests("tests", 75, OTHERS, *files, share=0.5),
@@ -304,10 +305,12 @@ def reason_against_resuming(folder: Path, device: str) -> str | None:
 def keep_what_is_done(steps: Iterable[Step], stored: Iterable[Record]) -> None:
     """Take the outcome of steps that ended well from the report they stand in.
 
-    Not of the build: what it left may be gone, and building again costs little.
+    Not of the build and the compilation: what they left may be gone, and where it is not, they cost
+    little.
     """
     done = {step["name"]: step for step in stored if step["outcome"] == "ok"}
-    done.pop(BUILD, None)
+    for name in (BUILD, COMPILE):
+        done.pop(name, None)
     for step in steps:
         if step.name in done:
             step.outcome, step.seconds = "ok", done[step.name]["seconds"]

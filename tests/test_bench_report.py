@@ -61,28 +61,28 @@ def test_a_report_records_every_outcome_and_goes_on(tmp_path, monkeypatch, capsy
 
 
 def test_a_report_is_gone_on_with(tmp_path, monkeypatch, capsys):
-    """Only with what has not ended well and the build, whose files may be gone; on the same device,
-    and from the same sources."""
+    """Only with what has not ended well, and the build and compilation, whose files may be gone; on
+    the same device, and from the same sources."""
     attempts = []
 
     def planned(device, folder, scratch, data, built):
         attempts.append(1)
         write = f"print({len(attempts)})"
         return [
-            [step("build", write), step("works", write)],
+            [step("build", write), step("compile", write), step("works", write)],
             [step("fails", f"{write}; exit({2 - len(attempts)})")],
         ]
 
     monkeypatch.setattr(report, "steps", planned)
     folder, _ = report.make_report("cpu", 1.0, tmp_path)
     first = json.loads((folder / "report.json").read_text())
-    assert [step["outcome"] for step in first["steps"]] == ["ok", "ok", "exit code 1"]
+    assert [step["outcome"] for step in first["steps"]] == ["ok", "ok", "ok", "exit code 1"]
     assert report.main(["--device", "cpu", "--resume", str(folder)]) == 0
     second = json.loads((folder / "report.json").read_text())
-    assert [step["outcome"] for step in second["steps"]] == ["ok", "ok", "ok"]
+    assert [step["outcome"] for step in second["steps"]] == ["ok"] * 4
     assert second["machine"] == first["machine"]
     logs = {step["name"]: (folder / f"{step['name']}.log").read_text() for step in second["steps"]}
-    assert logs == {"build": "2\n", "works": "1\n", "fails": "2\n"}
+    assert logs == {"build": "2\n", "compile": "2\n", "works": "1\n", "fails": "2\n"}
 
     refused = {
         "holds no report.json": lambda content: None,
