@@ -1,5 +1,7 @@
 """Several processes training one network: ``torchrun --nproc-per-node N -m model.train ...``."""
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # see leave()
 from torch import Tensor, nn
 
 from .environment import choose_device
@@ -74,21 +77,24 @@ class World:
             raise SystemExit(2)
 
     def meet(self) -> None:
-        """Waits for the others, before the end.
-
-        A thread of gloo's lets go of the tensors of a collective some time after it; were Python
-        over by then, it would abort the process. Behind a barrier, which has none, it has done so.
-        """
+        """Waits until the others have said all they have to say."""
         if self.size > 1:
             dist.barrier()
 
-    def leave(self) -> None:
-        """The end of working together."""
-        if self.size > 1:
-            dist.destroy_process_group()
-
 
 ALONE = World()
+
+
+def leave() -> None:
+    """The end of working together, when nothing of a run is left but garbage.
+
+    Threads of gloo let go of a collective's tensors some time after it; were Python over by then,
+    they would abort the process. They end with the process group, which ends once nothing refers to
+    it: no network made parallel, and no default of a function of ``torch.distributed.nn``, which
+    has none only if that was loaded before.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def join(device_name: str | None) -> World:
@@ -101,4 +107,5 @@ def join(device_name: str | None) -> World:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(leave)
     return World(dist.get_rank(), size, device)

@@ -44,7 +44,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     world = join(arguments.device)
     with ExitStack() as stack:
-        stack.callback(world.leave)
         with world.together():
             trainer = prepare(arguments, world)
         with world.together():

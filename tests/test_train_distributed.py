@@ -51,6 +51,15 @@ def test_a_batch_that_cannot_be_shared_out() -> None:
         train.prepare(flags, World(0, 3))
 
 
+def outputs(processes: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    """What each printed, on stdout and on stderr, until its end."""
+    try:
+        return [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 @pytest.mark.parametrize("refusing", [0, 1])
 def test_what_one_process_cannot_do_ends_both(refusing: int, tmp_path: Path) -> None:
     """It says so in a line, the other one nothing."""
@@ -63,12 +72,35 @@ def test_what_one_process_cannot_do_ends_both(refusing: int, tmp_path: Path) -> 
         expected = "nowhere is not there; expected a checkpoint or a run's directory"
     common = [*FLAGS, "--save-dir", str(directory)]
     processes = processes_together(common, [*common, *weights])
-    try:
-        lines = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    lines = [error for _, error in outputs(processes)]
     assert [process.returncode for process in processes] == [2, 2], lines
     assert lines.pop(refusing) == f"error: {expected}\n"
     assert lines == [""]
     assert not directory.exists()
+
+
+SHOWS_THREADS = """
+import atexit, os
+from pathlib import Path
+
+@atexit.register  # first, so that it is called last
+def show_threads():
+    for comm in Path("/proc/self/task").glob("*/comm"):
+        print(comm.read_text(), end="")
+
+from tests import tiny
+tiny.run_command(tiny.main)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+@pytest.mark.parametrize("flags", [["--epochs", "1"], ["--epochs", "1", "--lr", "1e30"]])
+def test_no_thread_of_gloo_outlives_python(flags: list[str], tmp_path: Path) -> None:
+    """It would abort the process when it lets go of a tensor: exit code -6, once in a while."""
+    common = [*FLAGS, "--save-dir", str(tmp_path / "run"), *flags]
+    processes = processes_together(common, common, program=("-c", SHOWS_THREADS))
+    shown = outputs(processes)
+    assert [process.returncode for process in processes] == [2 * ("--lr" in flags)] * 2, shown
+    for threads, _ in shown:
+        assert threads
+        assert "gloo" not in threads

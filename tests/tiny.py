@@ -55,7 +55,9 @@ def variant(run: Path, directory: Path, **changes: object) -> Path:
     return directory
 
 
-def processes_together(*flags: list[str]) -> list[subprocess.Popen[str]]:
+def processes_together(
+    *flags: list[str], program: tuple[str, str] = ("-m", "tests.tiny")
+) -> list[subprocess.Popen[str]]:
     """One for each list of flags. Without torchrun's agent, which ends the others if one dies."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -64,8 +66,8 @@ def processes_together(*flags: list[str]) -> list[subprocess.Popen[str]]:
     common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.tiny", "--experiment", "tiny", *own],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *program, "--experiment", "tiny", *own],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank, own in enumerate(flags)
