@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from model.data import Source, load_dataset
-from model.data.idx import FILES, read_idx
+from model.data import idx as formats
+from model.data.idx import CRC32, FILES, read_idx
 from model.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -63,6 +65,36 @@ def test_the_publishers_own_files(name: str) -> None:
     digest = hashlib.sha256(dataset.test.images.numpy().tobytes()).digest()
     assert digest == hashlib.sha256(content[16:]).digest()
     assert dataset.train.labels.bincount().min() > 5000
+    values = [
+        (part.images if "images" in file else part.labels.byte()).numpy()
+        for part, files in ((dataset.train, FILES["train"]), (dataset.test, FILES["test"]))
+        for file in files
+    ]
+    assert {zlib.crc32(array) for array in values} == CRC32[name]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("place", range(4))
+def test_a_file_of_the_other_data_set(
+    place: int, packed: bool, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the same name. A file that its user changed is nobody's."""
+    path = data_dir / "mnist" / (*FILES["train"], *FILES["test"])[place]
+    content = gzip.decompress(path.read_bytes())
+    if not packed:
+        path.unlink()
+        path = path.with_suffix("")
+        path.write_bytes(content)
+    header = 4 + 4 * content[3]
+    monkeypatch.setattr(formats, "CRC32", {"mnist": {zlib.crc32(content[header:])}})
+    assert len(load_dataset("mnist", Source(data_dir)).train) == 20
+    with pytest.raises(UserError) as caught:
+        load_dataset("fashion-mnist", Source(data_dir / "mnist"))
+    expected = f"{path}: must be a file of fashion-mnist, got that of mnist, which has the same "
+    assert str(caught.value).startswith(expected)
+    changed = content[:-1] + bytes([content[-1] ^ 1])
+    path.write_bytes(gzip.compress(changed) if packed else changed)
+    assert len(load_dataset("fashion-mnist", Source(data_dir / "mnist")).train) == 20
 
 
 WHOLE = gzip.compress(idx(PIXELS["train"]))

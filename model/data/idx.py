@@ -6,6 +6,7 @@ dimensions, each dimension as a big-endian 32-bit integer, then the bytes, last 
 
 import math
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,13 @@ MD5 = {
     },
 }
 
+CRC32 = {
+    "mnist": {0xF3639B56, 0xBA07E8EF, 0xE4CA5F57, 0xEE8604D9},
+    "fashion-mnist": {0xAE65DCCD, 0x2ED6E46A, 0x12728439, 0x242BC73F},
+}
+"""Of what the publishers' files hold behind their headers, however they are packed. Nothing else
+tells the two data sets apart, whose files have the same names."""
+
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
     """The uint8 array [d1, ..., dn] in an IDX file; UserError unless it is exactly one."""
@@ -66,6 +74,19 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy())
 
 
+def read_own(dataset: str, path: Path, dimensions: int) -> Tensor:
+    """The same; UserError if the file is the other data set's."""
+    values = read_idx(path, dimensions)
+    checksum = zlib.crc32(values.numpy().data)
+    for other, checksums in CRC32.items():
+        if other != dataset and checksum in checksums:
+            raise UserError(
+                f"{path}: must be a file of {dataset}, got that of {other}, which has the same "
+                "name; --data-dir names the folder of the data"
+            )
+    return values
+
+
 def load(dataset: str, source: Source) -> Dataset:
     """MNIST or Fashion-MNIST: 60,000 and 10,000 images [1, 28, 28]."""
     splits: dict[str, Split] = {}
@@ -76,7 +97,8 @@ def load(dataset: str, source: Source) -> Dataset:
             )
             for file in files
         )
-        split = Split(read_idx(images, 3).unsqueeze(1), read_idx(labels, 1).long())
+        pixels, classes = read_own(dataset, images, 3), read_own(dataset, labels, 1)
+        split = Split(pixels.unsqueeze(1), classes.long())
         splits[name] = split.check(str(images), 10)
         size, expected = (s.images.shape[-1] for s in (split, splits["train"]))
         if size != expected:
