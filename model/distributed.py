@@ -98,13 +98,21 @@ def leave() -> None:
 
 
 def join(device_name: str | None) -> World:
-    """Join the processes torchrun started, if it did, each on a GPU of its own or on the CPU."""
+    """Join the processes torchrun started, if it did, each on a GPU of its own or on the CPU.
+
+    UserError for one GPU by its number, which several processes can't have, and for one too few.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     device = choose_device(device_name)
     if size == 1:
         return World(device=device)
+    if device.type == "cuda" and device.index is not None:
+        raise UserError(
+            f"--device {device_name} can't be given to {size} processes: each takes a GPU of its "
+            "own, of those that CUDA_VISIBLE_DEVICES names"
+        )
     if device.type == "cuda":  # needs a GPU
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(leave)

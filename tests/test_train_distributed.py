@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import train
+from model import distributed, train
 from model.arguments import parse
 from model.checkpoint import CHECKPOINT, load
 from model.distributed import World
@@ -49,6 +49,16 @@ def test_a_batch_that_cannot_be_shared_out() -> None:
     expected = "--batch-size must be a multiple of 3 processes times --accumulate 2, got 64"
     with pytest.raises(UserError, match=expected):
         train.prepare(flags, World(0, 3))
+
+
+def test_one_gpu_for_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number was ignored without a word."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "choose_device", torch.device)  # as if it were there
+    with pytest.raises(UserError, match=r"^--device cuda:1 can't be given to 2 processes: each"):
+        distributed.join("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.join("cuda:1").device == torch.device("cuda:1")
 
 
 def outputs(processes: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
