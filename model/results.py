@@ -72,12 +72,12 @@ class Run:
     def kind(self) -> Hashable:
         """Equal for runs that differ only in their seed.
 
-        A resumed run may have got more epochs than it was begun for. Where an accuracy ends runs,
-        how many it took them is a result.
+        The epochs that count are those a run was trained for: resumed, it may have got others than
+        it was begun for. But where an accuracy ends runs, how many it took them is a result.
         """
-        epochs = self.epochs if self.config.stop_accuracy is None else None
-        config = replace(self.config, seed=0)
-        return self.experiment, config, self.device, epochs, self.weights, tuple(self.errors)
+        epochs = self.epochs if self.config.stop_accuracy is None else self.config.epochs
+        config = replace(self.config, seed=0, epochs=epochs)
+        return self.experiment, config, self.device, self.weights, tuple(self.errors)
 
     def changes(self) -> list[str]:
         """What makes it another experiment than the one it is named for: data, network, start.

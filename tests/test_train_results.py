@@ -90,7 +90,9 @@ def test_figures_of_the_paper_stand_beside_their_own_experiment_only(docs: Path)
     for number, changes in enumerate(
         ({"dataset": "fashion-mnist", "routings": 1}, {"lam_recon": 0.0}, {"epochs": 3}, {})
     ):
-        write_run(docs / "results" / f"{number}.jsonl", 1, 0.4, **changes)
+        epochs = changes.get("epochs", 1)
+        path = docs / "results" / f"{number}.jsonl"
+        write_run(path, 1, 0.4, epochs_trained=epochs, **changes)
     for shift in (3, 6):
         for name in ("mnist-r1", "multimnist"):
             path = docs / "results" / f"{name}-{shift}.jsonl"
@@ -132,6 +134,14 @@ def test_how_long_an_accuracy_took_is_no_difference(docs: Path) -> None:
         write_run(docs / "results" / f"{seed}.jsonl", seed, 0.4, "affnist", epochs_trained=epochs)
     (row,) = written(docs)
     assert row[4:6] == ["8, 9", "1, 2"]
+
+
+def test_a_run_that_was_resumed_for_more_epochs_is_no_other(docs: Path) -> None:
+    for seed, begun_for in ((1, 1), (2, 3)):
+        path = docs / "results" / f"{seed}.jsonl"
+        write_run(path, seed, 0.4, epochs_trained=3, epochs=begun_for)
+    (row,) = written(docs)
+    assert row[4:6] == ["3", "1, 2"]
 
 
 def test_a_run_counts_once(docs: Path) -> None:
