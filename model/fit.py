@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from . import checkpoint as checkpoints
+from .data import Split
 from .errors import UserError
 from .evaluation import TestResult
 from .interrupt import Interrupted, Interruption
@@ -122,10 +123,7 @@ class Fit:
         loss, accuracy = self.finite_means()
         # Nothing was trained here if the run was resumed for the epoch's test alone.
         speed = self.images_per_second() if progress.step > self.first_step else None
-        # One of several processes must not leave a test that the others finish.
-        alone = trainer.world.size == 1
-        result = trainer.test(trainer.dataset.test, self.interruption.check if alone else None)
-        self.tested = result
+        self.tested = result = self.test(trainer.dataset.test)
         progress.epoch += 1
         trainer.sums.zero_()
         wanted = trainer.config.stop_accuracy
@@ -156,6 +154,12 @@ class Fit:
         if trainer.world.largest(over or late):
             self.save()
         self.first_step, self.epoch_start = progress.step, time.monotonic()
+
+    def test(self, split: Split) -> TestResult:
+        """Raises Interrupted if a signal comes, but not in one of several processes: it must not
+        leave a test that the others finish or wait for."""
+        alone = self.trainer.world.size == 1
+        return self.trainer.test(split, self.interruption.check if alone else None)
 
     def finite_means(self) -> tuple[float, float]:
         """Loss and accuracy of the epoch so far, of all processes; UserError in all of them alike

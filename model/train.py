@@ -120,6 +120,8 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
             f"{config.dataset}: {len(dataset.train):,} images to train on, {len(dataset.test):,} "
             f"to test; {parameters:,} parameters; in {directory}"
         )
+        if config.tf32 and trainer.world.device.type == "cpu":
+            console.print("--tf32 is for GPUs: nearly all CPUs have no TF32, and go on in float32")
         fit = Fit(
             trainer, log, console, interruption,
             arguments.max_minutes, arguments.checkpoint_minutes,
@@ -128,14 +130,14 @@ def train(trainer: Trainer, arguments: Arguments, console: Console) -> int:
             outcome = fit.run()
             if outcome == "out of time":
                 fit.save()
+            with trainer.world.together():
+                if trainer.world.is_main:
+                    report(fit, outcome)
         except Interrupted as interrupted:
             fit.save()
             log.close()
             console.print(f"interrupted, saved; go on: {go_on}")
             return interrupted.exit_code
-    with trainer.world.together():
-        if trainer.world.is_main:
-            report(fit, outcome)
     if outcome == "out of time":
         console.print(f"out of time, saved; go on: {go_on}")
     log.close()
@@ -173,11 +175,14 @@ def go_on_command(arguments: Arguments, directory: Path, processes: int) -> str:
 
 
 def report(fit: Fit, outcome: Outcome) -> None:
-    """Test errors, weights and the picture of reconstructions at the end of a run."""
+    """Test errors, weights and the picture of reconstructions at the end of a run.
+
+    Raises Interrupted only in a test, before the run's last line is written.
+    """
     trainer, log, console = fit.trainer, fit.log, fit.console
     dataset = trainer.dataset
-    results = {dataset.test_name: fit.tested or trainer.test(dataset.test)}
-    results |= {name: trainer.test(split) for name, split in dataset.further_tests.items()}
+    results = {dataset.test_name: fit.tested or fit.test(dataset.test)}
+    results |= {name: fit.test(split) for name, split in dataset.further_tests.items()}
     weights = trainer.save_weights()
     values: dict[str, Any] = {"outcome": outcome, "seconds": fit.seconds(), "tests": {}}
     for name, result in results.items():

@@ -142,6 +142,18 @@ def test_a_file_system_without_locks_is_no_obstacle(
         assert (tmp_path / "run").is_dir()
 
 
+@pytest.mark.parametrize("flags", [[], ["--tf32"]])
+def test_what_a_cpu_does_not_have_is_said(
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # of all tests
+    assert run(tmp_path / "run", "--device", "cpu", "--max-minutes", "0", *flags) == 0
+    assert ("--tf32 is for GPUs" in capsys.readouterr().err) == bool(flags)
+
+
 def test_paths_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not as markup, and so that a shell takes the command."""
     directory = tmp_path / "a [red] :star:"

@@ -169,6 +169,37 @@ def test_a_signal_during_the_test_of_an_epoch(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.parametrize(("flags", "steps"), [([], 2 * STEPS_PER_EPOCH), (["--max-minutes=0"], 0)])
+def test_a_signal_during_the_report(
+    flags: list[str],
+    steps: int,
+    tmp_path: Path,
+    uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The last tests can take minutes. It said nothing of how to go on."""
+    test = Trainer.test
+    dataset = load_tiny()
+
+    def interrupted_test(self: Trainer, split: Split, *more: object) -> object:
+        if (split is self.dataset.test) == bool(flags):
+            os.kill(os.getpid(), signal.SIGINT)
+        return test(self, split, *more)
+
+    with monkeypatch.context() as patch:
+        further = replace(dataset, further_tests={"again": dataset.test.to("cpu")})
+        patch.setitem(DATASETS, "tiny", lambda source: further)
+        patch.setattr(Trainer, "test", interrupted_test)
+        assert train_tiny(tmp_path / "run", *flags) == 130
+    assert load(tmp_path / "run").counters["step"] == steps
+    assert "final" not in (tmp_path / "run" / METRICS).read_text()
+    shown = capsys.readouterr().err
+    assert f"interrupted, saved; go on: python -m model.train --resume {tmp_path}/run" in shown
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
 def test_metrics_are_json_lines_with_all_that_judges_them(uninterrupted: Path) -> None:
     lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").open()]
     assert [line["kind"] for line in lines] == ["run", "epoch", "epoch", "final"]
