@@ -14,12 +14,13 @@ from typing import Any, Self
 
 from .arguments import OF_THE_DATA
 from .config import Config
+from .environment import ROOT
 from .errors import UserError, run_command
 from .experiments import EXPERIMENTS
 from .metrics import read_metrics
 from .outputs import write_atomically
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 HEAD = """# Results
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.data import Source
-from model.data.files import Remote, require
+from model.data.files import Remote, obtain
 from model.errors import UserError
 
 pytest.importorskip("pooch", reason="downloading needs pooch")
@@ -34,8 +34,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_missing_file_is_fetched_once_asked_for(url: str, tmp_path: Path) -> None:
     remote = Remote(url, MD5)
     with pytest.raises(UserError, match=r"file\.bin is not there .*; --download fetches it"):
-        require(Source(tmp_path), "set", "file.bin", remote)
-    path = require(Source(tmp_path, download=True), "set", "file.bin", remote)
+        obtain(Source(tmp_path), "set", "file.bin", remote)
+    path = obtain(Source(tmp_path, download=True), "set", "file.bin", remote)
     assert path == tmp_path / "set" / "file.bin"
     assert path.read_bytes() == CONTENT
 
@@ -48,6 +48,6 @@ def test_what_can_go_wrong_leaves_nothing(wrong: str, url: str, tmp_path: Path) 
         "server": Remote("http://127.0.0.1:9/file.bin", MD5),
     }[wrong]
     with pytest.raises(UserError, match=r"file\.bin: downloading http://127.* failed: ") as caught:
-        require(Source(tmp_path, download=True), "set", "file.bin", remote)
+        obtain(Source(tmp_path, download=True), "set", "file.bin", remote)
     assert "\n" not in str(caught.value)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))

@@ -18,10 +18,11 @@ import torch
 
 from model import train
 from model.checkpoint import CHECKPOINT, load
+from model.environment import ROOT
 from model.errors import UserError
 from model.metrics import METRICS, read_metrics
 
-from .tiny import ROOT, STEPS_PER_EPOCH, processes_together, train_tiny
+from .tiny import STEPS_PER_EPOCH, processes_together, train_tiny
 
 KILLS = 8
 EPOCHS = 7

@@ -19,6 +19,7 @@ from model.arguments import new_config, parse, resumed_config
 from model.checkpoint import load
 from model.data import DATASETS, Dataset, Source
 from model.directory import held
+from model.environment import ROOT
 from model.errors import UserError
 from model.experiments import EXPERIMENTS
 from model.metrics import read_metrics
@@ -26,8 +27,6 @@ from model.networks import build
 from model.trainer import Trainer
 
 from .tiny import STEPS_PER_EPOCH, load_tiny, train_tiny
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(directory: Path, *flags: str) -> int:

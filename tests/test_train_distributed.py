@@ -12,10 +12,11 @@ from model import distributed, train
 from model.arguments import parse
 from model.checkpoint import CHECKPOINT, load
 from model.distributed import World
+from model.environment import ROOT
 from model.errors import UserError
 from model.metrics import read_metrics
 
-from .tiny import ROOT, processes_together, train_tiny
+from .tiny import processes_together, train_tiny
 
 FLAGS = ["--shift-pixels", "0"]  # every process draws shifts of its own
 

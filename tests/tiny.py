@@ -15,11 +15,11 @@ from model.checkpoint import load as load_checkpoint
 from model.config import Architecture, Config
 from model.data import DATASETS, Dataset, Source, Split
 from model.data.digits import load
+from model.environment import ROOT
 from model.errors import run_command
 from model.experiments import EXPERIMENTS, Experiment
 from model.train import main
 
-ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = Architecture(
     image_size=28, conv_channels=4, capsule_types=2, capsule_dim=4, class_dim=6
 )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .files import Remote, Source, find, read_bytes, require
+from .files import Remote, Source, find, obtain, read_bytes
 from .splits import Dataset, Split
 
 CLASSES = (
@@ -54,9 +54,9 @@ def load(source: Source) -> Dataset:
     *found, test = (find(source, "cifar10", name) for name in (*TRAIN, TEST))
     archived = source.download or find(source, "cifar10", ARCHIVE) is not None
     if not any(found) or (archived and None in (*found, test)):
-        return load_archive(require(source, "cifar10", ARCHIVE, REMOTE))
+        return load_archive(obtain(source, "cifar10", ARCHIVE, REMOTE))
     # The message about a file that is missing says that --download fetches it: in the archive.
-    paths = [require(source, "cifar10", name, REMOTE) for name in TRAIN]
+    paths = [obtain(source, "cifar10", name, REMOTE) for name in TRAIN]
     batches = [parse(read_bytes(path), str(path)) for path in paths]
     if test is not None:
         return Dataset(join(batches), parse(read_bytes(test), str(test)), CLASSES)

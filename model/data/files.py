@@ -50,7 +50,7 @@ def find(source: Source, dataset: str, name: str) -> Path | None:
     return None
 
 
-def require(source: Source, dataset: str, name: str, remote: Remote | None = None) -> Path:
+def obtain(source: Source, dataset: str, name: str, remote: Remote | None = None) -> Path:
     """The path of a file that is there, or was downloaded if asked for; UserError otherwise."""
     found = find(source, dataset, name)
     if found is not None:

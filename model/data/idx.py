@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .files import Remote, Source, read_bytes, require
+from .files import Remote, Source, obtain, read_bytes
 from .splits import Dataset, Split
 
 DIGITS = tuple("0123456789")
@@ -92,9 +92,7 @@ def load(dataset: str, source: Source) -> Dataset:
     splits: dict[str, Split] = {}
     for name, files in FILES.items():
         images, labels = (
-            require(
-                source, dataset, file, Remote(URLS[dataset] + file, "md5:" + MD5[dataset][file])
-            )
+            obtain(source, dataset, file, Remote(URLS[dataset] + file, "md5:" + MD5[dataset][file]))
             for file in files
         )
         pixels, classes = read_own(dataset, images, 3), read_own(dataset, labels, 1)

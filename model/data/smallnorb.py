@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import UserError
-from .files import Remote, Source, read_bytes, require
+from .files import Remote, Source, obtain, read_bytes
 from .splits import Dataset, Split
 
 CLASSES = ("animal", "human", "airplane", "truck", "car")
@@ -90,7 +90,7 @@ def load(source: Source) -> Dataset:
     splits = {}
     for part, files in FILES.items():
         images, labels = (
-            require(source, "smallnorb", file, Remote(URL + file, "md5:" + MD5[file]))
+            obtain(source, "smallnorb", file, Remote(URL + file, "md5:" + MD5[file]))
             for file in files
         )
         splits[part] = read(images, labels)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import UserError
-from .files import Remote, Source, read_mat, require
+from .files import Remote, Source, obtain, read_mat
 from .splits import Dataset, Split
 
 FILES = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
@@ -37,7 +37,7 @@ def read(path: Path) -> Split:
 def load(source: Source) -> Dataset:
     """73,257 images to train on (the paper leaves out the "extra" ones) and 26,032 to test."""
     splits = {
-        name: read(require(source, "svhn", file, Remote(URL + file, "md5:" + MD5[file])))
+        name: read(obtain(source, "svhn", file, Remote(URL + file, "md5:" + MD5[file])))
         for name, file in FILES.items()
     }
     return Dataset(splits["train"], splits["test"], tuple("0123456789"))
