@@ -14,7 +14,8 @@ class MetricsLog:
     """Appends to a run's ``metrics.jsonl`` and, where it is installed, to TensorBoard.
 
     ``size`` (bytes) goes into checkpoints: a resumed run cuts off what was written after its
-    checkpoint, so that every line stands there once. TensorBoard forgets the steps from
+    checkpoint, so that every line stands there once, and what is left of a line where the file was
+    torn or edited. TensorBoard forgets the steps from
     ``purge_step`` on. Without a directory nothing is written.
     """
 
@@ -27,8 +28,9 @@ class MetricsLog:
         if directory is None:
             return
         self.path = path = directory / METRICS
-        with writing(f"{path}:"), path.open("ab") as file:
-            self.size = min(size, file.tell())
+        with writing(f"{path}:"), path.open("a+b") as file:
+            file.seek(0)
+            self.size = file.read(size).rfind(b"\n") + 1
             file.truncate(self.size)
         try:
             from torch.utils.tensorboard import SummaryWriter

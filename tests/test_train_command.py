@@ -1,6 +1,7 @@
 """``python -m model.train`` as a user meets it: flags, what it leaves, what it refuses."""
 
 import errno
+import json
 import os
 import shlex
 import signal
@@ -405,6 +406,21 @@ def test_resume_where_the_metrics_were_lost(tmp_path: Path) -> None:
     assert train.main(["--resume", str(tmp_path / "run"), "--epochs", "2"]) == 0
     kinds = [line["kind"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert kinds == ["epoch", "final"]
+
+
+@pytest.mark.parametrize(("cut", "added", "kept"), [(-9, "", 1), (None, "{}\n", 2)])
+def test_resume_where_the_metrics_were_torn_or_edited(
+    cut: int | None, added: str, kept: int, tmp_path: Path
+) -> None:
+    """What is written next begins a line."""
+    directory = tmp_path / "run"
+    run(directory)
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(added + "".join(lines[:-1])[:cut])
+    assert train.main(["--resume", str(directory), "--epochs", "2"]) == 0
+    found = path.read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in found[kept:]] == ["epoch", "final"]
 
 
 def test_a_loss_that_explodes_ends_the_run(tmp_path: Path) -> None:
