@@ -1,5 +1,7 @@
 """Problems a user can solve: one clear line on stderr and exit code 2, never a traceback."""
 
+import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,11 +21,22 @@ def tell(error: UserError) -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and leave with its exit code; the end of every ``__main__``."""
+    """Run a command's ``main`` and leave with its exit code; the end of every ``__main__``.
+
+    Names of files and classes that the locale has no characters for are printed escaped. A file
+    that the system refuses, wherever one asks for it, is a problem a user can solve.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
     except UserError as error:
         tell(error)
+        code = 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        tell(UserError(f"{os.fsdecode(error.filename)}: {error.strerror}"))
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

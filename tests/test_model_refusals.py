@@ -1,5 +1,6 @@
 """What a user of ``model/`` can get wrong: one sentence that names it, before anything is done."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -174,6 +175,46 @@ def test_interrupting_a_command_ends_it_with_130(capsys) -> None:
         errors.run_command(main)
     assert exit_info.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (train.main, ["--resume"]),
+        (train.main, ["--weights"]),
+        (train.main, ["--dataset", "folder", "--data-dir"]),
+        (train.main, ["--dataset", "mnist", "--data-dir"]),
+        (evaluate.main, ["nowhere", "--json"]),
+        (draw_figures, []),
+    ],
+)
+def test_a_path_that_the_system_refuses(main: Any, flags: list[str], capsys) -> None:
+    """Too long a name here; one in a folder that the user may not enter is refused alike."""
+    name = "a" * 300
+    with pytest.raises(SystemExit) as exit_info:
+        errors.run_command(lambda: main([*flags, name]))
+    assert exit_info.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert name in line
+    assert line.endswith(": File name too long")
+
+
+def test_an_error_of_no_file_keeps_its_traceback() -> None:
+    def main() -> int:
+        raise ConnectionError("of the program itself")
+
+    with pytest.raises(ConnectionError):
+        errors.run_command(main)
+
+
+def test_names_that_the_locale_cannot_print() -> None:
+    code = "from model.errors import run_command; run_command(lambda: print('\\u65e5 caf\\udce9'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=environment.ROOT, capture_output=True, text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii:strict"}, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "\\u65e5 caf\\udce9\n"), done.stderr
 
 
 def test_a_machine_that_does_not_say_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
