@@ -1,7 +1,6 @@
 """Problems a user can solve: one clear line on stderr and exit code 2, never a traceback."""
 
 import io
-import os
 import sys
 from collections.abc import Callable
 
@@ -36,7 +35,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        tell(UserError(f"{os.fsdecode(error.filename)}: {error.strerror}"))
+        tell(UserError(f"{error.filename}: {error.strerror}"))
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
