@@ -142,7 +142,8 @@ __device__ __forceinline__ void counted_barrier(unsigned* arrived, unsigned expe
 #define CAPSULE_KERNELS_WARPGROUPS
 #endif
 
-// What this thread wrote, or waited for, is what `Arrivals::arrive_after_copy` copies.
+// What this thread wrote comes before copies of `Arrivals::arrive_after_copy` and products of
+// warpgroups behind a barrier to come.
 __device__ __forceinline__ void publish() {
 #ifdef CAPSULE_KERNELS_WARPGROUPS
   asm volatile("fence.proxy.async;" : : : "memory");
@@ -172,8 +173,8 @@ struct Arrivals {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" : : "r"(address()) : "memory");
   }
   // Arrives when the copy is there that this thread begins: of a multiple of 16 bytes, aligned to
-  // 16. What other threads have written to `global` is copied if they called `publish` behind it,
-  // and this one behind the barrier between them.
+  // 16. What threads have written to either place comes before it if they called `publish` behind
+  // it, and there is a barrier between.
   __device__ __forceinline__ void arrive_after_copy(void* shared, const void* global, int bytes) {
 #ifdef CAPSULE_KERNELS_WARPGROUPS
     asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }"

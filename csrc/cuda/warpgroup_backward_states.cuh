@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   begin_states<T>(block, arguments, store_V, store_ds);
   publish();
   block.share.wait_for_counters(block.share.reset_counter());
-  block.send_first_images();
+  block.send_images();
 
   for (int t = R; t > 1; --t) {
     block.sweep({V + (t - 2) * state_floats, ds}, w.partial, [&](PairsOf<kJ>(&x)[2]) {
@@ -53,7 +53,6 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
         for (int j = 0; j < kJ; ++j) c[j][e] *= dc[j][e] - mean;
       }
     });
-    publish();
     block.share.barrier(2 * (R - t) + 1);
     finish_states(block, arguments, w, t, store_ds);
     publish();

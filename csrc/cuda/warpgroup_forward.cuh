@@ -19,11 +19,10 @@ __global__ void __launch_bounds__(kSweepWarps* kWarpSize, 1)
   make_images<T, kJ>(images, static_cast<const T*>(arguments.weight), arguments.shape);
   publish();
   block.share.wait_for_counters(block.share.reset_counter());
-  block.send_first_images();
+  block.send_images();
 
   block.sweep_alike(partial);
   for (int t = 1;; ++t) {
-    publish();
     block.share.barrier(2 * t - 1);
     finish_iteration<T>(
         block, arguments, t, t == 1, partial,

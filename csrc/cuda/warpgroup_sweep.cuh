@@ -106,11 +106,24 @@ struct WarpgroupSweep : BlockSums<kTileRows> {
     }
   }
 
-  // Behind a barrier of all blocks: their images are there, and the counts of arrivals have
-  // started.
-  __device__ __forceinline__ void send_first_images() {
-    if (threadIdx.x == 0) publish();
-    send_images();
+  // Sends images, as far ahead as no slot is awaited in which one may be that this thread has not
+  // yet given back. First behind a barrier of all blocks: images are there, and counts of arrivals
+  // have started.
+  __device__ __forceinline__ void send_images() {
+    if (threadIdx.x != 0) return;
+    const int ahead = num_slots - (shares_samples ? 4 : 2);
+    for (const int end = min(to_send, number + ahead + 1); sent < end; ++sent) {
+      if (send_use > 0) finished[send_slot].wait(send_use - 1);
+      arrived[send_slot].arrive_after_copy(slots + send_slot * kImage, images + next * kImage,
+                                           4 * kImage);
+      send_slot = send_slot + 1 < num_slots ? send_slot + 1 : 0;
+      if (send_slot == 0) ++send_use;
+      if (sent + 1 < to_send_for_sums) {
+        next = next + 2 < 2 * quads ? next + 2 : 1;
+      } else {
+        next = sent + 1 > to_send_for_sums && next + 1 < 2 * quads ? next + 1 : 0;
+      }
+    }
   }
 
   // The sweep with all coefficients 1. `partial` is [G_i][B][J][D], padded.
@@ -229,25 +242,6 @@ struct WarpgroupSweep : BlockSums<kTileRows> {
     }
   }
 
-  // Sends as far ahead as no slot is awaited in which an image may be that this thread has not yet
-  // given back.
-  __device__ __forceinline__ void send_images() {
-    if (threadIdx.x != 0) return;
-    const int ahead = num_slots - (shares_samples ? 4 : 2);
-    for (const int end = min(to_send, number + ahead + 1); sent < end; ++sent) {
-      if (send_use > 0) finished[send_slot].wait(send_use - 1);
-      arrived[send_slot].arrive_after_copy(slots + send_slot * kImage, images + next * kImage,
-                                           4 * kImage);
-      send_slot = send_slot + 1 < num_slots ? send_slot + 1 : 0;
-      if (send_slot == 0) ++send_use;
-      if (sent + 1 < to_send_for_sums) {
-        next = next + 2 < 2 * quads ? next + 2 : 1;
-      } else {
-        next = sent + 1 > to_send_for_sums && next + 1 < 2 * quads ? next + 1 : 0;
-      }
-    }
-  }
-
   __device__ __forceinline__ int take_image() {
     send_images();
     const int taken = uniform(slot);
@@ -264,7 +258,6 @@ struct WarpgroupSweep : BlockSums<kTileRows> {
     float* const to = states + own_states();
     if (shares_samples ? threadIdx.x == 0
                        : threadIdx.x % (kWarpSize * kSweepWarps / kWarpgroups) == 0) {
-      publish();
 #pragma unroll
       for (int n = 0; n < kStates; ++n) {
         states_arrived->arrive_after_copy(to + n * kState, from[n] + std::size_t(tile) * kState,
@@ -374,12 +367,12 @@ struct WarpgroupSweep : BlockSums<kTileRows> {
     if (warpgroup() > 0) {
 #pragma unroll
       for (int n = 0; n < 2 * kJ; ++n) shown[n * kThreads] = packed(sums[n]);
+      publish();  // states come there again
     }
     __syncthreads();
     if (warpgroup() > 0) return;
 #pragma unroll
     for (int n = 0; n < 2 * kJ; ++n) add_to(sums[n], shown[n * kThreads]);
-    publish();  // states may come there again, behind a barrier
   }
 
   __device__ __forceinline__ void leave_sums(float4* partial, const Values& sums, int tile) const {
