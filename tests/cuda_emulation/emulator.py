@@ -6,6 +6,7 @@ that tests call ``fused_routing(..., backend="cuda")`` and run all of the path b
 
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -79,10 +80,13 @@ def compiler() -> str | None:
 
 def build() -> Path:
     """The library of kernels and model, compiled where these very sources have not been."""
-    sources = [*sorted(KERNELS.glob("*.cu")), KERNELS / "routing.cpp", *sorted(MODEL.glob("*.cpp"))]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    flags += ["-Werror", "-U_FORTIFY_SOURCE", "-DCAPSULE_KERNELS_EMULATION"]
-    digest = hashlib.sha256(" ".join(flags).encode())
+    flags = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+    flags += ["-U_FORTIFY_SOURCE", "-DCAPSULE_KERNELS_EMULATION", f"-I{KERNELS}", f"-I{MODEL}"]
+    # The kernels tell the model of their accesses; g1: where in the sources these are.
+    watched = ["-g1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"]
+    sources = dict.fromkeys((*sorted(KERNELS.glob("*.cu")), KERNELS / "routing.cpp"), watched)
+    sources |= {source: ["-O3"] for source in sorted(MODEL.glob("*.cpp"))}
+    digest = hashlib.sha256(" ".join([*flags, *watched]).encode())
     for path in [*sorted(KERNELS.iterdir()), *sorted(MODEL.iterdir())]:
         if path.suffix in (".cu", ".cuh", ".cpp", ".h"):
             digest.update(path.name.encode() + path.read_bytes())
@@ -91,9 +95,12 @@ def build() -> Path:
         return library
     BUILT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILT) as folder:
+        objects = [Path(folder) / f"{source.name}.o" for source in sources]
+        for (source, more), made in zip(sources.items(), objects, strict=True):
+            command = ["g++", *flags, *more, "-x", "c++", "-c", source, "-o", made]
+            subprocess.run(command, check=True)
         made = Path(folder) / library.name
-        command = ["g++", *flags, f"-I{KERNELS}", f"-I{MODEL}", "-x", "c++", *sources, "-o", made]
-        subprocess.run(command, check=True)
+        subprocess.run(["g++", "-shared", *objects, "-ldl", "-o", made], check=True)
         made.replace(library)  # whole, whoever else builds it at the time
     return library
 
@@ -187,6 +194,12 @@ class Emulator:
         grad_u, *others = self._run("backward", call, (grad_v, u, weight, logits, s), outputs)
         return grid_gradient(grad_u, grid, window), *others
 
+    def _line_of(self, address: re.Match[str]) -> str:
+        """Where in the kernels an instruction of the library comes from."""
+        command = ["addr2line", "--exe", self.library._name, "--inlines", address[0]]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
+        return " < ".join(Path(line).name for line in shown.stdout.split())
+
     def _call(self, u, weight, R, weight_sharing, leaky, full_gradient=False) -> Call:
         (B, I, K), (_, J, D, _) = u.shape, weight.shape
         products = torch.backends.cuda.matmul.fp32_precision != "tf32"
@@ -204,7 +217,7 @@ class Emulator:
         ]
         message = getattr(self.library, name)(ctypes.byref(call), *pointers).decode()
         if message:
-            raise RuntimeError(message)
+            raise RuntimeError(re.sub(r"(?<= at )0x[0-9a-f]+", self._line_of, message))
         return tuple(
             x if target is None else target.check(f"{name}, output {n}")
             for n, (x, target) in enumerate(zip(outputs, targets, strict=True))

@@ -6,7 +6,7 @@
 // its threads one after another: a missing barrier is a read before the write. Every fourth seed
 // leaves it at that; with the others, by their remainder, one block is as far ahead of all others
 // as the barriers let it, or as far behind, or one warp of each block is behind. Shared memory
-// starts as NaN and is fenced.
+// starts as NaN and is fenced. Accesses that nothing orders fail in any schedule (races.h).
 #pragma once
 
 #include <algorithm>
@@ -166,7 +166,7 @@ struct Arrivals {
 // Products of warpgroups, done for each warp by itself: only when waited for, or at once, by turns
 // of the schedule. What they read and add to is what is there at that moment.
 #define CAPSULE_KERNELS_WARPGROUPS
-inline void publish() {}
+void publish(const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
 struct Matrix {
   const float* at;
