@@ -11,7 +11,7 @@ import torch
 
 from capsule_kernels.backends import triton
 
-from .interpreted import patch_the_language_once_a_launch
+from .interpreted import spare_the_interpreter_what_it_throws_away
 
 # Convolutions round to TF32 by default, in sums whose order cuDNN chooses: what is the same network
 # to a test would differ by more than float32's rounding.
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     if triton.INSTALLED and triton.INTERPRETED:
-        patch_the_language_once_a_launch()
+        spare_the_interpreter_what_it_throws_away()
     config.stash[LINES] = {}
     if config.getoption("--failures-at-once") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(FailuresAtOnce(config))
