@@ -1,7 +1,7 @@
 """Inputs for routing tests, and one function that checks a backend on them against the oracle."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ class Case:
     leaky: bool = False
     routing_gradient: str = "full"
     scale: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         sizes = f"B{self.B}-I{self.I}-J{self.J}-K{self.K}-D{self.D}-R{self.R}"
@@ -107,22 +106,20 @@ def copies(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def route(function: Any, case: Case, inputs: dict[str, Any], **options: Any) -> Any:
+    """What a function like ``fused_routing`` returns for a case."""
+    return function(
+        inputs["u"], inputs["weight"], case.R, logits=inputs["logits"], bias=inputs["bias"],
+        leaky=case.leaky, weight_sharing=case.weight_sharing,
+        routing_gradient=case.routing_gradient, **options,
+    )  # fmt: skip
+
+
 def run(
     function: Any, case: Case, inputs: dict[str, Any], return_coupling: bool = True, **options: Any
 ) -> dict[str, Tensor]:
     """v, c unless it is not wanted, and the gradients of a random loss of v."""
-    outputs = function(
-        inputs["u"],
-        inputs["weight"],
-        case.R,
-        logits=inputs["logits"],
-        bias=inputs["bias"],
-        leaky=case.leaky,
-        weight_sharing=case.weight_sharing,
-        routing_gradient=case.routing_gradient,
-        return_coupling=return_coupling,
-        **options,
-    )
+    outputs = route(function, case, inputs, return_coupling=return_coupling, **options)
     v, coupling = outputs if return_coupling else (outputs, None)
     generator = torch.Generator().manual_seed(1)
     grad_v = torch.randn(v.shape, generator=generator, dtype=torch.float64)

@@ -11,7 +11,7 @@ from torch.func import jacrev
 
 from capsule_kernels import CapsuleLinear, backends, fused_routing, reference_routing
 
-from .cases import Case, copies, make_inputs
+from .cases import Case, copies, make_inputs, route
 
 SMALL = Case(B=2, I=4, J=3, K=2, D=3)
 OPTIONS = [
@@ -21,19 +21,6 @@ OPTIONS = [
     Case(B=2, I=4, J=3, K=2, D=3, routing_gradient="last", logits=True),
     Case(B=2, I=4, J=3, K=2, D=3, R=1, bias=True),
 ]
-
-
-def route(function: Any, case: Case, inputs: dict[str, Any]) -> Tensor:
-    return function(
-        inputs["u"],
-        inputs["weight"],
-        case.R,
-        logits=inputs["logits"],
-        bias=inputs["bias"],
-        leaky=case.leaky,
-        weight_sharing=case.weight_sharing,
-        routing_gradient=case.routing_gradient,
-    )
 
 
 def derivatives(function: Any, case: Case, inputs: dict[str, Any]) -> list[Tensor]:

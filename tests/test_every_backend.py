@@ -30,7 +30,7 @@ from capsule_kernels import (
 )
 from capsule_kernels.ops import OPERATORS, Operators
 
-from . import interpreted
+from . import cases, interpreted
 from .cases import Case, make_inputs, run
 from .targets import KERNELS, Target
 
@@ -69,15 +69,7 @@ def test_in_the_interpreter() -> None:
 
 
 def route(inputs: dict[str, Tensor], backend: str) -> Tensor:
-    return fused_routing(
-        inputs["u"],
-        inputs["weight"],
-        CASE.R,
-        logits=inputs["logits"],
-        bias=inputs["bias"],
-        leaky=CASE.leaky,
-        backend=backend,
-    )
+    return cases.route(fused_routing, CASE, inputs, backend=backend)
 
 
 def of_u_and_weight(inputs: dict[str, Tensor], backend: str) -> Callable[..., Tensor]:

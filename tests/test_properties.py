@@ -20,6 +20,7 @@ from .cases import (
     copies,
     make_inputs,
     reordered,
+    route,
     run,
 )
 from .targets import DTYPES, KERNELS, Target
@@ -174,11 +175,7 @@ def test_order_of_capsules(target: Target, figure, case, seed):
         name: None if x is None else orders[name](x.detach()).requires_grad_()
         for name, x in inputs.items()
     }
-    found = fused_routing(
-        moved["u"], moved["weight"], case.R, logits=moved["logits"], bias=moved["bias"],
-        leaky=case.leaky, weight_sharing=case.weight_sharing,
-        routing_gradient=case.routing_gradient, backend=target.backend,
-    )  # fmt: skip
+    found = route(fused_routing, case, moved, backend=target.backend)
     references = [
         run(reordered(seed), case, copies(inputs, torch.float32))["v"] for seed in range(8)
     ]

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 from capsule_kernels import CapsuleLinear, autograd, fused_routing, reference_routing
 
-from .cases import Case, make_inputs
+from .cases import Case, make_inputs, route
 from .targets import NEEDS_KERNELS
 
 Function = Callable[..., Tensor]
@@ -72,16 +72,7 @@ def test_matches_the_oracle(name: str, case: Case) -> None:
     inputs = make_inputs(case, torch.float64)
 
     def bind(routing: Any) -> Function:
-        return lambda u, weight: routing(
-            u,
-            weight,
-            case.R,
-            logits=inputs["logits"],
-            bias=inputs["bias"],
-            leaky=case.leaky,
-            weight_sharing=case.weight_sharing,
-            routing_gradient=case.routing_gradient,
-        )
+        return lambda u, weight: route(routing, case, inputs | {"u": u, "weight": weight})
 
     found, expected = (
         TRANSFORMS[name](bind(routing))(inputs["u"].detach(), inputs["weight"].detach())
