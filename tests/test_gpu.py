@@ -314,7 +314,7 @@ def test_other_streams(backend):
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than two GPUs here")
 def test_a_device_other_than_the_current_one(backend):
     case = Case(B=16, I=64, J=10)
     skip_unsupported(backend, case, torch.float32)
