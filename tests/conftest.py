@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files with interpreted kernels first: they take minutes, and a file is one process's."""
+    """Files with interpreted kernels first: they take longest, and a file is one process's."""
     long = {item.path for item in items if item.get_closest_marker("interpreter")}
     items.sort(key=lambda item: item.path not in long)
     if config.getoption("--files-side-by-side"):

@@ -62,10 +62,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 @interpreted.marked
 def test_in_the_interpreter() -> None:
-    # Of what takes longest, one 16-bit type, and one opcheck beside that of windows:
-    # test_triton_interpreter.py has another.
-    chosen = "triton-cpu and not (torch.float16 or test_opcheck[triton-cpu-1])"
-    interpreted.check_in_the_interpreter("test_every_backend.py", chosen, 26)
+    interpreted.check_in_the_interpreter("test_every_backend.py", "triton-cpu", 29)
 
 
 def route(inputs: dict[str, Tensor], backend: str) -> Tensor:

@@ -188,7 +188,7 @@ def test_order_of_capsules(target: Target, figure, case, seed):
 
 @tried_on(
     60,
-    interpreted=4,
+    interpreted=2,
     case=cases(),
     seed=seeds,
     spoilt=seeds,

@@ -1,7 +1,7 @@
 """The ranges of every backend, for the interpreted Triton kernels.
 
-A file of its own, as test_properties_interpreted.py is: each takes minutes, and tests are shared
-out by files.
+A file of its own, as test_properties_interpreted.py is: each takes long, and tests are shared out
+by files.
 """
 
 from .interpreted import MARKS, check_in_the_interpreter

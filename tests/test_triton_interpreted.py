@@ -12,7 +12,7 @@ REACH_NEARLY_ALL = (
     "convolutional_capsules_match or wanted or strides or two_iterations or shorter or few_rows or "
     "gradcheck or zero_input or empty or usable or J33"
 )
-"""The tests whose lines are counted: the others would take minutes more for a few."""
+"""The tests whose lines are counted: the others would take long for a few more."""
 
 
 @interpreted.marked

@@ -430,7 +430,7 @@ def test_non_finite_values_stay_in_their_sample(value):
         assert torch.equal(found[name].isnan(), expected[name].isnan()), name
 
 
-REPEATS = 5  # of half a second; all that could differ is what was left in memory
+REPEATS = 5  # all that could differ is what was left in memory
 
 
 def test_same_bits_every_time(figure):
