@@ -23,6 +23,8 @@ from torch import Tensor
 from capsule_kernels.backends import extension
 from capsule_kernels.ops import OPERATORS, accumulation_dtype, backward_shapes, forward_shapes
 
+from .interpreted import spare_the_interpreter_what_it_throws_away
+
 DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool,
     torch.complex64, torch.uint8, torch.float8_e4m3fn,
@@ -198,6 +200,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # nested tensors are a prototype
     torch.set_num_threads(arguments.threads)
+    if arguments.backend == "triton":
+        spare_the_interpreter_what_it_throws_away()
     if arguments.memory_gib:
         limit = arguments.memory_gib << 30
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
