@@ -4,6 +4,8 @@ Everything else in this package is checked against this file. It stores the pred
 vectors ``u_hat`` [B, I, J, D], as every textbook implementation does.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,51 @@ def squash(s: Tensor) -> Tensor:
     short, long = length.clamp_max(1), length.clamp_min(1)
     v = torch.where(length < 1, short / (1 + short * short) * s, s / (long + 1 / long))
     return v.where(nonzero, 0 * s).to(dtype)
+
+
+@overload
+def reference_routing(
+    u: Tensor,
+    weight: Tensor,
+    num_iterations: int = 3,
+    *,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    weight_sharing: int = 1,
+    routing_gradient: str = "full",
+    return_coupling: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def reference_routing(
+    u: Tensor,
+    weight: Tensor,
+    num_iterations: int = 3,
+    *,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    weight_sharing: int = 1,
+    routing_gradient: str = "full",
+    return_coupling: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def reference_routing(
+    u: Tensor,
+    weight: Tensor,
+    num_iterations: int = 3,
+    *,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    weight_sharing: int = 1,
+    routing_gradient: str = "full",
+    return_coupling: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def reference_routing(
