@@ -98,7 +98,9 @@ def automatic_order(
 ) -> tuple[str, ...]:
     """Backends that ``backend="auto"`` tries for a call, best first; the oracle comes last."""
     if device.type == "cuda":
-        return ("cuda", "triton") if cuda.is_preferred(device, dtype, shape) else ("triton", "cuda")
+        # Fake tensors are on a device that need not be there to be asked.
+        preferred = cuda.unavailable() is None and cuda.is_preferred(device, dtype, shape)
+        return ("cuda", "triton") if preferred else ("triton", "cuda")
     return ("cpu",) if device.type == "cpu" else ()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from capsule_kernels import (
@@ -16,6 +17,7 @@ from capsule_kernels import (
     reference_routing,
     squash,
 )
+from capsule_kernels.backends import cuda
 from capsule_kernels.dispatch import RoutingShape, automatic_order
 
 # I = 6, K = 4, J = 3, D = 5
@@ -352,6 +354,16 @@ def test_automatic_choice_serves_devices_without_kernels():
     assert v.shape == (2, 3, 5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to ask")
+def test_fake_tensors_of_a_gpu_need_none() -> None:
+    """At the sizes of the paper's networks, where "auto" asks which GPU it is."""
+    with FakeTensorMode():
+        u = torch.empty(2, 1152, 8, device="cuda")
+        v = fused_routing(u, torch.empty(1152, 10, 16, 8, device="cuda"))
+    assert v.device.type == "cuda"
+    assert v.shape == (2, 10, 16)
+
+
 def test_auto_takes_the_cuda_kernels_first_only_where_they_were_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -361,6 +373,7 @@ def test_auto_takes_the_cuda_kernels_first_only_where_they_were_measured(
     def order(
         capability: tuple[int, int], dtype: torch.dtype = float32, shape: RoutingShape = mnist
     ) -> tuple[str, ...]:
+        monkeypatch.setattr(cuda, "unavailable", lambda: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         return automatic_order(device, dtype, shape)
 
