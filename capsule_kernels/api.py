@@ -155,6 +155,9 @@ def fused_routing(
         return_coupling,
         caller,
     )
+    if isinstance(weight_sharing, torch.SymInt):
+        # From a size that an exported program leaves open; the operators take a number alone.
+        weight, weight_sharing = weight.repeat_interleave(weight_sharing, dim=0), 1
     backend = select_backend(caller, backend, u, weight, num_iterations, weight_sharing)
     options = Options(
         backend, num_iterations, leaky, weight_sharing, routing_gradient, return_coupling
@@ -179,7 +182,7 @@ def route(
     inputs = (u, weight, logits, bias, options)
     if options.backend == "reference":
         return by_oracle(*inputs)
-    if transformed(caller):
+    if under_transform(caller):
         function = by_oracle if in_nested_forward_mode() else TransformableRouting.apply
     elif torch.compiler.is_compiling() or torch.jit.is_tracing():
         # A program keeps operators. Their own derivatives notice what is changed in place, which
@@ -191,6 +194,20 @@ def route(
         function = undifferentiated
     v, coupling, *_ = function(*inputs)
     return v, coupling
+
+
+def under_transform(caller: str) -> bool:
+    """:func:`transformed`, with other advice in ``torch.export``, which has no graph breaks."""
+    try:
+        return transformed(caller)
+    except RuntimeError as error:
+        if not torch.compiler.is_exporting():
+            raise
+        raise RuntimeError(
+            f"{caller}: torch.func transforms and forward-mode differentiation inside torch.export "
+            "are not supported, except vmap and forward mode with backend='reference'; take "
+            "gradients of the exported program, by torch.autograd"
+        ) from error
 
 
 def under_autocast(u: Any) -> bool:

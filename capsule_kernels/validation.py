@@ -5,12 +5,16 @@ Each message names the function and the argument, says what was expected and wha
 
 from typing import Any
 
-from torch import Tensor, bfloat16, device, dtype, float16, float32, float64, strided
+from torch import SymInt, Tensor, bfloat16, device, dtype, float16, float32, float64, strided
 
 DTYPES = (float64, float32, bfloat16, float16)
 LARGEST_INT = 2**63 - 1
 """That an operator takes."""
 ROUTING_GRADIENTS = ("full", "last")
+# A tuple of types: torch 2.9 does not compile their union.
+WHOLE = (int, SymInt)
+"""What a number is, also where it comes from a size while ``torch.export`` records a program. For
+an operator that takes no such numbers PyTorch then fixes the size, as for its own."""
 
 
 def check_tensor(name: str, value: object, shape: str, rank: int | None, caller: str) -> None:
@@ -86,7 +90,7 @@ def check_not_empty(name: str, value: Tensor, caller: str, **sizes: int) -> None
 
 def check_int(name: str, value: object, caller: str, least: int = 1) -> None:
     """A whole number of at least ``least`` (bool does not count as one)."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, WHOLE):
         raise TypeError(
             f"{caller}: {name} must be an int >= {least}, got {type(value).__name__} {value!r}"
         )
@@ -98,9 +102,8 @@ def check_int(name: str, value: object, caller: str, least: int = 1) -> None:
 
 def check_pair(name: str, value: Any, caller: str, least: int = 1) -> tuple[int, int]:
     """The pair that ``value`` stands for: itself, or a whole number twice."""
-    # A tuple of types: torch 2.9 does not compile their union.
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(x, int) for x in pair):
+    if len(pair) != 2 or not all(isinstance(x, WHOLE) for x in pair):
         wrong = TypeError if len(pair) == 2 else ValueError
         raise wrong(f"{caller}: {name} must be an int >= {least} or two of them, got {value!r}")
     for x in pair:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
-from capsule_kernels import CapsuleConv2d, CapsuleLinear
+from capsule_kernels import CapsuleConv2d, CapsuleLinear, fused_routing, fused_routing_conv
 
-from .targets import DEVICES
+from .targets import DEVICES, NEEDS_KERNELS
 from .tiny import tiny_capsnet
 
 
@@ -90,6 +90,82 @@ def test_of_torch_func_a_saved_program_takes_vmap_alone() -> None:
         grad(lambda u: program(u).sum())(u)
     assert jvp(layer, (u,), (u,))[1].any()
     assert not jvp(program, (u,), (u,))[1].any()
+
+
+class Shared(nn.Module):
+    """A weight for each of two types of capsules, however many there are of a type."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, 5, 4))
+        self.backend = backend
+
+    def forward(self, u: Tensor) -> Tensor:
+        sharing = u.shape[1] // self.weight.shape[0]
+        return fused_routing(u, self.weight, weight_sharing=sharing, backend=self.backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_weights_shared_by_any_number_of_capsules(backend: str) -> None:
+    """The operators take no number that a program leaves open."""
+    torch.manual_seed(0)
+    layer = Shared(backend)
+    types = ({1: 2 * torch.export.Dim("capsules", max=50)},)
+    program = torch.export.export(layer, (torch.randn(3, 6, 4),), dynamic_shapes=types).module()
+    for I in (6, 14):
+        u = torch.randn(3, I, 4)
+        torch.testing.assert_close(program(u), layer(u))
+        expected = gradients(layer, u)["weight"]
+        torch.testing.assert_close(gradients(program, u)["weight"], expected)
+
+
+def test_a_stride_from_a_size() -> None:
+    weight = torch.randn(2, 2, 2, 3, 5, 4)
+
+    class Strided(nn.Module):
+        def forward(self, grid: Tensor, like: Tensor) -> Tensor:
+            return fused_routing_conv(grid, weight, stride=like.shape[0])
+
+    sizes = {"grid": None, "like": {0: torch.export.Dim.AUTO}}
+    grid = torch.randn(1, 2, 4, 9, 9)
+    program = torch.export.export(Strided(), (grid, torch.ones(2)), dynamic_shapes=sizes).module()
+    for stride in (2, 3):
+        like = torch.ones(stride)
+        assert torch.equal(program(grid, like), Strided()(grid, like))
+
+
+TRANSFORMS = {
+    "grad": lambda f: lambda u: grad(lambda u: f(u).sum())(u),
+    "vmap": lambda f: lambda u: vmap(f)(u[None]),
+    "jvp": lambda f: lambda u: jvp(f, (u,), (u.cos(),)),
+}
+
+
+class Transformed(nn.Module):
+    def __init__(self, transform: str, backend: str) -> None:
+        super().__init__()
+        layer = CapsuleLinear(6, 4, 3, 5, backend=backend)
+        self.layer, self.transform = layer, TRANSFORMS[transform](layer)
+
+    def forward(self, u: Tensor) -> object:
+        return self.transform(u)
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_inside_a_program_are_refused(transform: str) -> None:
+    """With advice that holds there, where nothing is compiled without fullgraph."""
+    u = torch.randn(2, 6, 4)
+    with pytest.raises(RuntimeError, match=r"inside torch\.export are not .* backend='reference'"):
+        torch.export.export(Transformed(transform, "auto"), (u,), strict=False)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "jvp"])
+def test_transforms_that_a_program_of_the_oracle_takes(transform: str) -> None:
+    u = torch.randn(2, 6, 4)
+    network = Transformed(transform, "reference")
+    program = torch.export.export(network, (u,), strict=False).module()
+    torch.testing.assert_close(program(u), network(u))
 
 
 class Autocast(nn.Sequential):

@@ -216,6 +216,16 @@ def test_under_compile_a_sentence(gradient: Function) -> None:
         whole(u)
 
 
+@pytest.mark.parametrize("name", ["grad", "vmap of grad", "jvp"])
+def test_under_compile_the_oracle_can_be_transformed(name: str) -> None:
+    inputs = make_inputs(CASES[0], torch.float64)
+    u, weight = inputs["u"].detach(), inputs["weight"].detach()
+    f = TRANSFORMS[name](lambda u, w: fused_routing(u, w, 2, backend="reference"))
+    whole = torch.compile(f, fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(u, weight), f(u, weight))
+    torch._dynamo.reset()
+
+
 @pytest.mark.skipif(
     torch.__version__ < "2.12",
     reason="torch 2.9 and 2.11 fail themselves on torch.func.grad with a graph break",
