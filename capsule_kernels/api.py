@@ -4,6 +4,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .autograd import (
     FusedRouting,
@@ -183,7 +184,8 @@ def route(
     if options.backend == "reference":
         return by_oracle(*inputs)
     if under_transform(caller):
-        function = by_oracle if in_nested_forward_mode() else TransformableRouting.apply
+        plain = in_nested_forward_mode() or in_forward_mode_under_hooks()
+        function = by_oracle if plain else TransformableRouting.apply
     elif torch.compiler.is_compiling() or torch.jit.is_tracing():
         # A program keeps operators. Their own derivatives notice what is changed in place, which
         # Dynamo does not for an autograd.Function, and are cached with what is compiled.
@@ -208,6 +210,15 @@ def under_transform(caller: str) -> bool:
             "are not supported, except vmap and forward mode with backend='reference'; take "
             "gradients of the exported program, by torch.autograd"
         ) from error
+
+
+def in_forward_mode_under_hooks() -> bool:
+    """Whether forward mode meets hooks of saved tensors, as in a checkpoint or ``save_on_cpu``.
+
+    The ``jvp`` of :class:`TransformableRouting` is made of ``torch.func.vjp``, which refuses them.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return forward_ad._current_level >= 0 and hooks is not None
 
 
 def under_autocast(u: Any) -> bool:

@@ -1,6 +1,7 @@
 """``torch.func`` over the op: what the oracle gives under the same transform."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
 
 from capsule_kernels import CapsuleLinear, autograd, fused_routing, reference_routing
 
@@ -159,6 +161,26 @@ def test_forward_mode_without_torch_func() -> None:
             for f in (fused_routing, reference_routing)
         )
     torch.testing.assert_close(found, expected)
+
+
+def saved_on_cpu(f: Function, *arguments: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return f(*arguments)
+
+
+@pytest.mark.parametrize("packed", [saved_on_cpu, partial(checkpoint, use_reentrant=False)])
+def test_forward_mode_where_saved_tensors_are_packed(packed: Function) -> None:
+    """As a checkpoint does, inside of which ``torch.func`` takes no gradients."""
+    inputs = make_inputs(CASES[0], torch.float64)
+    u, weight = inputs["u"].detach(), inputs["weight"].detach()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(u, u.cos())
+        found, expected = (
+            forward_ad.unpack_dual(packed(lambda u: f(u, weight), dual))  # noqa: B023
+            for f in (fused_routing, reference_routing)
+        )
+    torch.testing.assert_close(found, expected)
+    assert found.tangent.any()
 
 
 def test_an_ensemble_of_seven() -> None:
