@@ -217,8 +217,9 @@ def in_forward_mode_under_hooks() -> bool:
 
     The ``jvp`` of :class:`TransformableRouting` is made of ``torch.func.vjp``, which refuses them.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return forward_ad._current_level >= 0 and hooks is not None
+    if forward_ad._current_level < 0:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def under_autocast(u: Any) -> bool:

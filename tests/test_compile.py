@@ -95,6 +95,23 @@ def test_second_derivatives_are_right_or_refused() -> None:
         second(torch.compile(fused_routing, fullgraph=True, backend="aot_eager"))
 
 
+def test_batched_gradients_are_right_and_have_no_graph() -> None:
+    """As docs/pytorch.md warns: PyTorch drops that of any function that AOTAutograd compiled."""
+    inputs = make_inputs(Case(), torch.float64)
+    leaves = inputs["u"], inputs["weight"]
+
+    def batched(routing: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        v = routing(*leaves)
+        rows = torch.stack([v.detach().sin(), v.detach().cos()])
+        return torch.autograd.grad(v, leaves, rows, is_grads_batched=True, create_graph=True)
+
+    found = batched(torch.compile(fused_routing, fullgraph=True, backend="aot_eager"))
+    expected = batched(fused_routing)
+    torch.testing.assert_close([x.detach() for x in found], [x.detach() for x in expected])
+    assert all(x.requires_grad for x in expected)
+    assert not any(x.requires_grad for x in found)
+
+
 def network_and_batch(B: int, device: str) -> tuple[nn.Module, Callable[[Batch], Tensor], Batch]:
     torch.manual_seed(0)
     network = tiny_capsnet().to(device)
