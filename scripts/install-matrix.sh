@@ -13,9 +13,10 @@ if [ $# = 0 ]; then
   ROWS=(python3.11:2.9.0:own:yes python3.11:2.13.0:3.6.0:yes python3.11:2.13.0:no:yes
     python3.11:2.13.0:no:no python3.13:2.14.1:own:yes)
 fi
-# Tests of the package that need no more than pytest, and not the source tree.
-TESTS="autocast conv_kernels cpu determinism double_backward gradients_needed layouts module odd_inputs
-  opcheck operator_fuzz range reference threads transforms triton validation"
+# Tests of the package that do not need its source tree.
+TESTS="autocast bad_input compile conv conv_kernels cpu determinism double_backward gradients_needed
+  layouts module odd_inputs opcheck operator_fuzz overloads range reference threads transforms
+  triton_checks triton_choice triton_config triton_launches validation"
 DIRECTORY=$PWD/build/install
 unset PYTHONPATH
 
@@ -32,7 +33,7 @@ install_and_test() {
   "$python" -m venv "$env" || fail "$python makes no environment"
   pip() { "$env/bin/python" -m pip --quiet --disable-pip-version-check "$@" >>"$log" 2>&1; }
   # What is built from source where there is no wheel takes longer than all else.
-  pip install --prefer-binary "torch==$torch" numpy "setuptools>=77" wheel ninja pybind11 pytest ||
+  pip install --prefer-binary "torch==$torch" numpy "setuptools>=77" wheel ninja pybind11 pytest rich ||
     fail "torch $torch can't be installed with $python: $(tail -1 "$log")"
   case $triton in
   own) ;;
@@ -47,7 +48,8 @@ install_and_test() {
     fail "no wheel from the sdist: $(tail -1 "$log")"
   pip install --no-deps "$DIRECTORY"/*.whl || fail "the wheel does not install"
 
-  cp -r tests pyproject.toml "$DIRECTORY/tests/"
+  # Beside the tests: the network that they compile, and how they measure memory.
+  cp -r tests model bench pyproject.toml "$DIRECTORY/tests/"
   cd "$DIRECTORY/tests" # where the sources are not
   local status=0
   OMP_NUM_THREADS=1 "$env/bin/python" -m pytest -q -rfEs -m "not slow" \

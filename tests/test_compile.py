@@ -14,7 +14,7 @@ from model.losses import total_loss
 from model.views import Batch
 
 from .cases import OPTIONS, Case, make_inputs, run
-from .targets import DEVICES
+from .targets import DEVICES, NEEDS_KERNELS
 from .tiny import ARCHITECTURE, tiny_capsnet
 
 
@@ -30,6 +30,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@NEEDS_KERNELS
 @pytest.mark.parametrize(
     ("case", "dynamic"), [*product(OPTIONS, [True]), (Case(), False), (OPTIONS[-1], False)], ids=str
 )
