@@ -200,16 +200,17 @@ def route(
 
 def under_transform(caller: str) -> bool:
     """:func:`transformed`, with other advice in ``torch.export``, which has no graph breaks."""
-    try:
-        return transformed(caller)
-    except RuntimeError as error:
-        if not torch.compiler.is_exporting():
-            raise
+    # In Dynamo torch 2.9 says that all it compiles is exported.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    if exporting and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
         raise RuntimeError(
             f"{caller}: torch.func transforms and forward-mode differentiation inside torch.export "
-            "are not supported, except vmap and forward mode with backend='reference'; take "
-            "gradients of the exported program, by torch.autograd"
-        ) from error
+            "are not supported, except vmap with backend='reference'; take gradients of the "
+            "exported program, by torch.autograd"
+        )
+    return transformed(caller)
 
 
 def in_forward_mode_under_hooks() -> bool:

@@ -160,10 +160,9 @@ def test_transforms_inside_a_program_are_refused(transform: str) -> None:
         torch.export.export(Transformed(transform, "auto"), (u,), strict=False)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "jvp"])
-def test_transforms_that_a_program_of_the_oracle_takes(transform: str) -> None:
+def test_a_program_of_the_oracle_takes_vmap() -> None:
     u = torch.randn(2, 6, 4)
-    network = Transformed(transform, "reference")
+    network = Transformed("vmap", "reference")
     program = torch.export.export(network, (u,), strict=False).module()
     torch.testing.assert_close(program(u), network(u))
 
