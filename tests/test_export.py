@@ -200,6 +200,17 @@ def test_windows_of_grids_of_any_size(free: str) -> None:
         assert torch.equal(program.module()(u), layer(u))
 
 
+def test_windows_of_the_oracle_in_grids_of_any_size() -> None:
+    """Sides that PyTorch is to find limits for: it can't prove that those of a ``Dim`` hold."""
+    layer = CapsuleConv2d(2, 4, 3, 4, 3, stride=2, padding=1, backend="reference")
+    free = torch.export.Dim.AUTO
+    sizes = ({3: free, 4: free},)
+    program = torch.export.export(layer, (torch.randn(3, 2, 4, 9, 8),), dynamic_shapes=sizes)
+    for rows, columns in ((9, 8), (12, 11), (5, 14)):
+        u = torch.randn(3, 2, 4, rows, columns)
+        torch.testing.assert_close(program.module()(u), layer(u))
+
+
 def test_a_saved_program_of_windows_trains() -> None:
     torch.manual_seed(0)
     network = CapsuleConv2d(2, 4, 3, 4, 3, stride=2, padding=1, bias=True)
