@@ -4,7 +4,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .autograd import (
     FusedRouting,
@@ -12,7 +11,7 @@ from .autograd import (
     TransformableRouting,
     by_oracle,
     forward_operator,
-    in_nested_forward_mode,
+    needs_plain_operations,
     transformed,
     undifferentiated,
 )
@@ -183,9 +182,8 @@ def route(
     inputs = (u, weight, logits, bias, options)
     if options.backend == "reference":
         return by_oracle(*inputs)
-    if under_transform(caller):
-        plain = in_nested_forward_mode() or in_forward_mode_under_hooks()
-        function = by_oracle if plain else TransformableRouting.apply
+    if transformed(caller):
+        function = by_oracle if needs_plain_operations() else TransformableRouting.apply
     elif torch.compiler.is_compiling() or torch.jit.is_tracing():
         # A program keeps operators. Their own derivatives notice what is changed in place, which
         # Dynamo does not for an autograd.Function, and are cached with what is compiled.
@@ -196,31 +194,6 @@ def route(
         function = undifferentiated
     v, coupling, *_ = function(*inputs)
     return v, coupling
-
-
-def under_transform(caller: str) -> bool:
-    """:func:`transformed`, with other advice in ``torch.export``, which has no graph breaks."""
-    # In Dynamo torch 2.9 says that all it compiles is exported.
-    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-    if exporting and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
-        raise RuntimeError(
-            f"{caller}: torch.func transforms and forward-mode differentiation inside torch.export "
-            "are not supported, except vmap with backend='reference'; take gradients of the "
-            "exported program, by torch.autograd"
-        )
-    return transformed(caller)
-
-
-def in_forward_mode_under_hooks() -> bool:
-    """Whether forward mode meets hooks of saved tensors, as in a checkpoint or ``save_on_cpu``.
-
-    The ``jvp`` of :class:`TransformableRouting` is made of ``torch.func.vjp``, which refuses them.
-    """
-    if forward_ad._current_level < 0:
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def under_autocast(u: Any) -> bool:

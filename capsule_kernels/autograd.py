@@ -114,23 +114,27 @@ def will_run(node: Any) -> bool:
 
 def gradients(ctx: Any, grad_v: Tensor, wanted: tuple[bool, ...]) -> tuple[Any, ...]:
     """A backward's result: the gradients that are ``wanted``, None for all other arguments."""
-    arguments = (grad_v, *ctx.saved_tensors, ctx.options, *wanted)
+    saved = ctx.saved_tensors  # once: a checkpoint gives them but one time
+    arguments = (grad_v, *saved, ctx.options, *wanted)
     # Is this backward itself differentiated? By reverse mode (create_graph=True, torch.func.grad)
     # where grad mode is on, by forward mode at any of its levels.
-    if torch.is_grad_enabled() and torch._C._functorch.is_legacy_batchedtensor(grad_v):
+    if torch.is_grad_enabled() and is_batched_by_autograd(grad_v):
         # torch.autograd.grad(is_grads_batched=True, create_graph=True): PyTorch's older vmap loses
         # the graph of an autograd.Function, but not that of the oracle's operations.
-        *inputs, _ = ctx.saved_tensors
-        chosen = [x for x, want in zip(inputs, wanted, strict=True) if want]
-        with torch.autocast(grad_v.device.type, enabled=False):
-            v = oracle_of(ctx.options)(*inputs)
-        some = iter(torch.autograd.grad(v, chosen, grad_v, create_graph=True))
+        some = iter(vector_jacobian(oracle_of(ctx.options), saved[:-1], wanted, grad_v))
         found = tuple(next(some) if want else None for want in wanted)
     elif torch.is_grad_enabled() or forward_ad._current_level >= 0:
         found = FusedRoutingBackward.apply(*arguments)
     else:
         found = backward_operator(*arguments)
     return *(g if want else None for g, want in zip(found, wanted, strict=True)), None
+
+
+def is_batched_by_autograd(x: Tensor) -> bool:
+    """Whether PyTorch's older vmap maps over x, or over what ``torch.func`` has wrapped in it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 class TransformableRouting(torch.autograd.Function):
@@ -162,30 +166,40 @@ class TransformableRouting(torch.autograd.Function):
         return jacobian_vector(oracle_of(ctx.options), inputs, tangents[:-1], v_like), None, None
 
 
-def in_nested_forward_mode() -> bool:
-    """Whether ``torch.func`` takes forward mode around this call.
+def needs_plain_operations() -> bool:
+    """Whether forward mode surrounds this call in a way that a Function's ``jvp`` can't serve.
 
-    Levels outside of a Function's do not see its ``jvp``: forward mode of forward mode would be 0,
-    and of vmap ends in an assertion of PyTorch's. The oracle, which the ``jvp`` takes anyway, is
-    made of what every level sees.
+    Under ``torch.func`` levels outside of a Function do not see its ``jvp``: forward mode of
+    forward mode would be 0, and of vmap ends in an assertion of PyTorch's. Where hooks are told of
+    saved tensors, as in a checkpoint or ``save_on_cpu``, ``torch.func.vjp``, which the ``jvp`` is
+    made of, refuses to run. The oracle, which the ``jvp`` takes anyway, does neither.
     """
-    return forward_ad._current_level >= 0 and torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 and (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
 
 
 def transformed(caller: str) -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation surrounds this call.
 
-    Raises ``RuntimeError`` in the name of ``caller`` under ``torch.compile``, whose traces of such
-    transforms lose gradients.
+    Raises ``RuntimeError`` in the name of ``caller`` under ``torch.export`` and ``torch.compile``,
+    whose traces of such transforms lose gradients.
     """
     found = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if found and torch.compiler.is_compiling():
+    if not found or not torch.compiler.is_compiling():
+        return found
+    what = f"{caller}: torch.func transforms and forward-mode differentiation inside"
+    # In Dynamo torch 2.9 says that all it compiles is exported.
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         raise RuntimeError(
-            f"{caller}: torch.func transforms and forward-mode differentiation inside "
-            "torch.compile are not supported; call them outside of the compiled function, or "
-            "compile without fullgraph=True"
+            f"{what} torch.export are not supported, except vmap with backend='reference'; take "
+            "gradients of the exported program, by torch.autograd"
         )
-    return found
+    raise RuntimeError(
+        f"{what} torch.compile are not supported; call them outside of the compiled function, or "
+        "compile without fullgraph=True"
+    )
 
 
 def differentiate(backend: str) -> None:
@@ -285,7 +299,7 @@ def by_oracle(
     u: Tensor, weight: Tensor, logits: Tensor | None, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """(v, coupling) by the oracle."""
-    return reference_routing(  # type: ignore[return-value]
+    return reference_routing(
         capsules(u, options.window),
         weight,
         options.num_iterations,

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import jacrev
+from torch.func import jacrev, vmap
+from torch.utils.checkpoint import checkpoint
 
 from capsule_kernels import CapsuleLinear, backends, fused_routing, reference_routing
 
@@ -128,14 +129,32 @@ def test_a_penalty_on_a_jacobian_trains() -> None:
     torch.testing.assert_close(slopes(fused_routing), slopes(reference_routing))
 
 
+def as_it_is(function: Any, u: Tensor, *others: Tensor) -> Tensor:
+    return function(u, *others)
+
+
+def mapped(function: Any, u: Tensor, *others: Tensor) -> Tensor:
+    return vmap(lambda sample: function(sample[None], *others)[0])(u)
+
+
+def checkpointed(function: Any, *inputs: Tensor) -> Tensor:
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+@pytest.mark.parametrize("around", [as_it_is, mapped, checkpointed])
 @pytest.mark.parametrize("wanted", [("u",), ("weight", "bias"), ("u", "weight", "logits", "bias")])
-def test_batched_gradients_have_gradients(wanted: tuple[str, ...]) -> None:
+def test_batched_gradients_have_gradients(wanted: tuple[str, ...], around: Any) -> None:
     """PyTorch's older vmap, which makes them, would lose the graph of an autograd.Function."""
     inputs = make_inputs(replace(SMALL, logits=True, bias=True), torch.float64)
 
     def slopes(function: Any) -> tuple[Tensor, ...]:
         leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-        v = function(**leaves, leaky=True)
+        v = around(
+            lambda u, weight, logits, bias: function(
+                u, weight, logits=logits, bias=bias, leaky=True
+            ),
+            *leaves.values(),
+        )
         rows = torch.eye(v.numel(), dtype=v.dtype).view(-1, *v.shape)
         jacobians = torch.autograd.grad(
             v, [leaves[name] for name in wanted], rows, is_grads_batched=True, create_graph=True
